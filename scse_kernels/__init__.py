@@ -1,0 +1,27 @@
+"""Fused scSE (concurrent spatial and channel squeeze & excitation) for PyTorch."""
+
+from .functional import cse, scse, sse
+from .modules import (
+    ChannelSELayer,
+    ChannelSELayer3D,
+    ChannelSpatialSELayer,
+    ChannelSpatialSELayer3D,
+    SCSEModule,
+    SpatialSELayer,
+    SpatialSELayer3D,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChannelSELayer",
+    "ChannelSELayer3D",
+    "ChannelSpatialSELayer",
+    "ChannelSpatialSELayer3D",
+    "SCSEModule",
+    "SpatialSELayer",
+    "SpatialSELayer3D",
+    "cse",
+    "scse",
+    "sse",
+]

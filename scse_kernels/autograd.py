@@ -1,0 +1,39 @@
+"""The autograd Function around a backend's forward and backward operators."""
+
+import torch
+from torch import Tensor
+
+from . import ops, reference  # noqa: F401  (ops defines the operators that are looked up here)
+
+
+class SCSE(torch.autograd.Function):
+    """y = scSE(x). Saves x, the parameters and the small [N, C] tensors; never a second full map."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, ws, bs, combine, backend):
+        op = getattr(torch.ops.scse_kernels, f"{backend}_forward").default
+        y, *small = op(x, w1, b1, w2, b2, ws, bs, ops.COMBINE[combine])
+        ctx.save_for_backward(x, w1, b1, w2, b2, ws, bs, *small)
+        ctx.combine, ctx.backend = combine, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        inputs, small = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        needs = ctx.needs_input_grad[:7]
+        if torch.is_grad_enabled():  # create_graph=True: the result will be differentiated again
+            return (*_reference_gradients(dy, inputs, needs, ctx.combine), None, None)
+        op = getattr(torch.ops.scse_kernels, f"{ctx.backend}_backward").default
+        combine = ops.COMBINE[ctx.combine]
+        grads = op(dy, *inputs, *small, combine, needs[0], any(needs[1:5]), any(needs[5:7]))
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+
+
+def _reference_gradients(
+    dy: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], combine: str
+) -> list[Tensor | None]:
+    """The gradients as a differentiable function of dy and the inputs: the reference's own."""
+    y = reference.scse(*inputs, combine=combine)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if need else None for need in needs]

@@ -1,0 +1,185 @@
+"""scse, cse and sse: validation of the arguments and choice of the backend."""
+
+import torch
+from torch import Tensor
+
+from . import _native, reference
+from .autograd import SCSE
+from .ops import COMBINE, memory_format
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def scse(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ws: Tensor,
+    bs: Tensor | None,
+    *,
+    combine: str = "add",
+    backend: str = "auto",
+) -> Tensor:
+    """Concurrent spatial and channel squeeze & excitation (Roy et al., arXiv:1803.02579, 1808.08127).
+
+    ::
+
+        channel_gate = sigmoid(relu(mean_s(x) @ w1.T + b1) @ w2.T + b2)
+        spatial_gate = sigmoid(sum_c ws[c] * x[:, c] + bs)
+        y = combine(x * channel_gate, x * spatial_gate)
+
+    Args:
+        x: feature map [N, C, *S] with one to three spatial axes; float32, float64, float16 or
+            bfloat16, any strides. Sums are formed in float32 (float64 for float64).
+        w1, b1: squeezing layer, [Cr, C] and [Cr] (None: no bias).
+        w2, b2: exciting layer, [C, Cr] and [C] (None: no bias).
+        ws, bs: channel squeeze, [C] or [1, C], and one element (None: no bias).
+        combine: "add", "max", "mul" or "concat".
+        backend: "auto", "eager" or "cpu". A named backend is used or raises; "auto" takes the
+            fastest one for x's device.
+
+    Weights may have trailing axes of size one, as those of 1x1 convolutions do, and any of the
+    four dtypes; each gradient has the dtype of its tensor.
+
+    Returns:
+        y [N, C, *S] ([N, 2 * C, *S] for "concat") in x's dtype, channels_last where x is and
+        contiguous otherwise.
+
+    Raises:
+        TypeError: an argument is not a tensor or has no real floating-point dtype.
+        ValueError: shapes don't fit together, or combine or backend is unknown.
+        RuntimeError: tensors are on several devices, or the named backend can't be used.
+    """
+    _check_name("scse", "combine", combine, COMBINE)
+    _check_x("scse", x)
+    _check_channel("scse", x, w1, b1, w2, b2)
+    _check_spatial("scse", x, ws, bs)
+    return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, backend)
+
+
+def cse(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Spatial squeeze and channel excitation alone (cSE): x * channel_gate.
+
+    Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
+    """
+    _check_x("cse", x)
+    _check_channel("cse", x, w1, b1, w2, b2)
+    return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", backend)
+
+
+def sse(x: Tensor, ws: Tensor, bs: Tensor | None, *, backend: str = "auto") -> Tensor:
+    """Channel squeeze and spatial excitation alone (sSE): x * spatial_gate.
+
+    Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
+    """
+    _check_x("sse", x)
+    _check_spatial("sse", x, ws, bs)
+    return _dispatch("sse", x, None, None, None, None, ws, bs, "add", backend)
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """None if `backend` ("eager" or "cpu") can run tensors on `device`, else the reason."""
+    if backend == "eager":
+        return None
+    if device.type != "cpu":
+        return f"it runs on cpu tensors, got {device.type}"
+    return _native.why_not("_C")
+
+
+def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, backend):
+    if backend == "auto":
+        backend = "eager" if why_not("cpu", x.device) else "cpu"
+    else:
+        _check_name(name, "backend", backend, ("auto", "eager", "cpu"))
+        if reason := why_not(backend, x.device):
+            raise RuntimeError(f"{name}(): backend '{backend}' is not available: {reason}")
+    if backend == "eager":
+        return reference.scse(x, w1, b1, w2, b2, ws, bs, combine).contiguous(
+            memory_format=memory_format(x)
+        )
+    return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, backend)
+
+
+def _check_name(function, argument, value, known):
+    if value not in known:
+        names = ", ".join(repr(k) for k in known)
+        raise ValueError(f"{function}(): {argument} must be one of {names}, got {value!r}")
+
+
+def _check_tensor(function, argument, value):
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{function}(): argument '{argument}' must be Tensor, not {type(value).__name__}"
+        )
+    if value.dtype not in _DTYPES:
+        raise TypeError(
+            f"{function}(): argument '{argument}' must be float32, float64, float16 or bfloat16,"
+            f" got {value.dtype}"
+        )
+
+
+def _check_x(function, x):
+    _check_tensor(function, "x", x)
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(
+            f"{function}(): x must be [N, C, *S] with one to three spatial axes,"
+            f" got {x.dim()} axes: {tuple(x.shape)}"
+        )
+    if x.shape[1] < 1 or 0 in x.shape[2:]:
+        raise ValueError(
+            f"{function}(): x must have at least one channel and no spatial axis of size zero,"
+            f" got {tuple(x.shape)}"
+        )
+
+
+def _check_parameter(function, x, argument, value, expected, described):
+    _check_tensor(function, argument, value)
+    if value.device != x.device:
+        raise RuntimeError(
+            f"{function}(): expected all tensors on one device,"
+            f" got x on {x.device} and {argument} on {value.device}"
+        )
+    shape = tuple(value.shape)
+    if shape[: len(expected)] != expected or any(size != 1 for size in shape[len(expected) :]):
+        raise ValueError(
+            f"{function}(): {argument} must have shape {described} = {list(expected)},"
+            f" got {list(shape)}"
+        )
+
+
+def _check_channel(function, x, w1, b1, w2, b2):
+    channels = x.shape[1]
+    _check_tensor(function, "w1", w1)
+    hidden = w1.shape[0] if w1.dim() else 0
+    if hidden < 1:
+        raise ValueError(
+            f"{function}(): w1 must have shape [hidden, C] with at least one hidden channel,"
+            f" got {list(w1.shape)}"
+        )
+    _check_parameter(function, x, "w1", w1, (hidden, channels), "[hidden, C]")
+    _check_parameter(function, x, "w2", w2, (channels, hidden), "[C, hidden]")
+    if b1 is not None:
+        _check_parameter(function, x, "b1", b1, (hidden,), "[hidden]")
+    if b2 is not None:
+        _check_parameter(function, x, "b2", b2, (channels,), "[C]")
+
+
+def _check_spatial(function, x, ws, bs):
+    channels = x.shape[1]
+    _check_tensor(function, "ws", ws)
+    if ws.dim() == 1:
+        _check_parameter(function, x, "ws", ws, (channels,), "[C]")
+    else:
+        _check_parameter(function, x, "ws", ws, (1, channels), "[1, C]")
+    if bs is not None:
+        _check_parameter(function, x, "bs", bs, (1,) if bs.dim() else (), "[1]")

@@ -1,0 +1,95 @@
+"""The only place with operator schemas and fake (shape-only) implementations.
+
+Each kernel backend has one operator for the forward and one for the backward, all with the same
+two signatures: `torch.ops.scse_kernels.<backend>_forward` and `..._backward`. The kernels
+themselves are registered where they live (for `cpu`, in csrc/cpu).
+
+A missing branch is a missing w1 (and b1, w2, b2) or ws (and bs). Parameters keep the shape their
+module gave them: w1 [Cr, C, ...], w2 [C, Cr, ...], ws C elements, bs one element.
+"""
+
+import torch
+from torch import Tensor
+
+from .reference import accumulation_dtype
+
+#: combine -> the code that operators take (an integer crosses into C++ for nothing).
+COMBINE = {"add": 0, "max": 1, "mul": 2, "concat": 3}
+
+BACKENDS = ("cpu",)
+
+_FORWARD = (
+    "(Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
+    " int combine) -> (Tensor y, Tensor pooled, Tensor hidden, Tensor channel_gate)"
+)
+# The spatial gate isn't saved: the backward reads x anyway and squeezes it again on the way.
+_BACKWARD = (
+    "(Tensor dy, Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
+    " Tensor pooled, Tensor hidden, Tensor channel_gate, int combine, bool need_dx,"
+    " bool need_channel, bool need_spatial)"
+    " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dws, Tensor dbs)"
+)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of y and dx: channels_last where x is, else contiguous."""
+    if not x.is_contiguous():
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
+    n, c = x.shape[:2]
+    concat = w1 is not None and ws is not None and combine == COMBINE["concat"]
+    shape = (n, 2 * c, *x.shape[2:]) if concat else x.shape
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    dtype = accumulation_dtype(x.dtype)
+    channels, hidden = (0, 0) if w1 is None else (c, w1.shape[0])
+    return (
+        y,
+        x.new_empty((n, channels), dtype=dtype),
+        x.new_empty((n, hidden), dtype=dtype),
+        x.new_empty((n, channels), dtype=dtype),
+    )
+
+
+def _fake_backward(
+    dy,
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    ws,
+    bs,
+    pooled,
+    hidden,
+    channel_gate,
+    combine,
+    need_dx,
+    need_channel,
+    need_spatial,
+):
+    def grad(parameter, needed):
+        if parameter is None or not needed:
+            return x.new_empty((0,))
+        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+
+    return (
+        torch.empty_like(x, memory_format=memory_format(x)) if need_dx else x.new_empty((0,)),
+        *(grad(p, need_channel) for p in (w1, b1, w2, b2)),
+        *(grad(p, need_spatial) for p in (ws, bs)),
+    )
+
+
+_library = torch.library.Library("scse_kernels", "DEF")
+for _backend in BACKENDS:
+    for _name, _schema, _fake in (
+        (f"{_backend}_forward", _FORWARD, _fake_forward),
+        (f"{_backend}_backward", _BACKWARD, _fake_backward),
+    ):
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"scse_kernels::{_name}", _fake, lib=_library)

@@ -1,0 +1,70 @@
+"""The definition of scSE in plain PyTorch operations; every backend is held to it.
+
+Roy, Navab, Wachinger: "Concurrent Spatial and Channel Squeeze & Excitation in Fully Convolutional
+Networks" (MICCAI 2018, arXiv:1803.02579) defines cSE, sSE and their sum; the extended article (TMI
+2019, arXiv:1808.08127) adds the maximum, the product and the concatenation. Imports torch only.
+"""
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are formed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def channel_gate(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """Spatial squeeze and channel excitation (cSE) of x [N, C, *S]: gates in (0, 1), [N, C]."""
+    pooled = x.flatten(2).mean(2)
+    hidden = torch.relu(torch.nn.functional.linear(pooled, w1, b1))
+    return torch.sigmoid(torch.nn.functional.linear(hidden, w2, b2))
+
+
+def spatial_gate(x: Tensor, ws: Tensor, bs: Tensor | None) -> Tensor:
+    """Channel squeeze and spatial excitation (sSE) of x [N, C, *S]: gates in (0, 1), [N, 1, *S]."""
+    squeezed = torch.tensordot(x, ws, dims=([1], [0])).unsqueeze(1)
+    return torch.sigmoid(squeezed if bs is None else squeezed + bs)
+
+
+def scse(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    ws: Tensor | None,
+    bs: Tensor | None,
+    combine: str = "add",
+) -> Tensor:
+    """Recalibrate x [N, C, *S] by both gates; without `w1` by the spatial one alone, without `ws`
+    by the channel one alone.
+
+    w1 [Cr, C], w2 [C, Cr], ws [C] or [1, C], with trailing axes of size one allowed. Computes in
+    float32 (float64 for float64 x) whatever the dtypes of x and of the parameters. Returns x's
+    dtype, [N, C, *S]; [N, 2 * C, *S] for combine="concat".
+    """
+    dtype = accumulation_dtype(x.dtype)
+    xa = x.to(dtype)
+    by_channel = by_position = None
+    if w1 is not None:
+        w1, b1, w2, b2 = (None if p is None else p.to(dtype) for p in (w1, b1, w2, b2))
+        gate = channel_gate(xa, w1.flatten(1), b1, w2.flatten(1), b2)
+        by_channel = xa * gate.reshape(gate.shape + (1,) * (x.dim() - 2))
+    if ws is not None:
+        ws, bs = (None if p is None else p.to(dtype).flatten() for p in (ws, bs))
+        by_position = xa * spatial_gate(xa, ws, bs)
+
+    if by_position is None:
+        y = by_channel
+    elif by_channel is None:
+        y = by_position
+    elif combine == "add":
+        y = by_channel + by_position
+    elif combine == "max":
+        y = torch.maximum(by_channel, by_position)
+    elif combine == "mul":
+        y = by_channel * by_position
+    else:
+        y = torch.cat([by_channel, by_position], 1)
+    return y.to(x.dtype)
