@@ -93,3 +93,6 @@ for _backend in BACKENDS:
     ):
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"scse_kernels::{_name}", _fake, lib=_library)
+
+# The instruction set that the cpu kernels chose on this machine: baseline, avx2 or avx512.
+_library.define("cpu_capability() -> str")

@@ -1,0 +1,316 @@
+"""Parity on real input: a U-Net with scSE blocks segments an MR image, eager and fused.
+
+A 2-D U-Net with an scSE block after every encoder and decoder block tells CSF, grey and white
+matter apart in axial slices of the ICBM152 T1 template, which nilearn ships (nothing is
+downloaded), corrupted by noise and a bias field. It is trained twice at once, step by step in
+turn, from the same weights on the same batches: with the eager scSE that people have, and with
+the fused one. Loss curves and Dice must agree, else the exit status is 1.
+
+This is one averaged brain: a check of parity and sanity, not a benchmark of accuracy.
+Written: mri.png.
+"""
+
+import argparse
+import functools
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from . import mri_data, providers, report, timing
+from .mri_data import OUTSIDE, TISSUES, Slices
+from .unet import LEVELS, UNet
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (after the backend that needs no display)
+
+_BATCH, _LEARNING_RATE, _MOMENTUM = 8, 0.05, 0.9
+_REDUCTION = 2
+_SEED = 0
+
+_FIRST_LOSS, _ANY_LOSS, _DICE = 1e-5, 0.05, 0.01
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench mri`."""
+    parser.add_argument("--steps", type=int, default=100, help="training steps (%(default)s)")
+    parser.add_argument("--width", type=int, default=16, help="the U-Net's channels (%(default)s)")
+    parser.add_argument(
+        "--resolution", type=int, default=2, help="of the volume, in mm (%(default)s)"
+    )
+    parser.add_argument(
+        "--combine", choices=("add", "max", "mul"), default="add", help="%(default)s"
+    )
+
+
+class _Training:
+    """One network on its way: weights, optimizer, losses and seconds by step."""
+
+    def __init__(self, net: UNet, steps: int) -> None:
+        self.net = net
+        self.optimizer = torch.optim.SGD(net.parameters(), _LEARNING_RATE, _MOMENTUM, nesterov=True)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def step(self, image: Tensor, label: Tensor) -> None:
+        _synchronize(image.device)
+        start = time.perf_counter()
+        loss = _loss(self.net(image), label)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.losses.append(loss.item())
+        _synchronize(image.device)
+        self.seconds.append(time.perf_counter() - start)
+
+    @torch.no_grad()
+    def predict(self, image: Tensor) -> Tensor:
+        """The tissue at every voxel of image [n, 1, H, W], as [n, H, W]."""
+        self.net.eval()
+        return torch.cat([self.net(batch).argmax(1) for batch in image.split(_BATCH)])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross entropy plus one minus the mean soft Dice, inside the head."""
+    inside = (label != OUTSIDE).unsqueeze(1)
+    truth = nn.functional.one_hot(label.clamp(min=0), len(TISSUES)).movedim(-1, 1) * inside
+    probability = logits.softmax(1) * inside
+    overlap = 2 * (probability * truth).sum((0, 2, 3))
+    dice = (overlap / ((probability + truth).sum((0, 2, 3)) + 1)).mean()
+    return nn.functional.cross_entropy(logits, label, ignore_index=OUTSIDE) + 1 - dice
+
+
+def _nets(names: tuple[str, str], width: int, combine: str) -> list[UNet]:
+    """The same U-Net with the scSE blocks of two providers, with the same weights."""
+    torch.manual_seed(_SEED)
+    first, second = (
+        UNet(
+            len(TISSUES),
+            width,
+            functools.partial(providers.build, name, reduction=_REDUCTION, combine=combine, axes=2),
+        )
+        for name in names
+    )
+    providers.load(second, first.parameters())
+    return [first, second]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train both, compare, report; returns 1 if they disagree."""
+    console, device = report.console, args.device
+    names = ("eager", providers.fused(device)[0])
+    environment = report.environment(device)
+    report.print_header(environment, providers.missing(device))
+
+    train, test = mri_data.load(args.resolution, 2**LEVELS)
+    console.print(
+        f"ICBM152 T1 at {args.resolution} mm: {len(train.label)} axial slices for training,"
+        f" {len(test.label)} for testing, {tuple(train.label.shape[1:])} voxels"
+    )
+    scores = {
+        f"two thresholds, {which}": mri_data.two_thresholds(
+            getattr(train, field), train.label, getattr(test, field), test.label
+        )
+        for which, field in (("clean volume", "clean"), ("corrupted volume", "image"))
+    }
+    train, test = (Slices(*(t.to(device) for t in part)) for part in (train, test))
+    nets = [net.to(device) for net in _nets(names, args.width, args.combine)]
+    trainings = dict(zip(names, (_Training(net, args.steps) for net in nets), strict=True))
+    seen = _shapes_of_blocks(nets[0], train.image[:_BATCH])
+    _train(trainings, train, args.steps)
+    predicted = {name: training.predict(test.image) for name, training in trainings.items()}
+    for name in names:
+        scores[f"U-Net, {name} scSE"] = mri_data.dice(predicted[name], test.label)
+
+    table = Table(title="Dice on the test slices", title_justify="left")
+    table.add_column("")
+    for tissue in (*TISSUES, "mean"):
+        table.add_column(tissue, justify="right")
+    for name, values in scores.items():
+        mean = sum(values) / len(values)
+        table.add_row(name, *(f"{value:.4f}" for value in (*values, mean)))
+    console.print(table)
+
+    _print_times(trainings, _seconds_of_blocks(trainings, seen), len(seen))
+    picture = args.output / "mri.png"
+    _picture(picture, test, predicted, trainings, environment)
+    console.print(
+        f"Written: {picture}\n"
+        "One averaged brain: a check of parity and sanity, not a benchmark of accuracy."
+    )
+    return _verdict(trainings, [scores[f"U-Net, {name} scSE"] for name in names])
+
+
+def _train(trainings: dict[str, _Training], train: Slices, steps: int) -> None:
+    generator = torch.Generator().manual_seed(_SEED)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=report.console, transient=True) as progress:
+        task = progress.add_task("training", total=steps)
+        for i in range(steps):
+            batch = torch.randperm(len(train.label), generator=generator)[:_BATCH]
+            batch = batch.to(train.label.device)
+            image, label = train.image[batch], train.label[batch]
+            turns = list(trainings.values())
+            for training in turns if i % 2 else reversed(turns):
+                training.step(image, label)
+            losses = ", ".join(f"{n} {t.losses[-1]:.4f}" for n, t in trainings.items())
+            progress.update(task, advance=1, description=f"loss: {losses}")
+
+
+def _shapes_of_blocks(net: UNet, image: Tensor) -> list[torch.Size]:
+    """The shapes that the scSE blocks see, in the order of `net.recalibrations()`."""
+    shapes = {}
+    hooks = [
+        block.register_forward_hook(lambda block, args, _: shapes.update({block: args[0].shape}))
+        for block in net.recalibrations()
+    ]
+    net.eval()  # leaves the running statistics alone
+    with torch.no_grad():
+        net(image)
+    net.train()
+    for hook in hooks:
+        hook.remove()
+    return [shapes[block] for block in net.recalibrations()]
+
+
+def _seconds_of_blocks(
+    trainings: dict[str, _Training], shapes: list[torch.Size]
+) -> dict[str, float]:
+    """Seconds that each network's scSE blocks take in a step, forward and backward, timed by
+    themselves on the shapes that they see."""
+    calls = {}
+    device = next(trainings["eager"].net.parameters()).device
+    for i, shape in enumerate(shapes):
+        x, dy = (torch.randn(shape, device=device) for _ in range(2))
+        for name, training in trainings.items():
+            block = training.net.recalibrations()[i]
+            calls[name, i] = functools.partial(_block_step, block, x.requires_grad_(), dy)
+    for call in calls.values():
+        call()
+    timings = timing.interleaved(calls, device, rounds=9)
+    return {
+        name: sum(t.median for key, t in timings.items() if key[0] == name) for name in trainings
+    }
+
+
+def _block_step(block: nn.Module, x: Tensor, dy: Tensor) -> None:
+    torch.autograd.grad(block(x), [x, *block.parameters()], dy)
+
+
+def _print_times(
+    trainings: dict[str, _Training], seconds_of_blocks: dict[str, float], blocks: int
+) -> None:
+    table = Table(
+        title=f"Training step; scSE: its {blocks} blocks, timed alone on the shapes they see",
+        title_justify="left",
+    )
+    table.add_column("")
+    for name in ("median", "IQR", "steps / s", "of which scSE", "share"):
+        table.add_column(name, justify="right")
+    for name, training in trainings.items():
+        warm = training.seconds[len(training.seconds) // 10 :]
+        step, scse = timing.summarize(warm), seconds_of_blocks[name]
+        table.add_row(
+            f"{name} scSE",
+            f"{step.median:.4f} s",
+            f"{step.iqr:.4f} s",
+            f"{1 / step.median:.2f}",
+            f"{scse:.4f} s",
+            f"{scse / step.median:.0%}",
+        )
+    report.console.print(table)
+
+
+def _verdict(trainings: dict[str, _Training], scores: list[list[float]]) -> int:
+    """Print how far the two are apart; 1 if that is too far."""
+    first, second = (torch.tensor(t.losses, dtype=torch.float64) for t in trainings.values())
+    apart = (first - second).abs()
+    checks = (
+        ("first loss", apart[0].item(), _FIRST_LOSS),
+        ("loss, largest of all steps", apart.max().item(), _ANY_LOSS),
+        ("Dice, largest of all tissues", max(_apart(*scores)), _DICE),
+    )
+    agree = True
+    for name, value, tolerance in checks:
+        agree &= value <= tolerance  # False for NaN
+        report.console.print(f"{name}: differs by {value:.1e}, tolerance {tolerance:g}")
+    report.console.print("[green]The two agree." if agree else "[red]The two DISAGREE.")
+    return 0 if agree else 1
+
+
+def _apart(first: list[float], second: list[float]) -> list[float]:
+    return [abs(a - b) for a, b in zip(first, second, strict=True)]
+
+
+def _picture(
+    path: Path,
+    test: Slices,
+    predicted: dict[str, Tensor],
+    trainings: dict[str, _Training],
+    environment: dict[str, str],
+) -> None:
+    """The middle test slice, its truth and both predictions; below, the loss curves."""
+    i = len(test.label) // 2
+    inside = test.label[i] != OUTSIDE
+    tissues = {"truth": test.label[i]}
+    tissues |= {f"{n} scSE": p[i].where(inside, OUTSIDE) for n, p in predicted.items()}
+    figure = pyplot.figure(figsize=(12, 7), layout="constrained")
+    panels = figure.subplot_mosaic(
+        [["image", *tissues], ["losses"] * (1 + len(tissues))], height_ratios=[3, 2]
+    )
+    panels["image"].imshow(test.image[i, 0].T.cpu(), cmap="gray", origin="lower")
+    panels["image"].set_title("corrupted T1")
+    colors = matplotlib.colors.ListedColormap(("black", "tab:blue", "tab:orange", "white"))
+    for name, tissue in tissues.items():
+        panels[name].imshow(
+            tissue.T.cpu(),
+            cmap=colors,
+            vmin=OUTSIDE,
+            vmax=len(TISSUES) - 1,
+            origin="lower",
+            interpolation="nearest",
+        )
+        panels[name].set_title(name)
+    for name in ("image", *tissues):
+        panels[name].axis("off")
+    keys = [
+        matplotlib.patches.Patch(facecolor=color, edgecolor="gray", label=tissue)
+        for color, tissue in zip(colors.colors[1:], TISSUES, strict=True)
+    ]
+    panels["truth"].legend(
+        handles=keys,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        ncols=3,
+        fontsize=8,
+        columnspacing=1,
+        handlelength=1,
+    )
+    for (name, training), style in zip(trainings.items(), ("-", "--"), strict=True):
+        panels["losses"].plot(training.losses, style, label=f"{name} scSE")
+    panels["losses"].set(xlabel="step", ylabel="training loss")
+    panels["losses"].legend()
+    panels["losses"].grid(alpha=0.3)
+    figure.suptitle(
+        "Parity on real input, not a benchmark of accuracy: one averaged brain\n"
+        + report.caption(environment),
+        fontsize=8,
+    )
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,238 @@
+"""Microbenchmark: one scSE block, forward and forward + backward.
+
+Every round times every provider once, in an order that rotates:
+
+  clone      x.clone(), what copying x costs; its bandwidth is the yardstick
+  eager      the module that people have: segmentation_models.pytorch's form for add, mul and
+             concat, ai-med's for max
+  compile    torch.compile of it
+  rewritten  the same mathematics rewritten so that Inductor fuses it best, compiled
+  ...        every backend of scse_kernels that runs on the device (or `reference`, its eager one,
+             where none does)
+
+A provider that disagrees with the float64 reference is not timed, and the exit status is 1.
+Bandwidth is the least bytes that any kernel must move (forward reads x, writes y; backward reads x
+and dy, writes dx) over the median time, for every provider alike. Forward is in training mode;
+backward gives the gradients of x and of all parameters. Peak memory is that of forward + backward
+beyond x, y, dy and dx, in units of x. On a GPU everything is timed with a warm and a flushed L2.
+Written: ops.csv, ops.png.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from scse_kernels import reference
+
+from . import memory, providers, report, timing
+from .cases import SHAPES, Case, Inputs
+from .report import Measurement
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+#: Largest error of the output and of each gradient, in units of the largest magnitude. Wide enough
+#: for TF32 convolutions and for gates in half precision; a wrong kernel is off by far more.
+_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(int(size) for size in text.split("x"))
+    if not 3 <= len(shape) <= 5 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected NxCx and one to three spatial sizes")
+    return shape
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench ops`."""
+    parser.add_argument(
+        "--shape", type=_shape, nargs="+", default=SHAPES, help="such as 8x64x64x64 1x32x48x48x48"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="%(default)s")
+    parser.add_argument(
+        "--layout",
+        choices=("contiguous", "channels_last"),
+        default="contiguous",
+        help="%(default)s",
+    )
+    parser.add_argument("--reduction", type=_positive, nargs="+", help="default: 16 2")
+    parser.add_argument(
+        "--combine", nargs="+", choices=("add", "max", "mul", "concat"), help="default: add max"
+    )
+    parser.add_argument("--providers", nargs="+", help="default: all that can run")
+    parser.add_argument("--rounds", type=_positive, help="default: 15")
+    parser.add_argument(
+        "--quick", action="store_true", help="unless given: reduction 16, add, 7 rounds"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time every provider on every case; returns 1 if one was wrong."""
+    if args.layout == "channels_last" and any(len(shape) < 4 for shape in args.shape):
+        raise SystemExit("channels_last needs two or three spatial axes")
+    fused = providers.fused(args.device)
+    known = [*providers.COMPETITORS, *fused]
+    chosen = args.providers or known
+    for name in chosen:
+        if name not in (*known, "reference"):
+            reason = providers.missing(args.device).get(name, f"known: {', '.join(known)}")
+            raise SystemExit(f"provider {name}: {reason}")
+    chosen = [name for name in dict.fromkeys(chosen)]
+    fused = [name for name in chosen if name not in providers.COMPETITORS]
+    reductions = args.reduction or ([16] if args.quick else [16, 2])
+    combines = args.combine or (["add"] if args.quick else ["add", "max"])
+    rounds = args.rounds or (7 if args.quick else 15)
+    dtype = getattr(torch, args.dtype)
+    cases = [
+        Case(shape, dtype, args.layout, reduction, combine, args.device)
+        for combine in combines
+        for reduction in reductions
+        for shape in args.shape
+    ]
+    for case in cases:
+        if case.shape[1] < case.reduction:
+            raise SystemExit(f"{case}: no hidden channel is left")
+
+    environment = report.environment(args.device)
+    report.print_header(environment, providers.missing(args.device))
+    measurements: list[Measurement] = []
+    wrong = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=report.console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+
+            def tell(stage: str, case: Case = case) -> None:
+                progress.update(task, description=f"{case}: {stage}")
+
+            found, errors = _measure(case, chosen, rounds, tell)
+            measurements += found
+            wrong += errors
+            report.print_case(case, found)
+            for error in errors:
+                report.console.print(f"[red]not timed: {error}")
+            report.write_csv(args.output / "ops.csv", measurements, environment)
+            progress.advance(task)
+    report.print_summary(measurements, fused)
+    report.plot(args.output / "ops.png", measurements, environment)
+    report.console.print(f"Written: {args.output / 'ops.csv'}, {args.output / 'ops.png'}")
+    return 1 if wrong else 0
+
+
+def _measure(
+    case: Case, names: list[str], rounds: int, tell: Callable[[str], None]
+) -> tuple[list[Measurement], list[str]]:
+    """Check and time the providers on one case; returns measurements and what was wrong."""
+    torch._dynamo.reset()  # nothing compiled for another case counts against the recompile limit
+    inputs = case.inputs()
+    expected = _expected(case, inputs)
+    modules, errors = {}, []
+    for name in names:
+        tell(f"compiling {name}" if name in ("compile", "rewritten") else f"checking {name}")
+        module = providers.build(
+            name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2
+        ).to(case.device, case.dtype)
+        providers.load(module, inputs.parameters)
+        module = providers.compiled(name, module)
+        if error := _disagreement(case, module, inputs, expected):
+            errors.append(f"{name}, {case}: {error}")
+        else:
+            modules[name] = module
+
+    tell("measuring memory")
+    peaks = {name: _peak(case, module, inputs) for name, module in modules.items()}
+    measurements = []
+    for backward in (False, True):
+        direction = "forward + backward" if backward else "forward"
+        x = inputs.x
+        calls = {providers.CLONE: x.detach().clone}
+        for name, module in modules.items():
+            calls[name] = _both(module, inputs) if backward else _forward(module, x)
+        for cache in timing.caches(case.device):
+            done = iter(range(1, rounds + 1))
+            timings = timing.interleaved(
+                calls,
+                case.device,
+                rounds,
+                cache,
+                lambda: tell(f"{direction}, round {next(done)} of {rounds}"),  # noqa: B023
+            )
+            for name, value in timings.items():
+                clone = name == providers.CLONE
+                measurements.append(
+                    Measurement(
+                        case=case,
+                        direction=direction,
+                        cache=cache,
+                        provider=name,
+                        timing=value,
+                        least_bytes=2 * case.x_bytes if clone else case.least_bytes(backward),
+                        peak_bytes=peaks.get(name) if backward else None,
+                    )
+                )
+    return measurements, errors
+
+
+def _forward(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: module(x)
+
+
+def _both(module: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
+    leaves = [inputs.x, *module.parameters()]
+
+    def call() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        y = module(inputs.x)
+        y.backward(inputs.dy)
+        return y
+
+    return call
+
+
+def _peak(case: Case, module: nn.Module, inputs: Inputs) -> int:
+    """Bytes beyond x, y, dy and dx at the peak of forward + backward. Gradients of parameters
+    count."""
+    call = _both(module, inputs)
+    call()
+    for leaf in (inputs.x, *module.parameters()):
+        leaf.grad = None
+    return max(memory.peak(call, case.device) - case.y_bytes - case.x_bytes, 0)
+
+
+def _expected(case: Case, inputs: Inputs) -> list[Tensor]:
+    """y and the gradients of x, w1, b1, w2, b2, ws, bs in float64."""
+    leaves = [t.detach().double().requires_grad_() for t in (inputs.x, *inputs.parameters)]
+    y = reference.scse(*leaves, combine=case.combine)
+    return [y.detach(), *torch.autograd.grad(y, leaves, inputs.dy.double())]
+
+
+def _disagreement(
+    case: Case, module: nn.Module, inputs: Inputs, expected: list[Tensor]
+) -> str | None:
+    """None if output and gradients agree with `expected`, else how they don't."""
+    y = _both(module, inputs)()
+    got = [y, inputs.x.grad, *(p.grad for p in module.parameters())]
+    names = ("y", "dx", "dw1", "db1", "dw2", "db2", "dws", "dbs")
+    for name, actual, right in zip(names, got, expected, strict=True):
+        error = (actual.double().view_as(right) - right).abs().max() / right.abs().max()
+        if not error <= _TOLERANCE[case.dtype]:  # NaN is an error, too
+            return f"{name} is off by {error:.1e} of its largest magnitude"
+    return None

@@ -1,0 +1,145 @@
+"""Who computes it: the modules that people have today, what torch.compile makes of them, and ours.
+
+Every module has its parameters in the order w1, b1, w2, b2, ws, bs, so that `load` can give all of
+them the same values.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from scse_kernels import ChannelSpatialSELayer, ChannelSpatialSELayer3D, functional
+from scse_kernels.ops import BACKENDS
+
+#: x.clone(): what copying x costs; the bandwidth that the others are measured by.
+CLONE = "clone"
+COMPETITORS = ("eager", "compile", "rewritten")
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_POOL = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+
+
+class EagerConvolutions(nn.Module):
+    """scSE as segmentation_models.pytorch has it: 1x1 convolutions throughout."""
+
+    def __init__(self, channels: int, reduction: int, combine: str, axes: int) -> None:
+        super().__init__()
+        conv, hidden = _CONV[axes], channels // reduction
+        self.channel = nn.Sequential(
+            _POOL[axes](1),
+            conv(channels, hidden, 1),
+            nn.ReLU(inplace=True),
+            conv(hidden, channels, 1),
+            nn.Sigmoid(),
+        )
+        self.spatial = nn.Sequential(conv(channels, 1, 1), nn.Sigmoid())
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.combine == "add":
+            return x * self.channel(x) + x * self.spatial(x)
+        if self.combine == "mul":
+            return (x * self.channel(x)) * (x * self.spatial(x))
+        return torch.cat([x * self.channel(x), x * self.spatial(x)], 1)
+
+
+class EagerLinear(nn.Module):
+    """scSE as ai-med's squeeze_and_excitation has it: linear layers, the maximum of both."""
+
+    def __init__(self, channels: int, reduction: int, axes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, channels // reduction)
+        self.fc2 = nn.Linear(channels // reduction, channels)
+        self.conv = _CONV[axes](channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.reshape(*x.shape[:2], -1).mean(2)
+        gate = torch.sigmoid(self.fc2(torch.relu(self.fc1(pooled))))
+        by_channel = x * gate.view(gate.shape + (1,) * (x.dim() - 2))
+        by_position = x * torch.sigmoid(self.conv(x))
+        return torch.max(by_channel, by_position)
+
+
+class Rewritten(nn.Module):
+    """The same mathematics in the form that Inductor fuses best: sums instead of convolutions and
+    pooling, the gates combined before they meet x.
+
+    The maximum chooses the gate by x's sign. `torch.maximum` of the two products compiles to as
+    many passes (three forward, five backward), but its backward handles three ways that a tie
+    can fall instead of one choice, and takes longer.
+    """
+
+    def __init__(self, channels: int, reduction: int, combine: str, axes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, channels // reduction)
+        self.fc2 = nn.Linear(channels // reduction, channels)
+        self.conv = _CONV[axes](channels, 1, 1)  # only holds the parameters
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.fc2(torch.relu(self.fc1(x.flatten(2).mean(2)))))
+        channel_gate = gate.view(gate.shape + (1,) * (x.dim() - 2))
+        squeezed = (x * self.conv.weight[0]).sum(1, keepdim=True)
+        spatial_gate = torch.sigmoid(squeezed + self.conv.bias)
+        if self.combine == "add":
+            return x * (channel_gate + spatial_gate)
+        if self.combine == "max":
+            larger = (x >= 0) == (channel_gate >= spatial_gate)
+            return x * torch.where(larger, channel_gate, spatial_gate)
+        if self.combine == "mul":
+            return x * x * (channel_gate * spatial_gate)
+        return torch.cat([x * channel_gate, x * spatial_gate], 1)
+
+
+def _through(backend: str, channels: int, reduction: int, combine: str, axes: int) -> nn.Module:
+    """This package's module, held to one backend."""
+    base = ChannelSpatialSELayer3D if axes == 3 else ChannelSpatialSELayer
+
+    class Layer(base):
+        def forward(self, x: Tensor) -> Tensor:
+            fc1, fc2, conv = self.cSE.fc1, self.cSE.fc2, self.sSE.conv
+            parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias)
+            return functional.scse(x, *parameters, combine=self.combine, backend=backend)
+
+    return Layer(channels, reduction, combine)
+
+
+def usable(device: torch.device) -> list[str]:
+    """The backends of this package that can run on `device`, apart from the eager reference."""
+    return [name for name in BACKENDS if functional.why_not(name, device) is None]
+
+
+def missing(device: torch.device) -> dict[str, str]:
+    """The backends that can't run on `device`, each with the reason."""
+    reasons = {name: functional.why_not(name, device) for name in BACKENDS}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def fused(device: torch.device) -> list[str]:
+    """Whose speed this is about: the usable backends, or `reference`, this package's eager one,
+    where there are none."""
+    return usable(device) or ["reference"]
+
+
+def build(name: str, channels: int, reduction: int, combine: str, axes: int) -> nn.Module:
+    """The provider's module for feature maps of `axes` spatial axes; not compiled yet."""
+    if name in ("eager", "compile"):
+        if combine == "max":
+            return EagerLinear(channels, reduction, axes)
+        return EagerConvolutions(channels, reduction, combine, axes)
+    if name == "rewritten":
+        return Rewritten(channels, reduction, combine, axes)
+    return _through("eager" if name == "reference" else name, channels, reduction, combine, axes)
+
+
+def compiled(name: str, module: nn.Module) -> nn.Module:
+    """The module as its provider runs it. Compilation happens at its first call."""
+    return torch.compile(module, dynamic=False) if name in ("compile", "rewritten") else module
+
+
+def load(module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Copy w1, b1, w2, b2, ws, bs into the module, whatever shapes it keeps them in."""
+    with torch.no_grad():
+        for own, value in zip(module.parameters(), parameters, strict=True):
+            own.copy_(value.view_as(own))

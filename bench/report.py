@@ -1,0 +1,276 @@
+"""What is shown and written: tables on the terminal, a CSV file, a plot; each with the device and
+the versions it was measured on."""
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import scse_kernels
+
+from .cases import Case
+from .providers import CLONE, COMPETITORS
+from .timing import Timing
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (after the backend that needs no display)
+
+console = Console(highlight=False)
+if not console.is_terminal:  # rich assumes 80 columns, and the tables are wider
+    console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 110)))
+
+_YARDSTICKS = (*COMPETITORS, CLONE)
+_COLORS = ("tab:red", "tab:orange", "tab:purple", "tab:blue", "tab:green", "tab:cyan", "tab:pink")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One provider's time (seconds per call) on one case in one direction."""
+
+    case: Case
+    direction: str
+    cache: str
+    provider: str
+    timing: Timing
+    least_bytes: int
+    peak_bytes: int | None
+
+    @property
+    def bandwidth(self) -> float:
+        """Least bytes over median time, bytes per second."""
+        return self.least_bytes / self.timing.median
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """The device and the versions; they stand beside every figure."""
+    versions = {
+        "scse_kernels": scse_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        versions["cuda"] = torch.version.cuda or f"HIP {torch.version.hip}"
+    else:
+        name = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        **versions,
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def print_header(environment: dict[str, str], missing: dict[str, str]) -> None:
+    """The environment and the backends that are not usable."""
+    console.print(caption(environment))
+    for name, reason in missing.items():
+        console.print(f"[yellow]backend {name} is left out: {reason}")
+
+
+def caption(environment: dict[str, str]) -> str:
+    """The environment in one line."""
+    versions = (f"{name} {environment[name]}" for name in ("scse_kernels", "torch", "python"))
+    cuda = (f"CUDA {environment['cuda']}",) if "cuda" in environment else ()
+    threads = f"{environment['threads']} threads"
+    return ", ".join((environment["device"], threads, *versions, *cuda, environment["date"]))
+
+
+def _key(m: Measurement) -> tuple:
+    return m.case, m.direction, m.cache
+
+
+def _medians(measurements: Iterable[Measurement]) -> dict[tuple, dict[str, float]]:
+    """Median seconds by provider, for each case, direction and cache."""
+    medians: dict[tuple, dict[str, float]] = {}
+    for m in measurements:
+        medians.setdefault(_key(m), {})[m.provider] = m.timing.median
+    return medians
+
+
+def _copy_bandwidth(measurements: Iterable[Measurement]) -> dict[tuple, float]:
+    return {_key(m): m.bandwidth for m in measurements if m.provider == CLONE}
+
+
+def print_case(case: Case, measurements: list[Measurement]) -> None:
+    """One case's table: a row per provider, for each direction (and state of the cache)."""
+    table = Table(title=f"{case} ({case.x_bytes / 2**20:.3g} MiB)", title_justify="left")
+    table.add_column("pass")
+    table.add_column("provider")
+    for name in ("median", "IQR", *(f"x {name}" for name in COMPETITORS), "/ clone"):
+        table.add_column(name, justify="right")
+    for name in ("GB/s", "of copy", "peak"):
+        table.add_column(name, justify="right")
+    medians, copy = _medians(measurements), _copy_bandwidth(measurements)
+    several = len({m.cache for m in measurements}) > 1
+    previous = None
+    for m in measurements:
+        here = medians[_key(m)]
+        first = _key(m) != previous
+        if first and previous is not None:
+            table.add_section()
+        previous = _key(m)
+        label = f"{m.direction}, {m.cache} L2" if several else m.direction
+        ratios = (
+            f"{here[name] / m.timing.median:.2f}" if name in here and m.provider != CLONE else ""
+            for name in COMPETITORS
+        )
+        peak = "" if m.peak_bytes is None else f"{m.peak_bytes / case.x_bytes:.3f}"
+        table.add_row(
+            label if first else "",
+            m.provider,
+            _duration(m.timing.median),
+            _duration(m.timing.iqr),
+            *ratios,
+            f"{m.timing.median / here[CLONE]:.2f}",
+            f"{m.bandwidth / 1e9:.1f}",
+            f"{m.bandwidth / copy[_key(m)]:.0%}",
+            peak,
+        )
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms" if seconds < 1e-2 else f"{seconds * 1e3:.1f} ms"
+
+
+def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
+    """Over all cases of a combine: the geometric mean and the worst of how each fused backend
+    stands against the others. Against clone it is the time's multiple: less is better."""
+    medians = _medians(measurements)
+    several = len({m.cache for m in measurements}) > 1
+    table = Table(title="Over all shapes: geometric mean (worst shape)", title_justify="left")
+    for name in ("backend", "combine", "pass"):
+        table.add_column(name)
+    for name in (*(f"speed / {name}" for name in COMPETITORS), "time / clone"):
+        table.add_column(name, justify="right")
+    groups = dict.fromkeys((m.case.combine, m.direction, m.cache) for m in measurements)
+    for backend in fused:
+        for combine, direction, cache in groups:
+            rows = [
+                here
+                for (case, *key), here in medians.items()
+                if [case.combine, *key] == [combine, direction, cache] and backend in here
+            ]
+            cells = []
+            for name in _YARDSTICKS:
+                ratios = [here[name] / here[backend] for here in rows if name in here]
+                if name == CLONE:
+                    ratios = [1 / ratio for ratio in ratios]
+                worst: Callable = max if name == CLONE else min
+                cells.append(
+                    f"{statistics.geometric_mean(ratios):.2f} ({worst(ratios):.2f})"
+                    if ratios
+                    else ""
+                )
+            label = f"{direction}, {cache} L2" if several else direction
+            table.add_row(backend, combine, label, *cells)
+    console.print(table)
+
+
+def write_csv(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
+    """One row per measurement; seconds, bytes and ratios."""
+    medians, copy = _medians(measurements), _copy_bandwidth(measurements)
+    with path.open("w", newline="") as file:
+        writer = None
+        for m in measurements:
+            case, here = m.case, medians[_key(m)]
+            row = {
+                "shape": case.shape_name,
+                "dtype": case.dtype_name,
+                "layout": case.layout,
+                "reduction": case.reduction,
+                "combine": case.combine,
+                "pass": m.direction,
+                "cache": m.cache,
+                "provider": m.provider,
+                "median_s": f"{m.timing.median:.4e}",
+                "iqr_s": f"{m.timing.iqr:.4e}",
+                "rounds": m.timing.rounds,
+                "calls_per_round": m.timing.calls,
+                **{
+                    f"{name}_over_this": f"{here[name] / m.timing.median:.4g}"
+                    if name in here
+                    else ""
+                    for name in _YARDSTICKS
+                },
+                "x_bytes": case.x_bytes,
+                "least_bytes": m.least_bytes,
+                "bytes_per_s": f"{m.bandwidth:.4e}",
+                "of_copy_bandwidth": f"{m.bandwidth / copy[_key(m)]:.4g}",
+                "peak_bytes_beyond_x_y_dy_dx": "" if m.peak_bytes is None else m.peak_bytes,
+                **environment,
+            }
+            if writer is None:
+                writer = csv.DictWriter(file, row)
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def plot(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
+    """Bandwidth against the size of x: a panel for each pass and combine, a line per provider
+    through the geometric means over shapes of one size; the dots are the shapes."""
+    several = len({m.cache for m in measurements}) > 1
+    rows = list(dict.fromkeys((m.direction, m.cache) for m in measurements))
+    columns = list(dict.fromkeys(m.case.combine for m in measurements))
+    names = [n for n in dict.fromkeys(m.provider for m in measurements) if n != CLONE]
+    colors = dict(zip(names, _COLORS, strict=False))
+    figure, panels = pyplot.subplots(
+        len(rows),
+        len(columns),
+        figsize=(5.5 * len(columns) + 1.5, 3.6 * len(rows) + 0.6),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    for i, (direction, cache) in enumerate(rows):
+        for j, combine in enumerate(columns):
+            panel = panels[i, j]
+            here = [
+                m
+                for m in measurements
+                if (m.case.combine, m.direction, m.cache) == (combine, direction, cache)
+            ]
+            for name in (CLONE, *names):
+                style = {"color": colors.get(name, "0.4"), "ls": "--" if name == CLONE else "-"}
+                points = [(m.case.x_bytes / 2**20, m.bandwidth / 1e9) for m in here]
+                points = [p for p, m in zip(points, here, strict=True) if m.provider == name]
+                sizes = sorted({size for size, _ in points})
+                means = [statistics.geometric_mean(b for s, b in points if s == z) for z in sizes]
+                label = "copy (x.clone())" if name == CLONE else name
+                panel.plot(sizes, means, lw=1.8, label=label, **style)
+                panel.plot(*zip(*points, strict=True), ".", ms=5, color=style["color"])
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+            panel.set_title(f"{combine}, {direction}" + (f", {cache} L2" if several else ""))
+    for panel in panels[-1]:
+        panel.set_xlabel("size of x, MiB")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("least bytes over time, GB/s")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    case = measurements[0].case
+    title = f"scSE, {case.dtype_name}, {case.layout}\n{caption(environment)}"
+    figure.suptitle(title, fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,194 @@
+// channels_last maps: a position's channels lie side by side, vectors run along them. Positions
+// are taken kPositions at a time, so that per-channel values are loaded and stored once for all.
+// Included once per instruction set.
+
+template <typename T, Combine K>
+struct ChannelsLast {
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+  using F = Formula<A, K>;
+  static constexpr bool kChannel = K != Combine::spatial, kSpatial = K != Combine::channel;
+  static constexpr bool kConcat = K == Combine::concat;
+  static constexpr int kPositions = 4;
+  static constexpr int64_t kBlock = 16;  // positions whose channels stay in L1 for a second use
+
+  struct Strip {
+    int64_t n, index, begin, len;
+    Strip(const Problem<T>& p, int64_t n, int64_t index)
+        : n(n), index(index), begin(index * p.width), len(std::min(p.width, p.positions - begin)) {}
+    const T* x(const Problem<T>& p) const { return p.x + n * p.x_sample + begin * p.channels; }
+    const T* dy(const Problem<T>& p) const { return p.dy + n * p.dy_sample + begin * p.out_channels; }
+    int64_t row(const Problem<T>& p) const { return (n * p.strips + index) * p.channels; }
+  };
+
+  // Calls body.template operator()<P>(i) over [begin, end) in groups of P = kPositions, then 1.
+  template <typename F1, typename F4>
+  static SCSE_INLINE void groups(int64_t begin, int64_t end, const F4& four, const F1& one) {
+    int64_t i = begin;
+    for (; i + kPositions <= end; i += kPositions) four(i);
+    for (; i < end; ++i) one(i);
+  }
+
+  // Forward, first pass over a strip. Reads x; writes channel sums to `partial`, parks the gate.
+  static __attribute__((noinline)) void squeeze(const Problem<T>& p, int64_t n, int64_t index) {
+    const Strip strip(p, n, index);
+    alignas(64) A q[kStripBuffer];
+    A* partial = p.partial + strip.row(p);
+    if (kChannel) std::fill(partial, partial + p.channels, A(0));
+    const T* x = strip.x(p);
+    groups(0, strip.len, [&](int64_t i) { squeeze_positions<kPositions, kChannel>(p, x, i, q, partial); },
+           [&](int64_t i) { squeeze_positions<1, kChannel>(p, x, i, q, partial); });
+    if constexpr (kSpatial) {
+      std::fill(q + strip.len, q + strip.len + lanes<A>, A(0));
+      close_gate(q, q, strip.len);
+      park(p, n, strip.begin, strip.len, 0, q);
+    }
+  }
+
+  template <int P, bool kSum>
+  static SCSE_INLINE void squeeze_positions(const Problem<T>& p, const T* x, int64_t i, A* q,
+                                            A* partial) {
+    V dot[P] = {};
+    sweep<A>(p.channels, [&](int64_t c, auto extent) {
+      V sum = kSum ? load(partial + c, extent) : V{};
+      const V w = kSpatial ? load(p.ws + c, extent) : V{};
+      for (int k = 0; k < P; ++k) {
+        const V xv = load(x + (i + k) * p.channels + c, extent);
+        if (kSum) sum += xv;
+        if (kSpatial) dot[k] += w * xv;
+      }
+      if (kSum) store(partial + c, sum, extent);
+    });
+    for (int k = 0; kSpatial && k < P; ++k) q[i + k] = p.bs + sum_lanes<A>(dot[k]);
+  }
+
+  // Forward, second pass. Reads x (from cache) and the gates; writes y.
+  static __attribute__((noinline)) void apply(const Problem<T>& p, int64_t n, int64_t index) {
+    const Strip strip(p, n, index);
+    alignas(64) A s[kStripBuffer];
+    if (kSpatial) unpark(p, n, strip.begin, strip.len, 0, s);
+    const T* x = strip.x(p);
+    T* y = p.y + (n * p.positions + strip.begin) * p.out_channels;
+    const A* gate = p.channel_gate + n * p.channels;
+    for (int64_t i = 0; i < strip.len; ++i, x += p.channels, y += p.out_channels) {
+      const V sv = broadcast<A>(kSpatial ? s[i] : A(0));
+      sweep<A>(p.channels, [&](int64_t c, auto extent) {
+        const V xv = load(x + c, extent), cv = kChannel ? load(gate + c, extent) : V{};
+        if constexpr (kConcat) {
+          store(y + c, xv * cv, extent);
+          store(y + p.channels + c, xv * sv, extent);
+        } else {
+          store(y + c, F::value(xv, cv, sv), extent);
+        }
+      });
+    }
+  }
+
+  // Backward, first pass over a strip, a block of positions at a time. Reads x and dy, then x again
+  // (from L1); writes the strip's sums for the channel gate, ws and bs; parks the gate and dq.
+  static __attribute__((noinline)) void reduce(const Problem<T>& p, int64_t n, int64_t index) {
+    const Strip strip(p, n, index);
+    alignas(64) A q[kStripBuffer], s[kStripBuffer], t[kStripBuffer];
+    const T* x = strip.x(p);
+    const T* dy = strip.dy(p);
+    A* partial = p.partial + strip.row(p);
+    A* out = p.partial_ws + strip.row(p);
+    if (kChannel) std::fill(partial, partial + p.channels, A(0));
+    if (kSpatial && p.need_spatial) std::fill(out, out + p.channels, A(0));
+    const A* gate = p.channel_gate + n * p.channels;
+    A sum_dq = 0;
+    for (int64_t b = 0; b < strip.len; b += kBlock) {
+      const int64_t end = std::min(b + kBlock, strip.len);
+      if (kSpatial) {  // whole vectors are closed below
+        std::fill(q + end, q + end + lanes<A>, A(0));
+        std::fill(t + end, t + end + lanes<A>, A(0));
+      }
+      if constexpr (F::by_gates) {
+        groups(b, end, [&](int64_t i) { squeeze_positions<kPositions, false>(p, x, i, q, nullptr); },
+               [&](int64_t i) { squeeze_positions<1, false>(p, x, i, q, nullptr); });
+        close_gate(q + b, s + b, end - b);
+      }
+      groups(b, end, [&](int64_t i) { reduce_positions<kPositions>(p, x, dy, gate, i, q, s, t, partial); },
+             [&](int64_t i) { reduce_positions<1>(p, x, dy, gate, i, q, s, t, partial); });
+      if constexpr (kSpatial) {
+        if (!F::by_gates) close_gate(q + b, s + b, end - b);
+        sum_dq += close_gradient(t + b, s + b, end - b);
+        if (p.need_spatial) {
+          groups(b, end, [&](int64_t i) { weigh_positions<kPositions>(p, x, i, t, out); },
+                 [&](int64_t i) { weigh_positions<1>(p, x, i, t, out); });
+        }
+      }
+    }
+    if constexpr (kSpatial) {
+      p.partial_bs[n * p.strips + index] = sum_dq;
+      if (p.need_dx) {
+        park(p, n, strip.begin, strip.len, 0, s);
+        park(p, n, strip.begin, strip.len, 1, t);
+      }
+    }
+  }
+
+  template <int P>
+  static SCSE_INLINE void reduce_positions(const Problem<T>& p, const T* x, const T* dy,
+                                           const A* gate, int64_t i, A* q, const A* s, A* t,
+                                           A* partial) {
+    V dot[P] = {}, d_gate_s[P] = {};
+    sweep<A>(p.channels, [&](int64_t c, auto extent) {
+      V d_gate_c = kChannel ? load(partial + c, extent) : V{};
+      const V cv = kChannel ? load(gate + c, extent) : V{};
+      const V w = kSpatial ? load(p.ws + c, extent) : V{};
+      for (int k = 0; k < P; ++k) {
+        const T* dyk = dy + (i + k) * p.out_channels + c;
+        const V xv = load(x + (i + k) * p.channels + c, extent), dyv = load(dyk, extent);
+        const V dyv2 = kConcat ? load(dyk + p.channels, extent) : V{};
+        const V sv = F::by_gates ? broadcast<A>(s[i + k]) : V{};
+        const Shares<A> share = F::gradient(xv, dyv, dyv2, cv, sv);
+        if (kChannel) d_gate_c += share.c;
+        if (kSpatial) d_gate_s[k] += share.s;
+        if (kSpatial && !F::by_gates) dot[k] += w * xv;
+      }
+      if (kChannel) store(partial + c, d_gate_c, extent);
+    });
+    for (int k = 0; kSpatial && k < P; ++k) {
+      t[i + k] = sum_lanes<A>(d_gate_s[k]);
+      if (!F::by_gates) q[i + k] = p.bs + sum_lanes<A>(dot[k]);
+    }
+  }
+
+  template <int P>
+  static SCSE_INLINE void weigh_positions(const Problem<T>& p, const T* x, int64_t i, const A* dq,
+                                          A* out) {
+    sweep<A>(p.channels, [&](int64_t c, auto extent) {
+      V sum = load(out + c, extent);
+      for (int k = 0; k < P; ++k) sum += dq[i + k] * load(x + (i + k) * p.channels + c, extent);
+      store(out + c, sum, extent);
+    });
+  }
+
+  // Backward, second pass. Reads dy (and x, where the formula needs it) from cache; writes dx.
+  static __attribute__((noinline)) void apply_backward(const Problem<T>& p, int64_t n, int64_t index) {
+    const Strip strip(p, n, index);
+    alignas(64) A s[kStripBuffer], dq[kStripBuffer];
+    if (kSpatial) {
+      unpark(p, n, strip.begin, strip.len, 0, s);
+      unpark(p, n, strip.begin, strip.len, 1, dq);
+    }
+    const T* x = strip.x(p);
+    const T* dy = strip.dy(p);
+    T* dx = p.dx + (n * p.positions + strip.begin) * p.channels;
+    const A* gate = p.channel_gate + n * p.channels;
+    const A* mean = p.d_mean + n * p.channels;
+    for (int64_t i = 0; i < strip.len; ++i, x += p.channels, dy += p.out_channels, dx += p.channels) {
+      const V sv = broadcast<A>(kSpatial ? s[i] : A(0));
+      const A dqv = kSpatial ? dq[i] : A(0);
+      sweep<A>(p.channels, [&](int64_t c, auto extent) {
+        const V dyv2 = kConcat ? load(dy + p.channels + c, extent) : V{};
+        const V cv = kChannel ? load(gate + c, extent) : V{};
+        V d = F::direct(load(x + c, extent), load(dy + c, extent), dyv2, cv, sv);
+        if (kChannel) d += load(mean + c, extent);
+        if (kSpatial) d += dqv * load(p.ws + c, extent);
+        store(dx + c, d, extent);
+      });
+    }
+  }
+};

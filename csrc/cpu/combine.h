@@ -1,0 +1,88 @@
+// The combinations of the two branches, element by element: the one place with their formulas.
+// Included once per instruction set, after vec.h.
+//
+// value:      y from x, the channel gate c and the spatial gate s.
+// gradient:   shares of dy in dL/dc (summed over positions) and in dL/ds (summed over channels).
+// direct:     dL/dx with both gates held fixed.
+// by_gates:   whether `gradient` needs the gates, so the spatial gate must be known first.
+// For concat, dy is the gradient of the first half of y and dy2 that of the second.
+
+template <typename A>
+struct Shares {
+  Vec<A> c, s;
+};
+
+template <typename A, Combine K>
+struct Formula;
+
+template <typename A>
+struct Formula<A, Combine::add> {
+  using V = Vec<A>;
+  static constexpr bool by_gates = false;
+  static SCSE_INLINE V value(V x, V c, V s) { return x * (c + s); }
+  static SCSE_INLINE Shares<A> gradient(V x, V dy, V, V, V) { return {dy * x, dy * x}; }
+  static SCSE_INLINE V direct(V, V dy, V, V c, V s) { return dy * (c + s); }
+};
+
+template <typename A>
+struct Formula<A, Combine::max> {
+  using V = Vec<A>;
+  static constexpr bool by_gates = true;
+  // Both products, since a NaN in either must win.
+  static SCSE_INLINE V value(V x, V c, V s) {
+    const V a = x * c, b = x * s;
+    return (a > b) | (a != a) ? a : b;
+  }
+  // dy goes to the branch that won, half to each where they tie.
+  static SCSE_INLINE Shares<A> split(V x, V dy, V c, V s) {
+    const V lead = x * (c - s), zero{}, tied = dy * A(0.5);
+    return {lead > zero ? dy : (lead < zero ? zero : tied),
+            lead < zero ? dy : (lead > zero ? zero : tied)};
+  }
+  static SCSE_INLINE Shares<A> gradient(V x, V dy, V, V c, V s) {
+    const Shares<A> part = split(x, dy, c, s);
+    return {part.c * x, part.s * x};
+  }
+  static SCSE_INLINE V direct(V x, V dy, V, V c, V s) {
+    const Shares<A> part = split(x, dy, c, s);
+    return part.c * c + part.s * s;
+  }
+};
+
+template <typename A>
+struct Formula<A, Combine::mul> {
+  using V = Vec<A>;
+  static constexpr bool by_gates = true;
+  static SCSE_INLINE V value(V x, V c, V s) { return (x * c) * (x * s); }
+  static SCSE_INLINE Shares<A> gradient(V x, V dy, V, V c, V s) {
+    const V whole = dy * x;
+    return {whole * (x * s), whole * (x * c)};
+  }
+  static SCSE_INLINE V direct(V x, V dy, V, V c, V s) { return dy * (A(2) * (x * c) * s); }
+};
+
+template <typename A>
+struct Formula<A, Combine::concat> {  // value is that of one half at a time
+  using V = Vec<A>;
+  static constexpr bool by_gates = false;
+  static SCSE_INLINE Shares<A> gradient(V x, V dy, V dy2, V, V) { return {dy * x, dy2 * x}; }
+  static SCSE_INLINE V direct(V, V dy, V dy2, V c, V s) { return dy * c + dy2 * s; }
+};
+
+template <typename A>
+struct Formula<A, Combine::channel> {
+  using V = Vec<A>;
+  static constexpr bool by_gates = false;
+  static SCSE_INLINE V value(V x, V c, V) { return x * c; }
+  static SCSE_INLINE Shares<A> gradient(V x, V dy, V, V, V) { return {dy * x, V{}}; }
+  static SCSE_INLINE V direct(V, V dy, V, V c, V) { return dy * c; }
+};
+
+template <typename A>
+struct Formula<A, Combine::spatial> {
+  using V = Vec<A>;
+  static constexpr bool by_gates = false;
+  static SCSE_INLINE V value(V x, V, V s) { return x * s; }
+  static SCSE_INLINE Shares<A> gradient(V x, V dy, V, V, V) { return {V{}, dy * x}; }
+  static SCSE_INLINE V direct(V, V dy, V, V, V s) { return dy * s; }
+};

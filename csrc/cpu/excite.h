@@ -1,0 +1,116 @@
+// The channel excitation (two small dense layers), its backward, and the parameters' gradients.
+// Sums over strips and samples run in a fixed order, in double.
+// Included once per instruction set.
+
+template <typename A>
+inline void sum_rows(const A* rows, int64_t count, int64_t pitch, int64_t size, A scale, A* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    double sum = 0;
+    for (int64_t r = 0; r < count; ++r) sum += rows[r * pitch + i];
+    out[i] = static_cast<A>(sum * scale);
+  }
+}
+
+// out[r] = matrix[r, :] . v + bias[r], four rows at a time.
+template <typename A>
+inline void matvec(const A* matrix, const A* v, const A* bias, int64_t rows, int64_t columns, A* out) {
+  const auto some = [&](int64_t r, auto count) {
+    constexpr int R = decltype(count)::value;
+    Vec<A> sum[R] = {};
+    sweep<A>(columns, [&](int64_t i, auto extent) {
+      const Vec<A> vi = load(v + i, extent);
+      for (int k = 0; k < R; ++k) sum[k] += vi * load(matrix + (r + k) * columns + i, extent);
+    });
+    for (int k = 0; k < R; ++k) out[r + k] = sum_lanes<A>(sum[k]) + (bias ? bias[r + k] : A(0));
+  };
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) some(r, std::integral_constant<int, 4>{});
+  for (; r < rows; ++r) some(r, std::integral_constant<int, 1>{});
+}
+
+// out[i] = scale * sum_r v[r] * matrix[r, i], four rows at a time.
+template <typename A>
+inline void matvec_transposed(const A* matrix, const A* v, int64_t rows, int64_t columns, A scale,
+                              A* out) {
+  sweep<A>(columns, [&](int64_t i, auto extent) {
+    Vec<A> sum[4] = {};
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      for (int k = 0; k < 4; ++k) sum[k] += v[r + k] * load(matrix + (r + k) * columns + i, extent);
+    }
+    for (; r < rows; ++r) sum[0] += v[r] * load(matrix + r * columns + i, extent);
+    store(out + i, scale * ((sum[0] + sum[1]) + (sum[2] + sum[3])), extent);
+  });
+}
+
+// pooled, hidden and channel_gate of sample n, from the strips' channel sums.
+template <typename T>
+inline void excite(const Problem<T>& p, int64_t n) {
+  using A = Accumulator<T>;
+  const int64_t C = p.channels, Cr = p.hidden_channels;
+  A *pooled = p.pooled + n * C, *hidden = p.hidden + n * Cr, *gate = p.channel_gate + n * C;
+  sum_rows<A>(p.partial + n * p.strips * C, p.strips, C, C, A(1) / p.positions, pooled);
+  matvec<A>(p.w1, pooled, p.b1, Cr, C, hidden);
+  for (int64_t j = 0; j < Cr; ++j) hidden[j] = hidden[j] < 0 ? A(0) : hidden[j];  // NaN stays
+  matvec<A>(p.w2, hidden, p.b2, C, Cr, gate);
+  sweep<A>(C, [&](int64_t c, auto extent) {
+    store(gate + c, sigmoid<A>(load(gate + c, extent)), extent);
+  });
+}
+
+// d_excited, d_hidden and d_mean of sample n, from the strips' sums for the channel gate.
+template <typename T>
+inline void excite_backward(const Problem<T>& p, int64_t n) {
+  using A = Accumulator<T>;
+  const int64_t C = p.channels, Cr = p.hidden_channels;
+  const A *hidden = p.hidden + n * Cr, *gate = p.channel_gate + n * C;
+  A *d_excited = p.d_excited + n * C, *d_hidden = p.d_hidden + n * Cr;
+  sum_rows<A>(p.partial + n * p.strips * C, p.strips, C, C, A(1), d_excited);
+  for (int64_t c = 0; c < C; ++c) d_excited[c] *= gate[c] * (1 - gate[c]);
+  matvec_transposed<A>(p.w2, d_excited, C, Cr, A(1), d_hidden);
+  for (int64_t j = 0; j < Cr; ++j) d_hidden[j] = hidden[j] <= 0 ? A(0) : d_hidden[j];
+  if (p.need_dx) matvec_transposed<A>(p.w1, d_hidden, Cr, C, A(1) / p.positions, p.d_mean + n * C);
+}
+
+// out[r, :] = sum_n left[n, r] * right[n, :] for the rows of [begin, end): a dense layer's weight
+// gradient.
+template <typename A>
+inline void outer_sum(const A* left, const A* right, int64_t samples, int64_t rows, int64_t columns,
+                      int64_t begin, int64_t end, A* out) {
+  const auto some = [&](int64_t r, auto count) {
+    constexpr int R = decltype(count)::value;
+    sweep<A>(columns, [&](int64_t i, auto extent) {
+      Vec<A> sum[R] = {};
+      for (int64_t n = 0; n < samples; ++n) {
+        const Vec<A> v = load(right + n * columns + i, extent);
+        for (int k = 0; k < R; ++k) sum[k] += left[n * rows + r + k] * v;
+      }
+      for (int k = 0; k < R; ++k) store(out + (r + k) * columns + i, sum[k], extent);
+    });
+  };
+  int64_t r = begin;
+  for (; r + 4 <= end; r += 4) some(r, std::integral_constant<int, 4>{});
+  for (; r < end; ++r) some(r, std::integral_constant<int, 1>{});
+}
+
+// The parameters' gradients, once every sample is reduced.
+template <typename T>
+inline void parameter_gradients(const Problem<T>& p) {
+  using A = Accumulator<T>;
+  const int64_t N = p.samples, C = p.channels, Cr = p.hidden_channels;
+  if (p.need_spatial) {
+    sum_rows<A>(p.partial_ws, N * p.strips, C, C, A(1), p.dws);
+    if (p.dbs) sum_rows<A>(p.partial_bs, N * p.strips, 1, 1, A(1), p.dbs);
+  }
+  if (p.need_channel) {
+    const int64_t grain = std::max<int64_t>(1, (1 << 18) / (N * C + 1));  // rows worth a thread
+    p.over(Cr, grain, [&](int64_t begin, int64_t end) {
+      outer_sum<A>(p.d_hidden, p.pooled, N, Cr, C, begin, end, p.dw1);
+    });
+    p.over(C, std::max<int64_t>(1, (1 << 18) / (N * Cr + 1)), [&](int64_t begin, int64_t end) {
+      outer_sum<A>(p.d_excited, p.hidden, N, C, Cr, begin, end, p.dw2);
+    });
+    if (p.db1) sum_rows<A>(p.d_hidden, N, Cr, Cr, A(1), p.db1);
+    if (p.db2) sum_rows<A>(p.d_excited, N, C, C, A(1), p.db2);
+  }
+}

@@ -1,0 +1,21 @@
+#if defined(__x86_64__)
+#include <algorithm>
+#include <type_traits>
+
+#include "problem.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#define SCSE_ISA avx2
+#define SCSE_VECTOR_BYTES 32
+#define SCSE_HALF_256
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,120 @@
+// What one call works on. Plain data, shared by the operators (ops.cpp) and by the kernels, which
+// are compiled once per instruction set and know nothing of torch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace scse {
+
+// Storage of the half types; arithmetic happens in float, see vec.h.
+struct half {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// The type in which sums are formed and small tensors are kept.
+template <typename T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+// The first four are the codes of scse_kernels.ops.COMBINE; then the branches alone.
+enum class Combine { add, max, mul, concat, channel, spatial };
+
+// torch's thread pool: splits [begin, end) into one range per thread.
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain,
+                             void (*body)(int64_t, int64_t, void*), void* context);
+
+// A map is processed in strips of at most this many positions; per-position sums of a strip live
+// on the stack.
+constexpr int64_t kMaxStrip = 4096;
+
+constexpr int64_t kStripBuffer = kMaxStrip + 64;  // room for whole vectors
+
+// A strip of x and its share of dy should stay in a core's L2 cache for their second use, rows of
+// a strip should be long enough for the prefetcher, and a map needs some strips to be shared
+// between threads. Depends on the map alone, so that results don't depend on threads or batch.
+inline int64_t strip_width(int64_t channels, int64_t positions, int64_t element_size) {
+  const int64_t cached = (int64_t{512} << 10) / (channels * element_size);
+  const int64_t width = std::clamp<int64_t>(std::min(cached, positions / 4), 256, kMaxStrip);
+  return width / 64 * 64;
+}
+
+template <typename T>
+struct Problem {
+  using A = Accumulator<T>;
+
+  int64_t samples, channels, hidden_channels, positions;
+  Combine combine;
+  bool channels_last;
+  int64_t width, strips;  // positions per strip, strips per sample
+
+  // Feature maps: [N, C, S] or [N, S, C]; y and dy hold 2 * C channels for concat. Rows of a
+  // sample are dense, samples may lie further apart in the inputs.
+  const T* x;
+  const T* dy;
+  T* y;
+  T* dx;
+  int64_t x_sample, dy_sample;  // elements from one sample to the next
+  int64_t out_channels;         // channels of y and dy
+
+  // Parameters, as Accumulator<T>; null where absent.
+  const A *w1, *b1, *w2, *b2, *ws;
+  A bs;
+
+  // [N, C], [N, Cr], [N, C]; outputs of the forward, inputs of the backward.
+  A *pooled, *hidden, *channel_gate;
+
+  // Per-position values (forward: the spatial gate; backward: the gate and dq) wait between the
+  // two passes over a sample inside the map that the second pass is about to write, so they cost
+  // no memory. Where a sample is too thin for them they wait in a buffer of their own.
+  T* parking;
+  int64_t parking_sample;   // elements from one sample to the next
+  int64_t parking_channels; // row pitch of [S, channels] maps
+
+  A* partial;    // [N, strips, C]: sums of x, or of the channel gate's gradient
+  A* partial_ws; // [N, strips, C]: sums of dq * x
+  A* partial_bs; // [N, strips]: sums of dq
+  A* d_excited;  // [N, C]: gradient before the second sigmoid
+  A* d_hidden;   // [N, Cr]: gradient before the ReLU
+  A* d_mean;     // [N, C]: gradient of the pooled value, divided by S
+  A *dw1, *db1, *dw2, *db2, *dws, *dbs;
+  bool need_dx, need_channel, need_spatial;
+
+  int64_t threads;
+  ParallelFor parallel_for;
+
+  // Runs body(begin, end) on the threads, at least `grain` items to each.
+  template <typename Body>
+  void over(int64_t count, int64_t grain, const Body& body) const {
+    if (count <= grain || threads == 1) {
+      if (count > 0) body(0, count);
+      return;
+    }
+    const auto call = [](int64_t begin, int64_t end, void* context) {
+      (*static_cast<const Body*>(context))(begin, end);
+    };
+    parallel_for(0, count, grain, call, const_cast<Body*>(&body));
+  }
+
+  bool has_channel() const { return combine != Combine::spatial; }
+  bool has_spatial() const { return combine != Combine::channel; }
+};
+
+// The kernels for one instruction set and one element type.
+template <typename T>
+struct Kernels {
+  void (*forward)(const Problem<T>&);
+  void (*backward)(const Problem<T>&);
+};
+
+}  // namespace scse

@@ -1,0 +1,82 @@
+// The order of work: which thread does which strip of which sample when.
+// Included once per instruction set.
+//
+// A sample's second pass follows its first while the sample is still in cache, and runs backwards,
+// so that it begins with what was touched last. Each thread takes whole samples; those that are
+// left over when the threads don't divide the batch are shared strip by strip. Either way a strip is
+// computed by the same code and sums are added in the same order, so threads don't change results.
+
+// first(n, strip) for all strips of a sample, then between(n), then second(n, strip).
+template <typename T, typename First, typename Between, typename Second>
+inline void by_sample(const Problem<T>& p, const First& first, const Between& between,
+                      const Second& second) {
+  const int64_t worth = 1 << 15;  // elements for which another thread pays
+  const int64_t per_strip = std::max<int64_t>(1, worth / (p.channels * std::min(p.width, p.positions)));
+  const int64_t per_sample = std::max<int64_t>(1, worth / (p.channels * p.positions));
+  if (!p.has_channel()) {  // nothing crosses strips
+    p.over(p.samples * p.strips, per_strip, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        first(i / p.strips, i % p.strips);
+        second(i / p.strips, i % p.strips);
+      }
+    });
+    return;
+  }
+  const int64_t whole = p.samples - p.samples % p.threads;
+  p.over(whole, per_sample, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t i = 0; i < p.strips; ++i) first(n, i);
+      between(n);
+      for (int64_t i = p.strips - 1; i >= 0; --i) second(n, i);
+    }
+  });
+  const int64_t shared = (p.samples - whole) * p.strips;
+  p.over(shared, per_strip, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) first(whole + i / p.strips, i % p.strips);
+  });
+  p.over(p.samples - whole, per_sample, [&](int64_t begin, int64_t end) {
+    for (int64_t n = whole + begin; n < whole + end; ++n) between(n);
+  });
+  p.over(shared, per_strip, [&](int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i) second(whole + i / p.strips, i % p.strips);
+  });
+}
+
+template <typename T, typename Maps>
+inline void forward(const Problem<T>& p) {
+  by_sample(
+      p, [&](int64_t n, int64_t i) { Maps::squeeze(p, n, i); }, [&](int64_t n) { excite(p, n); },
+      [&](int64_t n, int64_t i) { Maps::apply(p, n, i); });
+}
+
+template <typename T, typename Maps>
+inline void backward(const Problem<T>& p) {
+  by_sample(
+      p, [&](int64_t n, int64_t i) { Maps::reduce(p, n, i); },
+      [&](int64_t n) {
+        if (p.need_dx || p.need_channel) excite_backward(p, n);
+      },
+      [&](int64_t n, int64_t i) {
+        if (p.need_dx) Maps::apply_backward(p, n, i);
+      });
+  parameter_gradients(p);
+}
+
+// From run-time values to the code compiled for them.
+template <typename T, Combine K, bool kForward>
+inline void run_combine(const Problem<T>& p) {
+  if (p.channels_last) return kForward ? forward<T, ChannelsLast<T, K>>(p) : backward<T, ChannelsLast<T, K>>(p);
+  return kForward ? forward<T, Planes<T, K>>(p) : backward<T, Planes<T, K>>(p);
+}
+
+template <typename T, bool kForward>
+inline void run(const Problem<T>& p) {
+  switch (p.combine) {
+    case Combine::add: return run_combine<T, Combine::add, kForward>(p);
+    case Combine::max: return run_combine<T, Combine::max, kForward>(p);
+    case Combine::mul: return run_combine<T, Combine::mul, kForward>(p);
+    case Combine::concat: return run_combine<T, Combine::concat, kForward>(p);
+    case Combine::channel: return run_combine<T, Combine::channel, kForward>(p);
+    case Combine::spatial: return run_combine<T, Combine::spatial, kForward>(p);
+  }
+}

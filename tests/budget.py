@@ -1,0 +1,260 @@
+"""Random scSE problems, their answer in float64, and how far from it an answer may be.
+
+The answer comes from the formulas of the article, written here a second time, so that the package's
+own reference is on trial like every other backend. An error, of the output or of any gradient, may
+be the sum of
+
+- four times the error of the plain module that people have today, computed in x's dtype;
+- what moving x and dy by four random roundings of that dtype changes in the answer;
+- four roundings of the largest magnitude.
+
+For y and dx each sample's each channel has a budget of its own, since their magnitudes differ by
+decades; a parameter's gradient has one.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import scse_kernels
+
+COMBINES = ("add", "max", "mul", "concat")
+#: the branches that are present and how they are combined
+VARIANTS = ("cse", "sse", *COMBINES)
+NAMES = ("x", "w1", "b1", "w2", "b2", "ws", "bs")
+ROUNDINGS = 4
+DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """x, the parameters (None: absent) and dy of one call, on the CPU."""
+
+    variant: str
+    x: Tensor
+    parameters: tuple[Tensor | None, ...]
+    dy: Tensor
+
+    def arranged(self, x=None, dy=None) -> "Case":
+        """The same values in other strides (functions Tensor -> Tensor)."""
+        return replace(self, x=x(self.x) if x else self.x, dy=dy(self.dy) if dy else self.dy)
+
+
+def spread(shape, generator, decades=2.5, largest=3.0) -> Tensor:
+    """Random float64 values; each sample's each channel has a magnitude and a mean of its own."""
+    per_channel = (*shape[:2], *(1 for _ in shape[2:]))
+    magnitude = largest * 10 ** (-decades * torch.rand(per_channel, generator=generator).double())
+    mean = torch.randn(per_channel, generator=generator).double().clamp(-2, 2)
+    return magnitude * (0.7 * torch.randn(shape, generator=generator).double() + 0.5 * mean)
+
+
+def make_parameters(
+    channels,
+    reduction,
+    variant="add",
+    dtype=torch.float32,
+    biases=True,
+    trailing=0,
+    generator=None,
+) -> tuple[Tensor | None, ...]:
+    """w1, b1, w2, b2, ws, bs; `trailing` axes of size one follow the weights' own."""
+    hidden = max(1, channels // reduction)
+    g = generator or torch.Generator().manual_seed(channels)
+
+    def normal(*shape, scale, mean=0.0):
+        return (mean + scale * torch.randn(shape, generator=g)).to(dtype)
+
+    ones = (1,) * trailing
+    w1 = normal(hidden, channels, *ones, scale=2 * channels**-0.5)
+    b1 = normal(hidden, scale=0.5, mean=0.3)
+    w2 = normal(channels, hidden, *ones, scale=1.5 * hidden**-0.5)
+    b2 = normal(channels, scale=0.5)
+    ws = normal(*((1, channels, *ones) if trailing else (channels,)), scale=channels**-0.5)
+    bs = normal(1, scale=0.5)
+    if not biases:
+        b1 = b2 = bs = None
+    if variant == "cse":
+        ws = bs = None
+    if variant == "sse":
+        w1 = b1 = w2 = b2 = None
+    return w1, b1, w2, b2, ws, bs
+
+
+def make_case(
+    shape,
+    variant="add",
+    dtype=torch.float32,
+    reduction=2,
+    biases=True,
+    trailing=0,
+    parameter_dtype=None,
+    seed=0,
+) -> Case:
+    g = torch.Generator().manual_seed(seed + sum(p * s for p, s in zip((7, 5, 3, 2, 1), shape)))
+    y_shape = (shape[0], shape[1] * (1 + (variant == "concat")), *shape[2:])
+    return Case(
+        variant,
+        spread(shape, g).to(dtype),
+        make_parameters(
+            shape[1], reduction, variant, parameter_dtype or dtype, biases, trailing, generator=g
+        ),
+        spread(y_shape, g, largest=1.0).to(dtype),
+    )
+
+
+def call(variant, x, w1, b1, w2, b2, ws, bs, backend="auto") -> Tensor:
+    """The package's function for `variant`."""
+    if variant == "cse":
+        return scse_kernels.cse(x, w1, b1, w2, b2, backend=backend)
+    if variant == "sse":
+        return scse_kernels.sse(x, ws, bs, backend=backend)
+    return scse_kernels.scse(x, w1, b1, w2, b2, ws, bs, combine=variant, backend=backend)
+
+
+def _combined(variant, by_channel, by_position):
+    match variant:
+        case "cse":
+            return by_channel
+        case "sse":
+            return by_position
+        case "add":
+            return by_channel + by_position
+        case "max":
+            return torch.maximum(by_channel, by_position)
+        case "mul":
+            return by_channel * by_position
+        case "concat":
+            return torch.cat([by_channel, by_position], 1)
+
+
+def formulas(variant, x, w1, b1, w2, b2, ws, bs) -> Tensor:
+    """scSE as the article writes it, in the dtype of its arguments."""
+    flat = x.reshape(*x.shape[:2], -1)
+    by_channel = by_position = None
+    if w1 is not None:
+        pooled = flat.sum(2) / flat.shape[2]
+        hidden = (w1.reshape(w1.shape[:2]) * pooled[:, None]).sum(2)
+        hidden = (hidden if b1 is None else hidden + b1).clamp(min=0)
+        excited = (w2.reshape(w2.shape[:2]) * hidden[:, None]).sum(2)
+        gate = torch.sigmoid(excited if b2 is None else excited + b2)
+        by_channel = (flat * gate[:, :, None]).reshape(x.shape)
+    if ws is not None:
+        squeezed = (flat * ws.reshape(1, -1, 1)).sum(1, keepdim=True)
+        gate = torch.sigmoid(squeezed if bs is None else squeezed + bs)
+        by_position = (flat * gate).reshape(x.shape)
+    return _combined(variant, by_channel, by_position)
+
+
+def plain_module(variant, x, w1, b1, w2, b2, ws, bs) -> Tensor:
+    """What an eager module does today: pooling, linear layers, a 1x1 convolution, products."""
+    w1, b1, w2, b2, ws, bs = (
+        None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2, ws, bs)
+    )
+    axes = x.dim() - 2
+    by_channel = by_position = None
+    if w1 is not None:
+        pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[axes - 1]
+        hidden = torch.relu(F.linear(pool(x, 1).flatten(1), w1.flatten(1), b1))
+        gate = torch.sigmoid(F.linear(hidden, w2.flatten(1), b2))
+        by_channel = x * gate.reshape(*gate.shape, *(1,) * axes)
+    if ws is not None:
+        conv = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+        squeezed = conv(x, ws.reshape(1, -1, *(1,) * axes), None if bs is None else bs.flatten())
+        by_position = x * torch.sigmoid(squeezed)
+    return _combined(variant, by_channel, by_position)
+
+
+def output_and_gradients(function, case: Case, device="cpu") -> dict[str, Tensor]:
+    """y and d<name> for each argument that is there; asserts that no argument was changed."""
+    arguments = {
+        name: None if t is None else t.detach().to(device).requires_grad_()
+        for name, t in zip(NAMES, (case.x, *case.parameters), strict=True)
+    }
+    dy = case.dy.to(device)
+    present = {name: t for name, t in arguments.items() if t is not None}
+    y = function(case.variant, **arguments)
+    gradients = torch.autograd.grad(y, list(present.values()), dy)
+    for name, t, before in zip(NAMES, arguments.values(), (case.x, *case.parameters), strict=True):
+        assert t is None or same_bits(t, before), f"{name} was changed"
+    assert same_bits(dy, case.dy), "dy was changed"
+    results = {"y": y.detach()}
+    results.update({f"d{name}": g for name, g in zip(present, gradients, strict=True)})
+    return results
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal values, dtype and shape, a NaN being equal to itself."""
+    return a.dtype == b.dtype and torch.equal(a.nan_to_num(7.25).cpu(), b.nan_to_num(7.25).cpu())
+
+
+def _in_float64(case: Case) -> Case:
+    parameters = tuple(None if p is None else p.double() for p in case.parameters)
+    return Case(case.variant, case.x.double(), parameters, case.dy.double())
+
+
+def answer(case: Case) -> dict[str, Tensor]:
+    """The float64 answer."""
+    return output_and_gradients(formulas, _in_float64(case))
+
+
+def _largest(name: str, t: Tensor) -> Tensor:
+    """Largest magnitude, [N, C, 1, ...] for a feature map and one number for a parameter."""
+    axes = tuple(range(2, t.dim())) if name in ("y", "dx") else tuple(range(t.dim()))
+    return t.abs().amax(axes, keepdim=True) if axes else t.abs()
+
+
+def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The largest error allowed in y and in each gradient."""
+    exact = _in_float64(case)
+    rounding = torch.finfo(case.x.dtype).eps / 2
+    # as contiguous tensors: a library's slow path for odd strides has errors of its own
+    plain = output_and_gradients(
+        plain_module, case.arranged(torch.Tensor.contiguous, torch.Tensor.contiguous)
+    )
+    budget = {
+        name: 4 * _largest(name, plain[name].double() - t)
+        # below the smallest normal number roundings stop getting smaller
+        + ROUNDINGS * rounding * _largest(name, t).clamp(min=torch.finfo(plain[name].dtype).tiny)
+        for name, t in truth.items()
+    }
+    g = torch.Generator().manual_seed(0)
+    moved = {name: torch.zeros_like(b) for name, b in budget.items()}
+    for _ in range(DRAWS):
+
+        def move(t):
+            sign = torch.randint(0, 2, t.shape, generator=g).double() * 2 - 1
+            return t * (1 + ROUNDINGS * rounding * sign)
+
+        for name, t in output_and_gradients(formulas, exact.arranged(move, move)).items():
+            moved[name] = torch.maximum(moved[name], _largest(name, t - truth[name]))
+    for name in budget:
+        budget[name] += moved[name]
+        # a gradient in a coarser dtype than x's is rounded once to that
+        budget[name] += torch.finfo(plain[name].dtype).eps / 2 * _largest(name, truth[name])
+        assert budget[name].isfinite().all(), f"the plain module's {name} is not finite"
+    return budget
+
+
+def check(case: Case, target) -> dict[str, Tensor]:
+    """Assert that a backend's y and gradients are within budget; returns them."""
+
+    def function(variant, *args, **kwargs):
+        return call(variant, *args, **kwargs, backend=target.backend)
+
+    got = output_and_gradients(function, case, target.device)
+    truth = answer(case)
+    budget = allowances(case, truth)
+    assert got.keys() == truth.keys()
+    assert got["y"].dtype == got["dx"].dtype == case.x.dtype
+    for name, t in zip(NAMES[1:], case.parameters, strict=True):
+        if t is not None:
+            assert got[f"d{name}"].dtype == t.dtype, f"d{name} has {got[f'd{name}'].dtype}"
+    for name, expected in truth.items():
+        assert got[name].shape == expected.shape, f"{name} has shape {tuple(got[name].shape)}"
+        error = _largest(name, got[name].cpu().double() - expected)
+        ratio = (error / budget[name]).nan_to_num(0.0 if expected.eq(0).all() else torch.inf)
+        ratio[error == 0] = 0
+        assert ratio.max() <= 1, f"{name}: error is {ratio.max():.3g} times what is allowed"
+    return got

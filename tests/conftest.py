@@ -1,0 +1,58 @@
+"""Fixtures: the usable backends on the devices that are here, and poisoned memory."""
+
+import os
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow others
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from scse_kernels import ops  # noqa: E402
+from scse_kernels.functional import why_not  # noqa: E402
+
+
+class Target(NamedTuple):
+    """A backend and the device on which a test runs it."""
+
+    backend: str
+    device: str
+
+
+def _targets(backends):
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return [
+        pytest.param(Target(backend, device), id=f"{backend}-{device}")
+        for device in devices
+        for backend in backends
+        if why_not(backend, torch.device(device)) is None
+    ]
+
+
+@pytest.fixture(params=_targets(("eager", *ops.BACKENDS)))
+def target(request):
+    """Every usable backend, `eager` among them."""
+    return request.param
+
+
+@pytest.fixture(params=_targets(ops.BACKENDS))
+def fused(request):
+    """Every usable backend with kernels of its own."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill memory that torch.empty hands out with NaN, so that what no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads; the number is put back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
