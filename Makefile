@@ -9,50 +9,50 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/pip --disable-pip-version-check install
 # Everything after torch is installed under this, so that no requirement replaces it.
 CONSTRAINTS := $(VENV)/constraints.txt
 # Stamps of what is installed; torch's is named after the pair, which can change from call to call.
 PAIR := $(VENV)/pair-$(shell echo '$(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
-INSTALLED := $(VENV)/installed
-# The package once more, without kernels and as its wheel is; each in a folder to put on the path.
+TOOLS := $(VENV)/tools
+KERNELS := $(VENV)/kernels
+# The package as a wheel: without kernels in an environment of its own, and as it is given away.
 PURE := $(VENV)/pure
 WHEEL := $(VENV)/wheel
-
-NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-PYTHON_SOURCES := $(shell find scse_kernels -name '*.py')
 
 # Busy-waiting threads of two processes slow each other tenfold on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: test lint test-pure test-wheel bench wheel clean
 .DELETE_ON_ERROR:
+# Two of the steps build the package in the same folder.
+.NOTPARALLEL:
 
-test: lint test-pure $(INSTALLED)
+test: lint test-pure $(KERNELS)
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED)
+lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 # From tests/, since in the checkout's own folder `import scse_kernels` finds the checkout.
 test-pure: $(PURE)
-	cd tests && PYTHONPATH=../$(PURE) SCSE_TEST_PURE_PYTHON=1 ../$(BIN)/python -m pytest -q
+	cd tests && SCSE_TEST_PURE_PYTHON=1 ../$(PURE)/bin/python -m pytest -q
 
-# The wheel that was built from the sdist, in a folder of its own.
+# Built from the sdist, so that it shows what the sdist lacks.
 test-wheel: wheel
 	rm -rf $(WHEEL)
-	$(PIP) --no-deps --target $(WHEEL) dist/*.whl
+	$(PIP) --quiet --no-deps --target $(WHEEL) dist/*.whl
 	cd tests && PYTHONPATH=../$(WHEEL) ../$(BIN)/python -m scse_kernels
 
-bench: $(INSTALLED)
+bench: $(KERNELS)
 	$(BIN)/python -m scse_kernels
 	$(BIN)/python -m bench ops --quick
 	$(BIN)/python -m bench mri
 
-wheel: $(INSTALLED)
+wheel: $(TOOLS)
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+	SCSE_BUILD=cpu $(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info scse_kernels/*.so
@@ -66,12 +66,21 @@ $(PAIR): | $(BIN)/python
 	$(BIN)/pip freeze | grep -E '^(torch|triton)==' > $(CONSTRAINTS)
 	touch $@
 
-# Editable: the benchmarks and the tests run in the checkout, and edits of Python files count at once.
-$(INSTALLED): $(PAIR) $(NATIVE_SOURCES)
-	SCSE_BUILD=cpu $(PIP) --no-build-isolation -c $(CONSTRAINTS) -e ".[bench,dev]"
+# Editable, since benchmarks and tests run in the checkout.
+$(TOOLS): $(PAIR) pyproject.toml
+	SCSE_BUILD=none $(PIP) --quiet --no-build-isolation -c $(CONSTRAINTS) -e ".[bench,dev]"
 	touch $@
 
-$(PURE): $(INSTALLED) $(PYTHON_SOURCES)
+# Not by way of pip, which would compile every file again after each edit.
+$(KERNELS): $(TOOLS) setup.py $(shell find csrc -type f)
+	SCSE_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# It shares the packages of .venv by a path file: through that the editable install isn't seen.
+$(PURE): $(TOOLS) setup.py $(shell find scse_kernels -name '*.py')
 	rm -rf $@ build/lib
-	SCSE_BUILD=none $(PIP) --no-build-isolation --no-deps --target $@ .
+	$(BIN)/python -m venv --without-pip $@
+	site=$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$site/venv.pth && \
+	SCSE_BUILD=none $(PIP) --quiet --no-build-isolation --no-deps --target $$site .
 	touch $@

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import mri, ops
+from . import mri, ops, options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,7 +25,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s"
         )
-        sub.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+        sub.add_argument(
+            "--threads", type=options.positive, help="CPU threads (default: torch's own choice)"
+        )
         sub.add_argument(
             "--output", type=Path, default=Path("results"), help="folder for files (%(default)s)"
         )
@@ -41,9 +43,9 @@ def main() -> int:
         parser.print_help()
         return 0
     args.device = torch.device(args.device)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
     if args.threads is not None:
-        if args.threads < 1:
-            parser.error("--threads must be at least 1")
         torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     return args.run(args)

@@ -77,7 +77,7 @@ class Case:
         x, dy = (self._place(normal(*shape) + 0.5) for shape in (self.shape, shape_of_y))
         parameters = [
             normal(hidden, channels) / channels**0.5,
-            normal(hidden),
+            normal(hidden).abs() + 1,  # few hidden channels, or the only one, should not be dead
             normal(channels, hidden) / hidden**0.5,
             normal(channels),
             normal(channels) / channels**0.5,

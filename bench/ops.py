@@ -22,12 +22,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from scse_kernels import reference
 
-from . import memory, providers, report, timing
+from . import memory, options, providers, report, timing
 from .cases import SHAPES, Case, Inputs
 from .report import Measurement
 
@@ -42,23 +41,14 @@ _TOLERANCE = {
 }
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    shape = tuple(int(size) for size in text.split("x"))
-    if not 3 <= len(shape) <= 5 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected NxCx and one to three spatial sizes")
-    return shape
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return int(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench ops`."""
     parser.add_argument(
-        "--shape", type=_shape, nargs="+", default=SHAPES, help="such as 8x64x64x64 1x32x48x48x48"
+        "--shape",
+        type=options.shape,
+        nargs="+",
+        default=SHAPES,
+        help="such as 8x64x64x64 1x32x48x48x48",
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="%(default)s")
     parser.add_argument(
@@ -67,12 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="contiguous",
         help="%(default)s",
     )
-    parser.add_argument("--reduction", type=_positive, nargs="+", help="default: 16 2")
+    parser.add_argument("--reduction", type=options.positive, nargs="+", help="default: 16 2")
     parser.add_argument(
         "--combine", nargs="+", choices=("add", "max", "mul", "concat"), help="default: add max"
     )
     parser.add_argument("--providers", nargs="+", help="default: all that can run")
-    parser.add_argument("--rounds", type=_positive, help="default: 15")
+    parser.add_argument("--rounds", type=options.positive, help="default: 15")
     parser.add_argument(
         "--quick", action="store_true", help="unless given: reduction 16, add, 7 rounds"
     )
@@ -89,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if name not in (*known, "reference"):
             reason = providers.missing(args.device).get(name, f"known: {', '.join(known)}")
             raise SystemExit(f"provider {name}: {reason}")
-    chosen = [name for name in dict.fromkeys(chosen)]
+    chosen = list(dict.fromkeys(chosen))
     fused = [name for name in chosen if name not in providers.COMPETITORS]
     reductions = args.reduction or ([16] if args.quick else [16, 2])
     combines = args.combine or (["add"] if args.quick else ["add", "max"])
@@ -107,15 +97,10 @@ def run(args: argparse.Namespace) -> int:
 
     environment = report.environment(args.device)
     report.print_header(environment, providers.missing(args.device))
+    report.console.print(report.LEGEND)
     measurements: list[Measurement] = []
     wrong = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=report.console, transient=True) as progress:
+    with report.progress() as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
 
@@ -232,7 +217,7 @@ def _disagreement(
     got = [y, inputs.x.grad, *(p.grad for p in module.parameters())]
     names = ("y", "dx", "dw1", "db1", "dw2", "db2", "dws", "dbs")
     for name, actual, right in zip(names, got, expected, strict=True):
-        error = (actual.double().view_as(right) - right).abs().max() / right.abs().max()
-        if not error <= _TOLERANCE[case.dtype]:  # NaN is an error, too
-            return f"{name} is off by {error:.1e} of its largest magnitude"
+        error, largest = (actual.double().view_as(right) - right).abs().max(), right.abs().max()
+        if not error <= _TOLERANCE[case.dtype] * largest:  # NaN is an error, too
+            return f"{name} is off by {error:.1e}, its largest magnitude is {largest:.1e}"
     return None

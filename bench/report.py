@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
+from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import scse_kernels
@@ -21,12 +24,9 @@ from .cases import Case
 from .providers import CLONE, COMPETITORS
 from .timing import Timing
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the backend that needs no display)
-
 console = Console(highlight=False)
 if not console.is_terminal:  # rich assumes 80 columns, and the tables are wider
-    console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 110)))
+    console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 120)))
 
 _YARDSTICKS = (*COMPETITORS, CLONE)
 _COLORS = ("tab:red", "tab:orange", "tab:purple", "tab:blue", "tab:green", "tab:cyan", "tab:pink")
@@ -80,6 +80,12 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def progress() -> Progress:
+    """A progress bar, gone when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+
 def print_header(environment: dict[str, str], missing: dict[str, str]) -> None:
     """The environment and the backends that are not usable."""
     console.print(caption(environment))
@@ -111,15 +117,24 @@ def _copy_bandwidth(measurements: Iterable[Measurement]) -> dict[tuple, float]:
     return {_key(m): m.bandwidth for m in measurements if m.provider == CLONE}
 
 
+#: What the columns of both tables mean.
+LEGEND = (
+    "ms, IQR: median of the rounds and interquartile range, milliseconds. x NAME: how many times as"
+    " fast as NAME. clones: time in units of x.clone(). GB/s: least bytes over the median. of copy:"
+    " that over the bandwidth of x.clone(). peak: of forward + backward beyond x, y, dy, dx, in"
+    " units of x."
+)
+
+
 def print_case(case: Case, measurements: list[Measurement]) -> None:
     """One case's table: a row per provider, for each direction (and state of the cache)."""
-    table = Table(title=f"{case} ({case.x_bytes / 2**20:.3g} MiB)", title_justify="left")
-    table.add_column("pass")
-    table.add_column("provider")
-    for name in ("median", "IQR", *(f"x {name}" for name in COMPETITORS), "/ clone"):
-        table.add_column(name, justify="right")
+    grid = table(f"{case} ({case.x_bytes / 2**20:.3g} MiB)")
+    grid.add_column("pass", no_wrap=True)
+    grid.add_column("provider", no_wrap=True)
+    for name in ("ms", "IQR", *(f"x {name}" for name in COMPETITORS), "clones"):
+        grid.add_column(name, justify="right")
     for name in ("GB/s", "of copy", "peak"):
-        table.add_column(name, justify="right")
+        grid.add_column(name, justify="right")
     medians, copy = _medians(measurements), _copy_bandwidth(measurements)
     several = len({m.cache for m in measurements}) > 1
     previous = None
@@ -127,30 +142,34 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
         here = medians[_key(m)]
         first = _key(m) != previous
         if first and previous is not None:
-            table.add_section()
+            grid.add_section()
         previous = _key(m)
-        label = f"{m.direction}, {m.cache} L2" if several else m.direction
         ratios = (
             f"{here[name] / m.timing.median:.2f}" if name in here and m.provider != CLONE else ""
             for name in COMPETITORS
         )
         peak = "" if m.peak_bytes is None else f"{m.peak_bytes / case.x_bytes:.3f}"
-        table.add_row(
-            label if first else "",
+        grid.add_row(
+            _label(m.direction, m.cache, several) if first else "",
             m.provider,
-            _duration(m.timing.median),
-            _duration(m.timing.iqr),
+            f"{m.timing.median * 1e3:.3f}",
+            f"{m.timing.iqr * 1e3:.3f}",
             *ratios,
             f"{m.timing.median / here[CLONE]:.2f}",
             f"{m.bandwidth / 1e9:.1f}",
             f"{m.bandwidth / copy[_key(m)]:.0%}",
             peak,
         )
-    console.print(table)
+    console.print(grid)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f} ms" if seconds < 1e-2 else f"{seconds * 1e3:.1f} ms"
+def table(title: str) -> Table:
+    """An empty table in the style of all."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _label(direction: str, cache: str, several: bool) -> str:
+    return f"{direction}, {cache} L2" if several else direction
 
 
 def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
@@ -158,11 +177,11 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
     stands against the others. Against clone it is the time's multiple: less is better."""
     medians = _medians(measurements)
     several = len({m.cache for m in measurements}) > 1
-    table = Table(title="Over all shapes: geometric mean (worst shape)", title_justify="left")
+    grid = table("Over all shapes and reductions: geometric mean (worst)")
     for name in ("backend", "combine", "pass"):
-        table.add_column(name)
-    for name in (*(f"speed / {name}" for name in COMPETITORS), "time / clone"):
-        table.add_column(name, justify="right")
+        grid.add_column(name)
+    for name in (*(f"x {name}" for name in COMPETITORS), "clones"):
+        grid.add_column(name, justify="right")
     groups = dict.fromkeys((m.case.combine, m.direction, m.cache) for m in measurements)
     for backend in fused:
         for combine, direction, cache in groups:
@@ -182,9 +201,8 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
                     if ratios
                     else ""
                 )
-            label = f"{direction}, {cache} L2" if several else direction
-            table.add_row(backend, combine, label, *cells)
-    console.print(table)
+            grid.add_row(backend, combine, _label(direction, cache, several), *cells)
+    console.print(grid)
 
 
 def write_csv(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
@@ -227,23 +245,18 @@ def write_csv(path: Path, measurements: list[Measurement], environment: dict[str
 
 
 def plot(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
-    """Bandwidth against the size of x: a panel for each pass and combine, a line per provider
-    through the geometric means over shapes of one size; the dots are the shapes."""
+    """Bandwidth against the size of x: a row of panels for each combine, a column for each pass, a
+    line per provider through the geometric means over shapes of one size; the dots are shapes."""
     several = len({m.cache for m in measurements}) > 1
-    rows = list(dict.fromkeys((m.direction, m.cache) for m in measurements))
-    columns = list(dict.fromkeys(m.case.combine for m in measurements))
+    columns = list(dict.fromkeys((m.direction, m.cache) for m in measurements))
+    rows = list(dict.fromkeys(m.case.combine for m in measurements))
     names = [n for n in dict.fromkeys(m.provider for m in measurements) if n != CLONE]
     colors = dict(zip(names, _COLORS, strict=False))
-    figure, panels = pyplot.subplots(
-        len(rows),
-        len(columns),
-        figsize=(5.5 * len(columns) + 1.5, 3.6 * len(rows) + 0.6),
-        squeeze=False,
-        sharex=True,
-        layout="constrained",
-    )
-    for i, (direction, cache) in enumerate(rows):
-        for j, combine in enumerate(columns):
+    size = (5.5 * len(columns) + 1.5, 3.6 * len(rows) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True)
+    for i, combine in enumerate(rows):
+        for j, (direction, cache) in enumerate(columns):
             panel = panels[i, j]
             here = [
                 m
@@ -260,17 +273,16 @@ def plot(path: Path, measurements: list[Measurement], environment: dict[str, str
                 panel.plot(sizes, means, lw=1.8, label=label, **style)
                 panel.plot(*zip(*points, strict=True), ".", ms=5, color=style["color"])
             panel.set_xscale("log", base=2)
-            panel.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
-            panel.set_title(f"{combine}, {direction}" + (f", {cache} L2" if several else ""))
+            panel.set_title(f"{combine}, {_label(direction, cache, several)}")
     for panel in panels[-1]:
         panel.set_xlabel("size of x, MiB")
     for panel in panels[:, 0]:
         panel.set_ylabel("least bytes over time, GB/s")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
     case = measurements[0].case
     title = f"scSE, {case.dtype_name}, {case.layout}\n{caption(environment)}"
     figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)

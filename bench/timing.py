@@ -26,7 +26,8 @@ class Timing:
 
 def summarize(samples: list[float], calls: int = 1) -> Timing:
     """Median and spread of samples (seconds per call), each of them the mean of `calls` calls."""
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    spread = samples if len(samples) > 1 else 2 * samples  # quantiles() wants two
+    low, middle, high = statistics.quantiles(spread, n=4, method="inclusive")
     return Timing(middle, high - low, len(samples), calls)
 
 

@@ -1,24 +1,23 @@
-"""Loading of the compiled extension modules, on first use, and the reason where one is missing."""
+"""Loading of the compiled extension modules, and the reason where one can't be loaded."""
 
 import importlib
 
-import torch
 
-_reasons: dict[str, str | None] = {}
+def _load(module: str) -> str | None:
+    try:
+        importlib.import_module(f"scse_kernels.{module}")
+    except ModuleNotFoundError:
+        return f"this installation was built without scse_kernels.{module}"
+    except (ImportError, OSError) as error:  # built for another torch or another platform
+        return f"scse_kernels.{module} does not load: {error}"
+    return None
 
 
-@torch.compiler.assume_constant_result
+# Loading registers a module's kernels with torch. It is done with the package, not on first use, so
+# that a compiled or exported program that calls the operators finds them.
+_WHY_NOT = {module: _load(module) for module in ("_C",)}
+
+
 def why_not(module: str) -> str | None:
-    """None if the extension `scse_kernels.<module>` is loaded, else why it can't be.
-
-    Loading registers the module's kernels with torch. The answer is remembered.
-    """
-    if module not in _reasons:
-        try:
-            importlib.import_module(f"scse_kernels.{module}")
-            _reasons[module] = None
-        except ModuleNotFoundError:
-            _reasons[module] = f"this installation was built without scse_kernels.{module}"
-        except (ImportError, OSError) as error:  # built for another torch or another platform
-            _reasons[module] = f"scse_kernels.{module} does not load: {error}"
-    return _reasons[module]
+    """None if the extension `scse_kernels.<module>` is loaded, else why it isn't."""
+    return _WHY_NOT[module]

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from . import ops, reference  # noqa: F401  (ops defines the operators that are looked up here)
+from . import ops, reference
 
 
 class SCSE(torch.autograd.Function):
-    """y = scSE(x). Saves x, the parameters and the small [N, C] tensors; never a second full map."""
+    """y = scSE(x). Saves x, the parameters and small [N, C] tensors, never a second full map."""
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, ws, bs, combine, backend):
@@ -19,7 +19,8 @@ class SCSE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        inputs, small = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors
+        inputs, small = saved[:7], saved[7:]
         needs = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():  # create_graph=True: the result will be differentiated again
             return (*_reference_gradients(dy, inputs, needs, ctx.combine), None, None)
@@ -33,6 +34,8 @@ def _reference_gradients(
     dy: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], combine: str
 ) -> list[Tensor | None]:
     """The gradients as a differentiable function of dy and the inputs: the reference's own."""
+    # Views, since one tensor may be several inputs, or one input be computed from another.
+    inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
     y = reference.scse(*inputs, combine=combine)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))

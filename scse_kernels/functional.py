@@ -22,7 +22,7 @@ def scse(
     combine: str = "add",
     backend: str = "auto",
 ) -> Tensor:
-    """Concurrent spatial and channel squeeze & excitation (Roy et al., arXiv:1803.02579, 1808.08127).
+    """Concurrent spatial and channel squeeze & excitation (arXiv:1803.02579, arXiv:1808.08127).
 
     ::
 
@@ -85,6 +85,18 @@ def sse(x: Tensor, ws: Tensor, bs: Tensor | None, *, backend: str = "auto") -> T
     _check_x("sse", x)
     _check_spatial("sse", x, ws, bs)
     return _dispatch("sse", x, None, None, None, None, ws, bs, "add", backend)
+
+
+def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
+    """sSE with the mean over axis 0 of `weights` [K, C, ...] for ws, and no bias."""
+    _check_x("sse", x)
+    _check_tensor("sse", "weights", weights)
+    if weights.dim() < 2 or weights[:1].numel() != x.shape[1]:
+        raise ValueError(
+            f"sse(): weights must have {x.shape[1]} elements (x's channels) per entry of axis 0,"
+            f" got shape {list(weights.shape)}"
+        )
+    return sse(x, weights.mean(0).flatten(), None)
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
@@ -182,4 +194,5 @@ def _check_spatial(function, x, ws, bs):
     else:
         _check_parameter(function, x, "ws", ws, (1, channels), "[1, C]")
     if bs is not None:
+        _check_tensor(function, "bs", bs)
         _check_parameter(function, x, "bs", bs, (1,) if bs.dim() else (), "[1]")

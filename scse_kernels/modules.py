@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .functional import COMBINE, cse, scse, sse
+from .functional import COMBINE, cse, few_shot_sse, scse, sse
 
 
 def _hidden_channels(num_channels: int, reduction: int, argument: str) -> int:
@@ -65,12 +65,7 @@ class SpatialSELayer(nn.Module):
         """
         if weights is None:
             return sse(x, self.conv.weight, self.conv.bias)
-        if weights.dim() < 2 or weights[:1].numel() != x.shape[1]:
-            raise ValueError(
-                f"weights must have {x.shape[1]} elements (x's channels) per entry of axis 0,"
-                f" got shape {list(weights.shape)}"
-            )
-        return sse(x, weights.mean(0).flatten(), None)
+        return few_shot_sse(x, weights)
 
 
 class ChannelSpatialSELayer(nn.Module):

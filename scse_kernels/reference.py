@@ -23,7 +23,8 @@ def channel_gate(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tenso
 
 def spatial_gate(x: Tensor, ws: Tensor, bs: Tensor | None) -> Tensor:
     """Channel squeeze and spatial excitation (sSE) of x [N, C, *S]: gates in (0, 1), [N, 1, *S]."""
-    squeezed = torch.tensordot(x, ws, dims=([1], [0])).unsqueeze(1)
+    # Not a convolution: the sum of a convolution's weight gradient is one long chain.
+    squeezed = (x * ws.reshape(-1, *(1,) * (x.dim() - 2))).sum(1, keepdim=True)
     return torch.sigmoid(squeezed if bs is None else squeezed + bs)
 
 
@@ -44,6 +45,11 @@ def scse(
     float32 (float64 for float64 x) whatever the dtypes of x and of the parameters. Returns x's
     dtype, [N, C, *S]; [N, 2 * C, *S] for combine="concat".
     """
+    with torch.autocast(x.device.type, enabled=False):
+        return _scse(x, w1, b1, w2, b2, ws, bs, combine)
+
+
+def _scse(x, w1, b1, w2, b2, ws, bs, combine):
     dtype = accumulation_dtype(x.dtype)
     xa = x.to(dtype)
     by_channel = by_position = None

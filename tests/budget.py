@@ -25,7 +25,7 @@ COMBINES = ("add", "max", "mul", "concat")
 VARIANTS = ("cse", "sse", *COMBINES)
 NAMES = ("x", "w1", "b1", "w2", "b2", "ws", "bs")
 ROUNDINGS = 4
-DRAWS = 8
+DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def make_case(
     parameter_dtype=None,
     seed=0,
 ) -> Case:
-    g = torch.Generator().manual_seed(seed + sum(p * s for p, s in zip((7, 5, 3, 2, 1), shape)))
+    g = torch.Generator().manual_seed(
+        seed + sum(p * s for p, s in zip((7, 5, 3, 2, 1), shape, strict=False))
+    )
     y_shape = (shape[0], shape[1] * (1 + (variant == "concat")), *shape[2:])
     return Case(
         variant,
@@ -174,11 +176,12 @@ def output_and_gradients(function, case: Case, device="cpu") -> dict[str, Tensor
     }
     dy = case.dy.to(device)
     present = {name: t for name, t in arguments.items() if t is not None}
+    given = {"dy": dy, **present}
+    before = {name: t.detach().clone() for name, t in given.items()}
     y = function(case.variant, **arguments)
     gradients = torch.autograd.grad(y, list(present.values()), dy)
-    for name, t, before in zip(NAMES, arguments.values(), (case.x, *case.parameters), strict=True):
-        assert t is None or same_bits(t, before), f"{name} was changed"
-    assert same_bits(dy, case.dy), "dy was changed"
+    for name, t in given.items():
+        assert same_bits(t.detach(), before[name]), f"{name} was changed"
     results = {"y": y.detach()}
     results.update({f"d{name}": g for name, g in zip(present, gradients, strict=True)})
     return results
@@ -207,32 +210,41 @@ def _largest(name: str, t: Tensor) -> Tensor:
 
 def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
     """The largest error allowed in y and in each gradient."""
-    exact = _in_float64(case)
-    rounding = torch.finfo(case.x.dtype).eps / 2
     # as contiguous tensors: a library's slow path for odd strides has errors of its own
-    plain = output_and_gradients(
-        plain_module, case.arranged(torch.Tensor.contiguous, torch.Tensor.contiguous)
-    )
-    budget = {
-        name: 4 * _largest(name, plain[name].double() - t)
-        # below the smallest normal number roundings stop getting smaller
-        + ROUNDINGS * rounding * _largest(name, t).clamp(min=torch.finfo(plain[name].dtype).tiny)
-        for name, t in truth.items()
-    }
-    g = torch.Generator().manual_seed(0)
-    moved = {name: torch.zeros_like(b) for name, b in budget.items()}
-    for _ in range(DRAWS):
+    case = case.arranged(torch.Tensor.contiguous, torch.Tensor.contiguous)
+    dtype = case.x.dtype
+    rounding = torch.finfo(dtype).eps / 2
+    generator = torch.Generator().manual_seed(0)
 
-        def move(t):
-            sign = torch.randint(0, 2, t.shape, generator=g).double() * 2 - 1
-            return t * (1 + ROUNDINGS * rounding * sign)
+    def move(t):
+        sign = torch.randint(0, 2, t.shape, generator=generator).double() * 2 - 1
+        return (t.double() * (1 + ROUNDINGS * rounding * sign)).to(dtype)
 
-        for name, t in output_and_gradients(formulas, exact.arranged(move, move)).items():
+    plain = {name: torch.zeros_like(_largest(name, t)) for name, t in truth.items()}
+    moved = dict(plain)
+    for draw in range(DRAWS + 1):
+        # the plain module's error is a matter of luck too: it is taken on the moved inputs as well
+        near = case.arranged(move, move) if draw else case
+        near_truth = answer(near) if draw else truth
+        near_plain = output_and_gradients(plain_module, near)
+        for name, t in near_truth.items():
+            error = _largest(name, near_plain[name].double() - t)
+            plain[name] = torch.maximum(plain[name], error)
             moved[name] = torch.maximum(moved[name], _largest(name, t - truth[name]))
-    for name in budget:
-        budget[name] += moved[name]
+
+    # what a gate of the smallest normal number, in place of a smaller one, can make of x and dy
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    x, dy = case.x.double(), case.dy.double()
+    floor = torch.finfo(accumulated).tiny * (1 + x.abs().max()) ** 3 * (1 + dy.abs().max())
+    floor = floor * x.numel()
+    budget = {}
+    for name, t in truth.items():
+        finfo = torch.finfo(near_plain[name].dtype)
+        # below the smallest normal number roundings stop getting smaller
+        largest = _largest(name, t).clamp(min=finfo.tiny)
         # a gradient in a coarser dtype than x's is rounded once to that
-        budget[name] += torch.finfo(plain[name].dtype).eps / 2 * _largest(name, truth[name])
+        roundings = (ROUNDINGS * rounding + finfo.eps / 2) * largest
+        budget[name] = 4 * plain[name] + moved[name] + roundings + floor
         assert budget[name].isfinite().all(), f"the plain module's {name} is not finite"
     return budget
 

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow others
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from scse_kernels import ops  # noqa: E402
-from scse_kernels.functional import why_not  # noqa: E402
+from scse_kernels import ops
+from scse_kernels.functional import why_not
 
 
 class Target(NamedTuple):

@@ -10,6 +10,7 @@ struct ChannelsLast {
   static constexpr bool kChannel = K != Combine::spatial, kSpatial = K != Combine::channel;
   static constexpr bool kConcat = K == Combine::concat;
   static constexpr int kPositions = 4;
+  static constexpr int64_t kAhead = 512;  // elements between a store and its prefetch
   static constexpr int64_t kBlock = 16;  // positions whose channels stay in L1 for a second use
 
   struct Strip {
@@ -50,16 +51,16 @@ struct ChannelsLast {
                                             A* partial) {
     V dot[P] = {};
     sweep<A>(p.channels, [&](int64_t c, auto extent) {
-      V sum = kSum ? load(partial + c, extent) : V{};
+      V sum{};
       const V w = kSpatial ? load(p.ws + c, extent) : V{};
       for (int k = 0; k < P; ++k) {
         const V xv = load(x + (i + k) * p.channels + c, extent);
         if (kSum) sum += xv;
         if (kSpatial) dot[k] += w * xv;
       }
-      if (kSum) store(partial + c, sum, extent);
+      if (kSum) store(partial + c, load(partial + c, extent) + sum, extent);
     });
-    for (int k = 0; kSpatial && k < P; ++k) q[i + k] = p.bs + sum_lanes<A>(dot[k]);
+    if (kSpatial) sum_lanes_of<A>(dot, p.bs, q + i);
   }
 
   // Forward, second pass. Reads x (from cache) and the gates; writes y.
@@ -78,6 +79,7 @@ struct ChannelsLast {
           store(y + c, xv * cv, extent);
           store(y + p.channels + c, xv * sv, extent);
         } else {
+          prefetch_for_writing(y + c + kAhead);
           store(y + c, F::value(xv, cv, sv), extent);
         }
       });
@@ -134,7 +136,7 @@ struct ChannelsLast {
                                            A* partial) {
     V dot[P] = {}, d_gate_s[P] = {};
     sweep<A>(p.channels, [&](int64_t c, auto extent) {
-      V d_gate_c = kChannel ? load(partial + c, extent) : V{};
+      V d_gate_c{};
       const V cv = kChannel ? load(gate + c, extent) : V{};
       const V w = kSpatial ? load(p.ws + c, extent) : V{};
       for (int k = 0; k < P; ++k) {
@@ -147,21 +149,19 @@ struct ChannelsLast {
         if (kSpatial) d_gate_s[k] += share.s;
         if (kSpatial && !F::by_gates) dot[k] += w * xv;
       }
-      if (kChannel) store(partial + c, d_gate_c, extent);
+      if (kChannel) store(partial + c, load(partial + c, extent) + d_gate_c, extent);
     });
-    for (int k = 0; kSpatial && k < P; ++k) {
-      t[i + k] = sum_lanes<A>(d_gate_s[k]);
-      if (!F::by_gates) q[i + k] = p.bs + sum_lanes<A>(dot[k]);
-    }
+    if (kSpatial) sum_lanes_of<A>(d_gate_s, A(0), t + i);
+    if (kSpatial && !F::by_gates) sum_lanes_of<A>(dot, p.bs, q + i);
   }
 
   template <int P>
   static SCSE_INLINE void weigh_positions(const Problem<T>& p, const T* x, int64_t i, const A* dq,
                                           A* out) {
     sweep<A>(p.channels, [&](int64_t c, auto extent) {
-      V sum = load(out + c, extent);
+      V sum{};
       for (int k = 0; k < P; ++k) sum += dq[i + k] * load(x + (i + k) * p.channels + c, extent);
-      store(out + c, sum, extent);
+      store(out + c, load(out + c, extent) + sum, extent);
     });
   }
 
@@ -187,6 +187,7 @@ struct ChannelsLast {
         V d = F::direct(load(x + c, extent), load(dy + c, extent), dyv2, cv, sv);
         if (kChannel) d += load(mean + c, extent);
         if (kSpatial) d += dqv * load(p.ws + c, extent);
+        prefetch_for_writing(dx + c + kAhead);
         store(dx + c, d, extent);
       });
     }

@@ -2,12 +2,17 @@
 // Sums over strips and samples run in a fixed order, in double.
 // Included once per instruction set.
 
+// out[i] = scale * sum_r rows[r, i]
 template <typename A>
-inline void sum_rows(const A* rows, int64_t count, int64_t pitch, int64_t size, A scale, A* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    double sum = 0;
-    for (int64_t r = 0; r < count; ++r) sum += rows[r * pitch + i];
-    out[i] = static_cast<A>(sum * scale);
+inline void sum_rows(const A* rows, int64_t count, int64_t size, A scale, A* out) {
+  constexpr int64_t kColumns = 64;  // at a time, so that rows are read in runs
+  for (int64_t begin = 0; begin < size; begin += kColumns) {
+    const int64_t columns = size - begin < kColumns ? size - begin : kColumns;
+    double sum[kColumns] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < columns; ++i) sum[i] += rows[r * size + begin + i];
+    }
+    for (int64_t i = 0; i < columns; ++i) out[begin + i] = static_cast<A>(sum[i] * scale);
   }
 }
 
@@ -49,7 +54,7 @@ inline void excite(const Problem<T>& p, int64_t n) {
   using A = Accumulator<T>;
   const int64_t C = p.channels, Cr = p.hidden_channels;
   A *pooled = p.pooled + n * C, *hidden = p.hidden + n * Cr, *gate = p.channel_gate + n * C;
-  sum_rows<A>(p.partial + n * p.strips * C, p.strips, C, C, A(1) / p.positions, pooled);
+  sum_rows<A>(p.partial + n * p.strips * C, p.strips, C, A(1) / p.positions, pooled);
   matvec<A>(p.w1, pooled, p.b1, Cr, C, hidden);
   for (int64_t j = 0; j < Cr; ++j) hidden[j] = hidden[j] < 0 ? A(0) : hidden[j];  // NaN stays
   matvec<A>(p.w2, hidden, p.b2, C, Cr, gate);
@@ -65,7 +70,7 @@ inline void excite_backward(const Problem<T>& p, int64_t n) {
   const int64_t C = p.channels, Cr = p.hidden_channels;
   const A *hidden = p.hidden + n * Cr, *gate = p.channel_gate + n * C;
   A *d_excited = p.d_excited + n * C, *d_hidden = p.d_hidden + n * Cr;
-  sum_rows<A>(p.partial + n * p.strips * C, p.strips, C, C, A(1), d_excited);
+  sum_rows<A>(p.partial + n * p.strips * C, p.strips, C, A(1), d_excited);
   for (int64_t c = 0; c < C; ++c) d_excited[c] *= gate[c] * (1 - gate[c]);
   matvec_transposed<A>(p.w2, d_excited, C, Cr, A(1), d_hidden);
   for (int64_t j = 0; j < Cr; ++j) d_hidden[j] = hidden[j] <= 0 ? A(0) : d_hidden[j];
@@ -99,8 +104,8 @@ inline void parameter_gradients(const Problem<T>& p) {
   using A = Accumulator<T>;
   const int64_t N = p.samples, C = p.channels, Cr = p.hidden_channels;
   if (p.need_spatial) {
-    sum_rows<A>(p.partial_ws, N * p.strips, C, C, A(1), p.dws);
-    if (p.dbs) sum_rows<A>(p.partial_bs, N * p.strips, 1, 1, A(1), p.dbs);
+    sum_rows<A>(p.partial_ws, N * p.strips, C, A(1), p.dws);
+    if (p.dbs) sum_rows<A>(p.partial_bs, N * p.strips, 1, A(1), p.dbs);
   }
   if (p.need_channel) {
     const int64_t grain = std::max<int64_t>(1, (1 << 18) / (N * C + 1));  // rows worth a thread
@@ -110,7 +115,7 @@ inline void parameter_gradients(const Problem<T>& p) {
     p.over(C, std::max<int64_t>(1, (1 << 18) / (N * Cr + 1)), [&](int64_t begin, int64_t end) {
       outer_sum<A>(p.d_excited, p.hidden, N, C, Cr, begin, end, p.dw2);
     });
-    if (p.db1) sum_rows<A>(p.d_hidden, N, Cr, Cr, A(1), p.db1);
-    if (p.db2) sum_rows<A>(p.d_excited, N, C, C, A(1), p.db2);
+    if (p.db1) sum_rows<A>(p.d_hidden, N, Cr, A(1), p.db1);
+    if (p.db2) sum_rows<A>(p.d_excited, N, C, A(1), p.db2);
   }
 }

@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "problem.h"

@@ -1,5 +1,6 @@
 // What every machine of the architecture has: 16-byte vectors.
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "problem.h"

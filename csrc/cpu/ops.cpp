@@ -155,8 +155,9 @@ class Parameter {
  public:
   Parameter(const Optional& parameter, ScalarType dtype) {
     if (!parameter) return;
-    const bool same = parameter->scalar_type() == dtype;
-    tensor_ = torch::stable::contiguous(same ? *parameter : torch::stable::to(*parameter, dtype));
+    tensor_ = parameter;
+    if (tensor_->scalar_type() != dtype) tensor_ = torch::stable::to(*tensor_, dtype);
+    if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
     data_ = static_cast<const A*>(tensor_->const_data_ptr());
   }
   const A* data() const { return data_; }
@@ -222,12 +223,12 @@ Problem<T> describe(const Tensor& x, const Optional& w1, const Optional& ws, int
   p.out_channels = p.combine == Combine::concat ? 2 * p.channels : p.channels;
   p.x = static_cast<const T*>(x.const_data_ptr());
   p.x_sample = p.samples > 1 ? x.stride(0) : p.channels * p.positions;
-  p.width = strip_width(p.channels, p.positions, sizeof(T));
+  p.width = strip_width(p.samples, p.positions, channels_last);
   p.strips = (p.positions + p.width - 1) / p.width;
   p.threads = torch::stable::get_num_threads();
   p.parallel_for = [](int64_t begin, int64_t end, int64_t grain,
                       void (*body)(int64_t, int64_t, void*), void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
   };
   return p;
 }

@@ -62,6 +62,7 @@ struct Planes {
       T* y2 = y + p.channels * p.positions;
       const V gate = broadcast<A>(kChannel ? p.channel_gate[n * p.channels + c] : A(0));
       sweep<A>(strip.len, [&](int64_t i, auto extent) {
+        prefetch_for_writing(y + p.positions + i);
         const V xv = load(x + i, extent), sv = kSpatial ? load_raw<V>(s + i) : V{};
         if constexpr (kConcat) {
           store(y + i, xv * gate, extent);
@@ -163,6 +164,7 @@ struct Planes {
       const V gate = broadcast<A>(kChannel ? p.channel_gate[nc] : A(0));
       const A mean = kChannel ? p.d_mean[nc] : A(0), w = kSpatial ? p.ws[c] : A(0);
       sweep<A>(strip.len, [&](int64_t i, auto extent) {
+        prefetch_for_writing(dx + p.positions + i);
         const V dyv2 = kConcat ? load(dy2 + i, extent) : V{};
         const V sv = kSpatial ? load_raw<V>(s + i) : V{};
         V d = F::direct(load(x + i, extent), load(dy + i, extent), dyv2, gate, sv);

@@ -40,13 +40,13 @@ constexpr int64_t kMaxStrip = 4096;
 
 constexpr int64_t kStripBuffer = kMaxStrip + 64;  // room for whole vectors
 
-// A strip of x and its share of dy should stay in a core's L2 cache for their second use, rows of
-// a strip should be long enough for the prefetcher, and a map needs some strips to be shared
-// between threads. Depends on the map alone, so that results don't depend on threads or batch.
-inline int64_t strip_width(int64_t channels, int64_t positions, int64_t element_size) {
-  const int64_t cached = (int64_t{512} << 10) / (channels * element_size);
-  const int64_t width = std::clamp<int64_t>(std::min(cached, positions / 4), 256, kMaxStrip);
-  return width / 64 * 64;
+// Of planes: a page of floats to a row, so that neither the prefetcher nor the TLB is wasted, while a
+// strip's channels stay in L2 for their second use; less where few samples must share the threads.
+// Of channels_last maps, where a strip is one run of memory: short, as its sums are single chains.
+// Never a function of the number of threads, on which results must not depend.
+inline int64_t strip_width(int64_t samples, int64_t positions, bool channels_last) {
+  if (channels_last) return 256;
+  return std::clamp<int64_t>(samples * positions / 8, 256, 1024) / 64 * 64;
 }
 
 template <typename T>

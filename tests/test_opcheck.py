@@ -1,0 +1,75 @@
+"""torch.library.opcheck of every operator: schema, fake implementation, behaviour under tracing."""
+
+import pytest
+import torch
+from budget import make_case
+
+from scse_kernels import ops
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "channel sliced": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "spatial axes swapped": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+VARIANTS = ("cse", "sse", *ops.COMBINE)
+
+
+def _arguments(device, variant, dtype=torch.float32, layout="contiguous", shape=(2, 6, 5, 7), **kw):
+    case = make_case(shape, variant, dtype, **kw).arranged(LAYOUTS[layout], LAYOUTS[layout])
+    parameters = [None if p is None else p.to(device) for p in case.parameters]
+    return case.x.to(device), parameters, case.dy.to(device), ops.COMBINE.get(variant, 0)
+
+
+def _operators(backend):
+    namespace = torch.ops.scse_kernels
+    return (
+        getattr(namespace, f"{backend}_forward").default,
+        getattr(namespace, f"{backend}_backward").default,
+    )
+
+
+def _check(target, variant, needs=(True, True, True), **kw):
+    x, parameters, dy, combine = _arguments(target.device, variant, **kw)
+    forward, backward = _operators(target.backend)
+    torch.library.opcheck(forward, (x, *parameters, combine))
+    _, *small = forward(x, *parameters, combine)
+    torch.library.opcheck(backward, (dy, x, *parameters, *small, combine, *needs))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_variants_and_layouts(fused, variant, layout):
+    _check(fused, variant, layout=layout)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16), ids=str)
+def test_dtypes(fused, dtype):
+    _check(fused, "max", dtype=dtype)
+    _check(fused, "add", dtype=dtype, parameter_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("shape", ((2, 6, 9), (2, 6, 3, 4, 5), (1, 1, 1, 1), (0, 6, 5, 7)))
+def test_shapes(fused, shape):
+    _check(fused, "add", shape=shape)
+
+
+def test_parameters_of_convolutions_and_without_biases(fused):
+    _check(fused, "add", trailing=2)
+    _check(fused, "add", biases=False)
+
+
+@pytest.mark.parametrize("variant", ("cse", "sse", "max"))
+@pytest.mark.parametrize(
+    "needs",
+    [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+        (False, True, True),
+        (True, False, True),
+        (False, False, False),
+    ],
+)
+def test_needs(fused, variant, needs):
+    _check(fused, variant, needs)
