@@ -1,5 +1,7 @@
 """scse, cse and sse: validation of the arguments and choice of the backend."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -161,8 +163,10 @@ def _check_parameter(function, x, argument, value, expected, described):
             f"{function}(): expected all tensors on one device,"
             f" got x on {x.device} and {argument} on {value.device}"
         )
-    shape = tuple(value.shape)
-    if shape[: len(expected)] != expected or any(size != 1 for size in shape[len(expected) :]):
+    shape = value.shape
+    if shape != expected and (
+        shape[: len(expected)] != expected or shape.numel() != math.prod(expected)
+    ):
         raise ValueError(
             f"{function}(): {argument} must have shape {described} = {list(expected)},"
             f" got {list(shape)}"

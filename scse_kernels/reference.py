@@ -45,6 +45,8 @@ def scse(
     float32 (float64 for float64 x) whatever the dtypes of x and of the parameters. Returns x's
     dtype, [N, C, *S]; [N, 2 * C, *S] for combine="concat".
     """
+    if not torch.amp.is_autocast_available(x.device.type):
+        return _scse(x, w1, b1, w2, b2, ws, bs, combine)
     with torch.autocast(x.device.type, enabled=False):
         return _scse(x, w1, b1, w2, b2, ws, bs, combine)
 

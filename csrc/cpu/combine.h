@@ -19,9 +19,9 @@ template <typename A>
 struct Formula<A, Combine::add> {
   using V = Vec<A>;
   static constexpr bool by_gates = false;
-  static SCSE_INLINE V value(V x, V c, V s) { return x * (c + s); }
+  static SCSE_INLINE V value(V x, V c, V s) { return x * c + x * s; }
   static SCSE_INLINE Shares<A> gradient(V x, V dy, V, V, V) { return {dy * x, dy * x}; }
-  static SCSE_INLINE V direct(V, V dy, V, V c, V s) { return dy * (c + s); }
+  static SCSE_INLINE V direct(V, V dy, V, V c, V s) { return dy * c + dy * s; }
 };
 
 template <typename A>
@@ -33,20 +33,17 @@ struct Formula<A, Combine::max> {
     const V a = x * c, b = x * s;
     return (a > b) | (a != a) ? a : b;
   }
-  // dy goes to the branch that won, half to each where they tie.
-  static SCSE_INLINE Shares<A> split(V x, V dy, V c, V s) {
-    const V lead = x * (c - s), zero{}, tied = dy * A(0.5);
-    return {lead > zero ? dy : (lead < zero ? zero : tied),
-            lead < zero ? dy : (lead > zero ? zero : tied)};
+  // Of what goes to the winner and of what to the loser: the channel branch's. Ties get the mean.
+  static SCSE_INLINE V choose(V x, V c, V s, V won, V lost) {
+    const V lead = x * (c - s), zero{};
+    const V tied = A(0.5) * (won + lost);
+    return lead > zero ? won : (lead < zero ? lost : tied);
   }
   static SCSE_INLINE Shares<A> gradient(V x, V dy, V, V c, V s) {
-    const Shares<A> part = split(x, dy, c, s);
-    return {part.c * x, part.s * x};
+    const V share = choose(x, c, s, dy, V{});
+    return {share * x, (dy - share) * x};
   }
-  static SCSE_INLINE V direct(V x, V dy, V, V c, V s) {
-    const Shares<A> part = split(x, dy, c, s);
-    return part.c * c + part.s * s;
-  }
+  static SCSE_INLINE V direct(V x, V dy, V, V c, V s) { return dy * choose(x, c, s, c, s); }
 };
 
 template <typename A>

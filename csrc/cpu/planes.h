@@ -9,6 +9,7 @@ struct Planes {
   using F = Formula<A, K>;
   static constexpr bool kChannel = K != Combine::spatial, kSpatial = K != Combine::channel;
   static constexpr bool kConcat = K == Combine::concat;
+  static constexpr bool kWeighLater = F::by_gates;  // the second pass over those reads x, too
   static constexpr int kRows = 4;
 
   struct Strip {
@@ -74,8 +75,9 @@ struct Planes {
     }
   }
 
-  // Backward, first pass over a strip. Reads x and dy, then x again (from L2); writes the strip's
-  // sums for the channel gate, ws and bs; parks the spatial gate and dq.
+  // Backward, first pass over a strip. Reads x and dy, and x once more (from L2): ahead where the
+  // formula needs the spatial gate, behind to weigh it by dq. Writes the strip's sums for the channel
+  // gate, ws and bs; parks the spatial gate and dq.
   static __attribute__((noinline)) void reduce(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A q[kStripBuffer], s[kStripBuffer], t[kStripBuffer];
@@ -101,7 +103,7 @@ struct Planes {
         park(p, n, strip.begin, strip.len, 0, s);
         park(p, n, strip.begin, strip.len, 1, t);
       }
-      if (p.need_spatial) {
+      if (p.need_spatial && !(kWeighLater && p.need_dx)) {
         A* out = p.partial_ws + row;
         for (c = 0; c + kRows <= p.channels; c += kRows) weigh_rows<kRows>(p, c, x, strip.len, t, out);
         for (; c < p.channels; ++c) weigh_rows<1>(p, c, x, strip.len, t, out);
@@ -146,7 +148,8 @@ struct Planes {
     for (int r = 0; r < R; ++r) out[c + r] = sum_lanes<A>(sum[r]);
   }
 
-  // Backward, second pass. Reads dy (and x, where the formula needs it) from cache; writes dx.
+  // Backward, second pass. Reads dy (and x, where the formula needs it) from cache; writes dx, and
+  // the strip's sums for ws where x is read anyway.
   static __attribute__((noinline)) void apply_backward(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A s[kStripBuffer], dq[kStripBuffer];
@@ -163,15 +166,21 @@ struct Planes {
       const int64_t nc = n * p.channels + c;
       const V gate = broadcast<A>(kChannel ? p.channel_gate[nc] : A(0));
       const A mean = kChannel ? p.d_mean[nc] : A(0), w = kSpatial ? p.ws[c] : A(0);
+      V sum{};
       sweep<A>(strip.len, [&](int64_t i, auto extent) {
         prefetch_for_writing(dx + p.positions + i);
         const V dyv2 = kConcat ? load(dy2 + i, extent) : V{};
         const V sv = kSpatial ? load_raw<V>(s + i) : V{};
-        V d = F::direct(load(x + i, extent), load(dy + i, extent), dyv2, gate, sv);
+        const V xv = load(x + i, extent);
+        V d = F::direct(xv, load(dy + i, extent), dyv2, gate, sv);
         if (kChannel) d += mean;
         if (kSpatial) d += w * load_raw<V>(dq + i);
         store(dx + i, d, extent);
+        if (kWeighLater) sum += xv * load(dq + i, extent);
       });
+      if (kWeighLater && p.need_spatial) {
+        p.partial_ws[(n * p.strips + index) * p.channels + c] = sum_lanes<A>(sum);
+      }
     }
   }
 };

@@ -93,17 +93,27 @@ struct Problem {
   int64_t threads;
   ParallelFor parallel_for;
 
-  // Runs body(begin, end) on the threads, at least `grain` items to each.
+  // Runs body(begin, end) for ranges of `grain` items, each on the thread that comes for it first:
+  // waking a thread can take longer than a small map does, and the others don't wait meanwhile.
   template <typename Body>
   void over(int64_t count, int64_t grain, const Body& body) const {
     if (count <= grain || threads == 1) {
       if (count > 0) body(0, count);
       return;
     }
-    const auto call = [](int64_t begin, int64_t end, void* context) {
-      (*static_cast<const Body*>(context))(begin, end);
+    struct Queue {
+      const Body& body;
+      int64_t count, grain, next;
+    } queue{body, count, grain, 0};
+    const auto serve = [](int64_t, int64_t, void* context) {
+      Queue& q = *static_cast<Queue*>(context);
+      for (;;) {
+        const int64_t begin = __atomic_fetch_add(&q.next, q.grain, __ATOMIC_RELAXED);
+        if (begin >= q.count) return;
+        q.body(begin, begin + q.grain < q.count ? begin + q.grain : q.count);
+      }
     };
-    parallel_for(0, count, grain, call, const_cast<Body*>(&body));
+    parallel_for(0, threads, 1, serve, &queue);
   }
 
   bool has_channel() const { return combine != Combine::spatial; }
