@@ -33,8 +33,8 @@ from .report import Measurement
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Largest relative error (norm of the difference over the norm) of the output and of each gradient.
 #: Wide enough for TF32 convolutions and for gates in half precision; a wrong kernel is off by far
-#: more. Not the largest single error: near a tie of the maximum, one rounding moves a whole share of
-#: dy from one branch to the other, in everybody's gradients.
+#: more. Not the largest single error: near a tie of the maximum, one rounding moves a share of dy
+#: from one branch to the other, in everybody's gradients.
 _TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 2e-3,

@@ -103,17 +103,31 @@ struct Problem {
     }
     struct Queue {
       const Body& body;
-      int64_t count, grain, next;
-    } queue{body, count, grain, 0};
-    const auto serve = [](int64_t, int64_t, void* context) {
+      int64_t count, grain, next, left;
+    } queue{body, count, grain, 0, count};
+    const auto serve = [](int64_t thread, int64_t, void* context) {
       Queue& q = *static_cast<Queue*>(context);
       for (;;) {
         const int64_t begin = __atomic_fetch_add(&q.next, q.grain, __ATOMIC_RELAXED);
-        if (begin >= q.count) return;
-        q.body(begin, begin + q.grain < q.count ? begin + q.grain : q.count);
+        if (begin >= q.count) break;
+        const int64_t end = begin + q.grain < q.count ? begin + q.grain : q.count;
+        q.body(begin, end);
+        __atomic_sub_fetch(&q.left, end - begin, __ATOMIC_RELAXED);
       }
+      // The calling thread would now go to sleep until the last one is through its last range, and
+      // be woken up late. That one is nearly there: for a fraction of a millisecond look out for it.
+      for (int i = 0; thread == 0 && i < 6000 && __atomic_load_n(&q.left, __ATOMIC_RELAXED); ++i) {
+        relax();
+      }
+      for (int i = 0; thread == 0 && i < 20; ++i) relax();  // and let it arrive first
     };
     parallel_for(0, threads, 1, serve, &queue);
+  }
+
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
   }
 
   bool has_channel() const { return combine != Combine::spatial; }
