@@ -11,22 +11,20 @@ struct ChannelsLast {
   static constexpr bool kConcat = K == Combine::concat;
   static constexpr int kPositions = 4;
   static constexpr int64_t kAhead = 512;  // elements between a store and its prefetch
-  static constexpr int64_t kBlock = 16;  // positions whose channels stay in L1 for a second use
+  static constexpr int64_t kBlock = 16;   // positions whose channels stay in L1 for a second use
 
-  struct Strip {
-    int64_t n, index, begin, len;
-    Strip(const Problem<T>& p, int64_t n, int64_t index)
-        : n(n), index(index), begin(index * p.width), len(std::min(p.width, p.positions - begin)) {}
-    const T* x(const Problem<T>& p) const { return p.x + n * p.x_sample + begin * p.channels; }
-    const T* dy(const Problem<T>& p) const { return p.dy + n * p.dy_sample + begin * p.out_channels; }
-    int64_t row(const Problem<T>& p) const { return (n * p.strips + index) * p.channels; }
-  };
+  static const T* x_of(const Problem<T>& p, const Strip& strip) {
+    return p.x + strip.n * p.x_sample + strip.begin * p.channels;
+  }
+  static const T* dy_of(const Problem<T>& p, const Strip& strip) {
+    return p.dy + strip.n * p.dy_sample + strip.begin * p.out_channels;
+  }
 
-  // Calls body.template operator()<P>(i) over [begin, end) in groups of P = kPositions, then 1.
-  template <typename F1, typename F4>
-  static SCSE_INLINE void groups(int64_t begin, int64_t end, const F4& four, const F1& one) {
+  // Calls group(i) for every kPositions positions of [begin, end), then one(i) for those left over.
+  template <typename Group, typename One>
+  static SCSE_INLINE void groups(int64_t begin, int64_t end, const Group& group, const One& one) {
     int64_t i = begin;
-    for (; i + kPositions <= end; i += kPositions) four(i);
+    for (; i + kPositions <= end; i += kPositions) group(i);
     for (; i < end; ++i) one(i);
   }
 
@@ -34,15 +32,17 @@ struct ChannelsLast {
   static __attribute__((noinline)) void squeeze(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A q[kStripBuffer];
-    A* partial = p.partial + strip.row(p);
+    A* partial = p.partial + strip.sums;
     if (kChannel) std::fill(partial, partial + p.channels, A(0));
-    const T* x = strip.x(p);
-    groups(0, strip.len, [&](int64_t i) { squeeze_positions<kPositions, kChannel>(p, x, i, q, partial); },
-           [&](int64_t i) { squeeze_positions<1, kChannel>(p, x, i, q, partial); });
+    const T* x = x_of(p, strip);
+    groups(
+        0, strip.len,
+        [&](int64_t i) { squeeze_positions<kPositions, kChannel>(p, x, i, q, partial); },
+        [&](int64_t i) { squeeze_positions<1, kChannel>(p, x, i, q, partial); });
     if constexpr (kSpatial) {
       std::fill(q + strip.len, q + strip.len + lanes<A>, A(0));
       close_gate(q, q, strip.len);
-      park(p, n, strip.begin, strip.len, 0, q);
+      park(p, strip, 0, q);
     }
   }
 
@@ -67,8 +67,8 @@ struct ChannelsLast {
   static __attribute__((noinline)) void apply(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A s[kStripBuffer];
-    if (kSpatial) unpark(p, n, strip.begin, strip.len, 0, s);
-    const T* x = strip.x(p);
+    if (kSpatial) unpark(p, strip, 0, s);
+    const T* x = x_of(p, strip);
     T* y = p.y + (n * p.positions + strip.begin) * p.out_channels;
     const A* gate = p.channel_gate + n * p.channels;
     for (int64_t i = 0; i < strip.len; ++i, x += p.channels, y += p.out_channels) {
@@ -91,10 +91,10 @@ struct ChannelsLast {
   static __attribute__((noinline)) void reduce(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A q[kStripBuffer], s[kStripBuffer], t[kStripBuffer];
-    const T* x = strip.x(p);
-    const T* dy = strip.dy(p);
-    A* partial = p.partial + strip.row(p);
-    A* out = p.partial_ws + strip.row(p);
+    const T* x = x_of(p, strip);
+    const T* dy = dy_of(p, strip);
+    A* partial = p.partial + strip.sums;
+    A* out = p.partial_ws + strip.sums;
     if (kChannel) std::fill(partial, partial + p.channels, A(0));
     if (kSpatial && p.need_spatial) std::fill(out, out + p.channels, A(0));
     const A* gate = p.channel_gate + n * p.channels;
@@ -106,26 +106,30 @@ struct ChannelsLast {
         std::fill(t + end, t + end + lanes<A>, A(0));
       }
       if constexpr (F::by_gates) {
-        groups(b, end, [&](int64_t i) { squeeze_positions<kPositions, false>(p, x, i, q, nullptr); },
-               [&](int64_t i) { squeeze_positions<1, false>(p, x, i, q, nullptr); });
+        groups(
+            b, end, [&](int64_t i) { squeeze_positions<kPositions, false>(p, x, i, q, nullptr); },
+            [&](int64_t i) { squeeze_positions<1, false>(p, x, i, q, nullptr); });
         close_gate(q + b, s + b, end - b);
       }
-      groups(b, end, [&](int64_t i) { reduce_positions<kPositions>(p, x, dy, gate, i, q, s, t, partial); },
-             [&](int64_t i) { reduce_positions<1>(p, x, dy, gate, i, q, s, t, partial); });
+      groups(
+          b, end,
+          [&](int64_t i) { reduce_positions<kPositions>(p, x, dy, gate, i, q, s, t, partial); },
+          [&](int64_t i) { reduce_positions<1>(p, x, dy, gate, i, q, s, t, partial); });
       if constexpr (kSpatial) {
         if (!F::by_gates) close_gate(q + b, s + b, end - b);
         sum_dq += close_gradient(t + b, s + b, end - b);
         if (p.need_spatial) {
-          groups(b, end, [&](int64_t i) { weigh_positions<kPositions>(p, x, i, t, out); },
-                 [&](int64_t i) { weigh_positions<1>(p, x, i, t, out); });
+          groups(
+              b, end, [&](int64_t i) { weigh_positions<kPositions>(p, x, i, t, out); },
+              [&](int64_t i) { weigh_positions<1>(p, x, i, t, out); });
         }
       }
     }
     if constexpr (kSpatial) {
       p.partial_bs[n * p.strips + index] = sum_dq;
       if (p.need_dx) {
-        park(p, n, strip.begin, strip.len, 0, s);
-        park(p, n, strip.begin, strip.len, 1, t);
+        park(p, strip, 0, s);
+        park(p, strip, 1, t);
       }
     }
   }
@@ -166,19 +170,21 @@ struct ChannelsLast {
   }
 
   // Backward, second pass. Reads dy (and x, where the formula needs it) from cache; writes dx.
-  static __attribute__((noinline)) void apply_backward(const Problem<T>& p, int64_t n, int64_t index) {
+  static __attribute__((noinline)) void apply_backward(const Problem<T>& p, int64_t n,
+                                                       int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A s[kStripBuffer], dq[kStripBuffer];
     if (kSpatial) {
-      unpark(p, n, strip.begin, strip.len, 0, s);
-      unpark(p, n, strip.begin, strip.len, 1, dq);
+      unpark(p, strip, 0, s);
+      unpark(p, strip, 1, dq);
     }
-    const T* x = strip.x(p);
-    const T* dy = strip.dy(p);
+    const T* x = x_of(p, strip);
+    const T* dy = dy_of(p, strip);
     T* dx = p.dx + (n * p.positions + strip.begin) * p.channels;
     const A* gate = p.channel_gate + n * p.channels;
     const A* mean = p.d_mean + n * p.channels;
-    for (int64_t i = 0; i < strip.len; ++i, x += p.channels, dy += p.out_channels, dx += p.channels) {
+    for (int64_t i = 0; i < strip.len;
+         ++i, x += p.channels, dy += p.out_channels, dx += p.channels) {
       const V sv = broadcast<A>(kSpatial ? s[i] : A(0));
       const A dqv = kSpatial ? dq[i] : A(0);
       sweep<A>(p.channels, [&](int64_t c, auto extent) {

@@ -31,7 +31,7 @@ struct Formula<A, Combine::max> {
   // Both products, since a NaN in either must win.
   static SCSE_INLINE V value(V x, V c, V s) {
     const V a = x * c, b = x * s;
-    return (a > b) | (a != a) ? a : b;
+    return ((a > b) | (a != a)) ? a : b;
   }
   // Of what goes to the winner and of what to the loser: the channel branch's. Ties get the mean.
   static SCSE_INLINE V choose(V x, V c, V s, V won, V lost) {

@@ -18,7 +18,8 @@ inline void sum_rows(const A* rows, int64_t count, int64_t size, A scale, A* out
 
 // out[r] = matrix[r, :] . v + bias[r], four rows at a time.
 template <typename A>
-inline void matvec(const A* matrix, const A* v, const A* bias, int64_t rows, int64_t columns, A* out) {
+inline void matvec(const A* matrix, const A* v, const A* bias, int64_t rows, int64_t columns,
+                   A* out) {
   const auto some = [&](int64_t r, auto count) {
     constexpr int R = decltype(count)::value;
     Vec<A> sum[R] = {};

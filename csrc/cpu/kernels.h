@@ -1,14 +1,14 @@
-// All kernels for one instruction set. The file that includes this has switched the compiler to that
-// set and has defined SCSE_ISA, the namespace, and SCSE_VECTOR_BYTES, the size of its registers.
-// Nothing here may be an inline function of a shared namespace: the linker keeps one copy of those,
-// which could be that of an instruction set that the machine lacks.
+// All kernels for one instruction set. The file that includes this has switched the compiler to
+// that set and has defined SCSE_ISA, the namespace, and SCSE_VECTOR_BYTES, the size of its
+// registers. Nothing here may be an inline function of a shared namespace: the linker keeps one
+// copy of those, which could be that of an instruction set that the machine lacks.
 
 namespace scse {
 namespace SCSE_ISA {
 
 #include "vec.h"
 #include "combine.h"
-#include "parking.h"
+#include "strip.h"
 #include "planes.h"
 #include "channels_last.h"
 #include "excite.h"

@@ -34,7 +34,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// --- instruction sets -----------------------------------------------------------------------------
+// --- instruction sets
+// -----------------------------------------------------------------------------
 
 enum class Isa { baseline, avx2, avx512 };
 constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
@@ -76,16 +77,16 @@ const Kernels<T>& select(const Kernels<T>& baseline, const Kernels<T>& avx2,
 template <typename T>
 const Kernels<T>& kernels();
 #if defined(__x86_64__)
-#define SCSE_SELECT(T)                                                        \
-  template <>                                                                 \
-  const Kernels<T>& kernels<T>() {                                            \
+#define SCSE_SELECT(T)                                                            \
+  template <>                                                                     \
+  const Kernels<T>& kernels<T>() {                                                \
     return select(baseline::T##_kernels, avx2::T##_kernels, avx512::T##_kernels); \
   }
 #else
-#define SCSE_SELECT(T)               \
-  template <>                        \
-  const Kernels<T>& kernels<T>() {   \
-    return baseline::T##_kernels;    \
+#define SCSE_SELECT(T)             \
+  template <>                      \
+  const Kernels<T>& kernels<T>() { \
+    return baseline::T##_kernels;  \
   }
 #endif
 SCSE_SELECT(float)
@@ -93,7 +94,8 @@ SCSE_SELECT(double)
 SCSE_SELECT(half)
 SCSE_SELECT(bfloat16)
 
-// --- layouts --------------------------------------------------------------------------------------
+// --- layouts
+// --------------------------------------------------------------------------------------
 
 // Whether axes `order` (outermost first) lie densely one inside the other.
 template <typename Order>
@@ -144,10 +146,12 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty({sizes.begin(), sizes.size()}, dtype);
 }
 
-// --- the problem ----------------------------------------------------------------------------------
+// --- the problem
+// ----------------------------------------------------------------------------------
 
 template <typename T>
-constexpr ScalarType kAccumulator = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+constexpr ScalarType kAccumulator =
+    std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
 // A parameter as the kernels take it. Holds the converted copy, if one was needed, while they run.
 template <typename A>
@@ -211,7 +215,8 @@ template <typename T>
 Problem<T> describe(const Tensor& x, const Optional& w1, const Optional& ws, int64_t combine,
                     bool channels_last) {
   STD_TORCH_CHECK(w1 || ws, "scse_kernels: w1 and ws are both missing, expected at least one");
-  STD_TORCH_CHECK(0 <= combine && combine <= 3, "scse_kernels: combine must be 0 to 3, got ", combine);
+  STD_TORCH_CHECK(0 <= combine && combine <= 3, "scse_kernels: combine must be 0 to 3, got ",
+                  combine);
   Problem<T> p{};
   p.samples = x.size(0);
   p.channels = x.size(1);
@@ -249,7 +254,8 @@ Optional set_parking(Problem<T>& p, T* map, int64_t channels, int slots, ScalarT
   return buffer;
 }
 
-// --- forward and backward -------------------------------------------------------------------------
+// --- forward and backward
+// -------------------------------------------------------------------------
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -266,7 +272,8 @@ ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional&
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] = p.out_channels;
-  const Tensor y = empty({sizes.data(), sizes.size()}, x.scalar_type(), format_of(channels_last, x.dim()));
+  const Tensor y =
+      empty({sizes.data(), sizes.size()}, x.scalar_type(), format_of(channels_last, x.dim()));
   const int64_t channels = w1 ? p.channels : 0;
   const Tensor pooled = empty({p.samples, channels}, acc);
   const Tensor hidden = empty({p.samples, p.hidden_channels}, acc);
@@ -276,7 +283,8 @@ ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional&
   p.hidden = static_cast<A*>(hidden.mutable_data_ptr());
   p.channel_gate = static_cast<A*>(channel_gate.mutable_data_ptr());
 
-  const Parameter<A> w1_(w1, acc), b1_(b1, acc), w2_(w2, acc), b2_(b2, acc), ws_(ws, acc), bs_(bs, acc);
+  const Parameter<A> w1_(w1, acc), b1_(b1, acc), w2_(w2, acc), b2_(b2, acc), ws_(ws, acc),
+      bs_(bs, acc);
   p.w1 = w1_.data(), p.b1 = b1_.data(), p.w2 = w2_.data(), p.b2 = b2_.data(), p.ws = ws_.data();
   p.bs = bs_.data() ? *bs_.data() : A(0);
 
@@ -348,32 +356,36 @@ BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Opt
 }
 
 // Calls function<T>(arguments...) for the element type of x.
-#define SCSE_DISPATCH(x, function, ...)                                                         \
-  switch ((x).scalar_type()) {                                                                  \
-    case ScalarType::Float: return function<float>(__VA_ARGS__);                                \
-    case ScalarType::Double: return function<double>(__VA_ARGS__);                              \
-    case ScalarType::Half: return function<half>(__VA_ARGS__);                                  \
-    case ScalarType::BFloat16: return function<bfloat16>(__VA_ARGS__);                          \
-    default:                                                                                    \
-      STD_TORCH_CHECK(false, "scse_kernels: x must be float32, float64, float16 or bfloat16");  \
+#define SCSE_DISPATCH(x, function, ...)                                                        \
+  switch ((x).scalar_type()) {                                                                 \
+    case ScalarType::Float:                                                                    \
+      return function<float>(__VA_ARGS__);                                                     \
+    case ScalarType::Double:                                                                   \
+      return function<double>(__VA_ARGS__);                                                    \
+    case ScalarType::Half:                                                                     \
+      return function<half>(__VA_ARGS__);                                                      \
+    case ScalarType::BFloat16:                                                                 \
+      return function<bfloat16>(__VA_ARGS__);                                                  \
+    default:                                                                                   \
+      STD_TORCH_CHECK(false, "scse_kernels: x must be float32, float64, float16 or bfloat16"); \
   }
 
 ForwardResult cpu_forward(const Tensor& x, const Optional& w1, const Optional& b1,
                           const Optional& w2, const Optional& b2, const Optional& ws,
-                          const Optional& bs, int64_t combine) {
-  SCSE_DISPATCH(x, forward, x, w1, b1, w2, b2, ws, bs, combine)
-}
+                          const Optional& bs, int64_t combine){
+    SCSE_DISPATCH(x, forward, x, w1, b1, w2, b2, ws, bs, combine)}
 
-BackwardResult cpu_backward(const Tensor& dy, const Tensor& x, const Optional& w1,
-                            const Optional& b1, const Optional& w2, const Optional& b2,
-                            const Optional& ws, const Optional& bs, const Tensor& pooled,
-                            const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
-                            bool need_dx, bool need_channel, bool need_spatial) {
-  SCSE_DISPATCH(x, backward, dy, x, w1, b1, w2, b2, ws, bs, pooled, hidden, channel_gate, combine,
-                need_dx, need_channel, need_spatial)
-}
+BackwardResult
+    cpu_backward(const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1,
+                 const Optional& w2, const Optional& b2, const Optional& ws, const Optional& bs,
+                 const Tensor& pooled, const Tensor& hidden, const Tensor& channel_gate,
+                 int64_t combine, bool need_dx, bool need_channel, bool need_spatial){
+        SCSE_DISPATCH(x, backward, dy, x, w1, b1, w2, b2, ws, bs, pooled, hidden, channel_gate,
+                      combine, need_dx, need_channel, need_spatial)}
 
-std::string cpu_capability() { return kIsaNames[static_cast<int>(isa())]; }
+std::string cpu_capability() {
+  return kIsaNames[static_cast<int>(isa())];
+}
 
 }  // namespace
 }  // namespace scse
@@ -389,7 +401,7 @@ STABLE_TORCH_LIBRARY_IMPL(scse_kernels, CompositeExplicitAutograd, m) {
 
 // An empty Python module: importing it registers the operators above.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

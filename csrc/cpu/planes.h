@@ -12,31 +12,26 @@ struct Planes {
   static constexpr bool kWeighLater = F::by_gates;  // the second pass over those reads x, too
   static constexpr int kRows = 4;
 
-  struct Strip {
-    int64_t n, index, begin, len;
-    Strip(const Problem<T>& p, int64_t n, int64_t index)
-        : n(n), index(index), begin(index * p.width), len(std::min(p.width, p.positions - begin)) {}
-  };
-
   // Forward, first pass over a strip. Reads x; writes channel sums to `partial`, parks the gate.
   static __attribute__((noinline)) void squeeze(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A q[kStripBuffer];
     if (kSpatial) std::fill(q, q + strip.len + lanes<A>, p.bs);
     const T* x = p.x + n * p.x_sample + strip.begin;
-    A* partial = p.partial + (n * p.strips + index) * p.channels;
+    A* partial = p.partial + strip.sums;
     int64_t c = 0;
-    for (; c + kRows <= p.channels; c += kRows) squeeze_rows<kRows, kChannel>(p, c, x, strip.len, q, partial);
+    for (; c + kRows <= p.channels; c += kRows)
+      squeeze_rows<kRows, kChannel>(p, c, x, strip.len, q, partial);
     for (; c < p.channels; ++c) squeeze_rows<1, kChannel>(p, c, x, strip.len, q, partial);
     if constexpr (kSpatial) {
       close_gate(q, q, strip.len);
-      park(p, n, strip.begin, strip.len, 0, q);
+      park(p, strip, 0, q);
     }
   }
 
   template <int R, bool kSum>
-  static SCSE_INLINE void squeeze_rows(const Problem<T>& p, int64_t c, const T* x, int64_t len, A* q,
-                                       A* partial) {
+  static SCSE_INLINE void squeeze_rows(const Problem<T>& p, int64_t c, const T* x, int64_t len,
+                                       A* q, A* partial) {
     A w[R] = {};
     if (kSpatial) std::copy(p.ws + c, p.ws + c + R, w);
     V sum[R] = {};
@@ -56,7 +51,7 @@ struct Planes {
   static __attribute__((noinline)) void apply(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A s[kStripBuffer];
-    if (kSpatial) unpark(p, n, strip.begin, strip.len, 0, s);
+    if (kSpatial) unpark(p, strip, 0, s);
     for (int64_t c = 0; c < p.channels; ++c) {
       const T* x = p.x + n * p.x_sample + c * p.positions + strip.begin;
       T* y = p.y + (n * p.out_channels + c) * p.positions + strip.begin;
@@ -76,36 +71,39 @@ struct Planes {
   }
 
   // Backward, first pass over a strip. Reads x and dy, and x once more (from L2): ahead where the
-  // formula needs the spatial gate, behind to weigh it by dq. Writes the strip's sums for the channel
-  // gate, ws and bs; parks the spatial gate and dq.
+  // formula needs the spatial gate, behind to weigh it by dq. Writes the strip's sums for the
+  // channel gate, ws and bs; parks the spatial gate and dq.
   static __attribute__((noinline)) void reduce(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A q[kStripBuffer], s[kStripBuffer], t[kStripBuffer];
     const T* x = p.x + n * p.x_sample + strip.begin;
     const T* dy = p.dy + n * p.dy_sample + strip.begin;
-    const int64_t row = (n * p.strips + index) * p.channels;
     if (kSpatial) {
       std::fill(q, q + strip.len + lanes<A>, p.bs);
       std::fill(t, t + strip.len + lanes<A>, A(0));
     }
     int64_t c = 0;
     if constexpr (F::by_gates) {
-      for (; c + kRows <= p.channels; c += kRows) squeeze_rows<kRows, false>(p, c, x, strip.len, q, nullptr);
+      for (; c + kRows <= p.channels; c += kRows)
+        squeeze_rows<kRows, false>(p, c, x, strip.len, q, nullptr);
       for (; c < p.channels; ++c) squeeze_rows<1, false>(p, c, x, strip.len, q, nullptr);
       close_gate(q, s, strip.len);
     }
-    for (c = 0; c + kRows <= p.channels; c += kRows) reduce_rows<kRows>(p, n, c, x, dy, strip.len, q, s, t, p.partial + row);
-    for (; c < p.channels; ++c) reduce_rows<1>(p, n, c, x, dy, strip.len, q, s, t, p.partial + row);
+    for (c = 0; c + kRows <= p.channels; c += kRows)
+      reduce_rows<kRows>(p, n, c, x, dy, strip.len, q, s, t, p.partial + strip.sums);
+    for (; c < p.channels; ++c)
+      reduce_rows<1>(p, n, c, x, dy, strip.len, q, s, t, p.partial + strip.sums);
     if constexpr (kSpatial) {
       if (!F::by_gates) close_gate(q, s, strip.len);
       p.partial_bs[n * p.strips + index] = close_gradient(t, s, strip.len);
       if (p.need_dx) {
-        park(p, n, strip.begin, strip.len, 0, s);
-        park(p, n, strip.begin, strip.len, 1, t);
+        park(p, strip, 0, s);
+        park(p, strip, 1, t);
       }
       if (p.need_spatial && !(kWeighLater && p.need_dx)) {
-        A* out = p.partial_ws + row;
-        for (c = 0; c + kRows <= p.channels; c += kRows) weigh_rows<kRows>(p, c, x, strip.len, t, out);
+        A* out = p.partial_ws + strip.sums;
+        for (c = 0; c + kRows <= p.channels; c += kRows)
+          weigh_rows<kRows>(p, c, x, strip.len, t, out);
         for (; c < p.channels; ++c) weigh_rows<1>(p, c, x, strip.len, t, out);
       }
     }
@@ -113,7 +111,8 @@ struct Planes {
 
   template <int R>
   static SCSE_INLINE void reduce_rows(const Problem<T>& p, int64_t n, int64_t c, const T* x,
-                                      const T* dy, int64_t len, A* q, const A* s, A* t, A* partial) {
+                                      const T* dy, int64_t len, A* q, const A* s, A* t,
+                                      A* partial) {
     A w[R] = {}, gate[R] = {};
     if (kSpatial) std::copy(p.ws + c, p.ws + c + R, w);
     if (kChannel) std::copy_n(p.channel_gate + n * p.channels + c, R, gate);
@@ -150,12 +149,13 @@ struct Planes {
 
   // Backward, second pass. Reads dy (and x, where the formula needs it) from cache; writes dx, and
   // the strip's sums for ws where x is read anyway.
-  static __attribute__((noinline)) void apply_backward(const Problem<T>& p, int64_t n, int64_t index) {
+  static __attribute__((noinline)) void apply_backward(const Problem<T>& p, int64_t n,
+                                                       int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A s[kStripBuffer], dq[kStripBuffer];
     if (kSpatial) {
-      unpark(p, n, strip.begin, strip.len, 0, s);
-      unpark(p, n, strip.begin, strip.len, 1, dq);
+      unpark(p, strip, 0, s);
+      unpark(p, strip, 1, dq);
     }
     for (int64_t c = 0; c < p.channels; ++c) {
       const int64_t plane = c * p.positions + strip.begin;
@@ -179,7 +179,7 @@ struct Planes {
         if (kWeighLater) sum += xv * load(dq + i, extent);
       });
       if (kWeighLater && p.need_spatial) {
-        p.partial_ws[(n * p.strips + index) * p.channels + c] = sum_lanes<A>(sum);
+        p.partial_ws[strip.sums + c] = sum_lanes<A>(sum);
       }
     }
   }

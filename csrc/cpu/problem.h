@@ -40,10 +40,10 @@ constexpr int64_t kMaxStrip = 4096;
 
 constexpr int64_t kStripBuffer = kMaxStrip + 64;  // room for whole vectors
 
-// Of planes: a page of floats to a row, so that neither the prefetcher nor the TLB is wasted, while a
-// strip's channels stay in L2 for their second use; less where few samples must share the threads.
-// Of channels_last maps, where a strip is one run of memory: short, as its sums are single chains.
-// Never a function of the number of threads, on which results must not depend.
+// Of planes: a page of floats to a row, so that neither the prefetcher nor the TLB is wasted, while
+// a strip's channels stay in L2 for their second use; less where few samples must share the
+// threads. Of channels_last maps, where a strip is one run of memory: short, as its sums are single
+// chains. Never a function of the number of threads, on which results must not depend.
 inline int64_t strip_width(int64_t samples, int64_t positions, bool channels_last) {
   if (channels_last) return 256;
   return std::clamp<int64_t>(samples * positions / 8, 256, 1024) / 64 * 64;
@@ -78,15 +78,15 @@ struct Problem {
   // two passes over a sample inside the map that the second pass is about to write, so they cost
   // no memory. Where a sample is too thin for them they wait in a buffer of their own.
   T* parking;
-  int64_t parking_sample;   // elements from one sample to the next
-  int64_t parking_channels; // row pitch of [S, channels] maps
+  int64_t parking_sample;    // elements from one sample to the next
+  int64_t parking_channels;  // row pitch of [S, channels] maps
 
-  A* partial;    // [N, strips, C]: sums of x, or of the channel gate's gradient
-  A* partial_ws; // [N, strips, C]: sums of dq * x
-  A* partial_bs; // [N, strips]: sums of dq
-  A* d_excited;  // [N, C]: gradient before the second sigmoid
-  A* d_hidden;   // [N, Cr]: gradient before the ReLU
-  A* d_mean;     // [N, C]: gradient of the pooled value, divided by S
+  A* partial;     // [N, strips, C]: sums of x, or of the channel gate's gradient
+  A* partial_ws;  // [N, strips, C]: sums of dq * x
+  A* partial_bs;  // [N, strips]: sums of dq
+  A* d_excited;   // [N, C]: gradient before the second sigmoid
+  A* d_hidden;    // [N, Cr]: gradient before the ReLU
+  A* d_mean;      // [N, C]: gradient of the pooled value, divided by S
   A *dw1, *db1, *dw2, *db2, *dws, *dbs;
   bool need_dx, need_channel, need_spatial;
 
@@ -115,7 +115,8 @@ struct Problem {
         __atomic_sub_fetch(&q.left, end - begin, __ATOMIC_RELAXED);
       }
       // The calling thread would now go to sleep until the last one is through its last range, and
-      // be woken up late. That one is nearly there: for a fraction of a millisecond look out for it.
+      // be woken up late. That one is nearly there: for a fraction of a millisecond look out for
+      // it.
       for (int i = 0; thread == 0 && i < 6000 && __atomic_load_n(&q.left, __ATOMIC_RELAXED); ++i) {
         relax();
       }

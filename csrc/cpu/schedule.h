@@ -3,15 +3,17 @@
 //
 // A sample's second pass follows its first while the sample is still in cache, and runs backwards,
 // so that it begins with what was touched last. Each thread takes whole samples; those that are
-// left over when the threads don't divide the batch are shared strip by strip. Either way a strip is
-// computed by the same code and sums are added in the same order, so threads don't change results.
+// left over when the threads don't divide the batch are shared strip by strip. Either way a strip
+// is computed by the same code and sums are added in the same order, so threads don't change
+// results.
 
 // first(n, strip) for all strips of a sample, then between(n), then second(n, strip).
 template <typename T, typename First, typename Between, typename Second>
 inline void by_sample(const Problem<T>& p, const First& first, const Between& between,
                       const Second& second) {
   const int64_t worth = 1 << 15;  // elements for which another thread pays
-  const int64_t per_strip = std::max<int64_t>(1, worth / (p.channels * std::min(p.width, p.positions)));
+  const int64_t per_strip =
+      std::max<int64_t>(1, worth / (p.channels * std::min(p.width, p.positions)));
   const int64_t per_sample = std::max<int64_t>(1, worth / (p.channels * p.positions));
   if (!p.has_channel()) {  // nothing crosses strips
     p.over(p.samples * p.strips, per_strip, [&](int64_t begin, int64_t end) {
@@ -65,18 +67,25 @@ inline void backward(const Problem<T>& p) {
 // From run-time values to the code compiled for them.
 template <typename T, Combine K, bool kForward>
 inline void run_combine(const Problem<T>& p) {
-  if (p.channels_last) return kForward ? forward<T, ChannelsLast<T, K>>(p) : backward<T, ChannelsLast<T, K>>(p);
+  if (p.channels_last)
+    return kForward ? forward<T, ChannelsLast<T, K>>(p) : backward<T, ChannelsLast<T, K>>(p);
   return kForward ? forward<T, Planes<T, K>>(p) : backward<T, Planes<T, K>>(p);
 }
 
 template <typename T, bool kForward>
 inline void run(const Problem<T>& p) {
   switch (p.combine) {
-    case Combine::add: return run_combine<T, Combine::add, kForward>(p);
-    case Combine::max: return run_combine<T, Combine::max, kForward>(p);
-    case Combine::mul: return run_combine<T, Combine::mul, kForward>(p);
-    case Combine::concat: return run_combine<T, Combine::concat, kForward>(p);
-    case Combine::channel: return run_combine<T, Combine::channel, kForward>(p);
-    case Combine::spatial: return run_combine<T, Combine::spatial, kForward>(p);
+    case Combine::add:
+      return run_combine<T, Combine::add, kForward>(p);
+    case Combine::max:
+      return run_combine<T, Combine::max, kForward>(p);
+    case Combine::mul:
+      return run_combine<T, Combine::mul, kForward>(p);
+    case Combine::concat:
+      return run_combine<T, Combine::concat, kForward>(p);
+    case Combine::channel:
+      return run_combine<T, Combine::channel, kForward>(p);
+    case Combine::spatial:
+      return run_combine<T, Combine::spatial, kForward>(p);
   }
 }

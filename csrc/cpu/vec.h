@@ -138,7 +138,8 @@ SCSE_INLINE void store(T* p, Vec<A> v, Tail tail) {
 }
 
 // A line about to be written is first read from memory; asked for early, that costs no waiting. It
-// took a fifth to a third off the second passes over maps that outgrow L2. Past the end it is a no-op.
+// took a fifth to a third off the second passes over maps that outgrow L2. Past the end it is a
+// no-op.
 template <typename T>
 SCSE_INLINE void prefetch_for_writing(const T* p) {
   __builtin_prefetch(p, 1, 3);
@@ -152,28 +153,10 @@ SCSE_INLINE void sweep(int64_t n, const F& body) {
   if (i < n) body(i, Tail{static_cast<int>(n - i)});
 }
 
-// --- sums and functions ---------------------------------------------------------------------------
+// --- sums and functions
+// ---------------------------------------------------------------------------
 
-template <typename E>
-SCSE_INLINE E sum_lanes(Vector<E, 2> v) {
-  return v[0] + v[1];
-}
-template <typename E>
-SCSE_INLINE E sum_lanes(Vector<E, 4> v) {
-  return (v[0] + v[2]) + (v[1] + v[3]);
-}
-template <typename E>
-SCSE_INLINE E sum_lanes(Vector<E, 8> v) {
-  return sum_lanes<E>(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
-                      __builtin_shufflevector(v, v, 4, 5, 6, 7));
-}
-template <typename E>
-SCSE_INLINE E sum_lanes(Vector<E, 16> v) {
-  return sum_lanes<E>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-}
-
-// The last four lanes' worth of sums that sum_lanes forms on its way.
+// Halves of a vector added up until four lanes are left.
 template <typename E>
 SCSE_INLINE Vector<E, 4> fold(Vector<E, 4> v) {
   return v;
@@ -188,15 +171,25 @@ SCSE_INLINE Vector<E, 4> fold(Vector<E, 16> v) {
                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 
+template <typename A>
+SCSE_INLINE A sum_lanes(Vec<A> v) {
+  if constexpr (lanes<A> == 2) {
+    return v[0] + v[1];
+  } else {
+    const Vector<A, 4> w = fold<A>(v);
+    return (w[0] + w[2]) + (w[1] + w[3]);
+  }
+}
+
 // out[k] = first + sum_lanes(v[k]), to the last bit, for half the shuffles where P is four.
 template <typename A, int P>
 SCSE_INLINE void sum_lanes_of(const Vec<A> (&v)[P], A first, A* out) {
   if constexpr (P == 4 && lanes<A> >= 4) {
     const Vector<A, 4> a = fold<A>(v[0]), b = fold<A>(v[1]), c = fold<A>(v[2]), d = fold<A>(v[3]);
-    const Vector<A, 4> ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +
-                            __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Vector<A, 4> cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) +
-                            __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    const Vector<A, 4> ab =
+        __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Vector<A, 4> cd =
+        __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
     store_raw(out, first + (__builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
                             __builtin_shufflevector(ab, cd, 2, 3, 6, 7)));
   } else {
@@ -221,8 +214,9 @@ struct ExpConstants<double> {
   static constexpr double ln2_high = 0x1.62e42fefa3800p-1, ln2_low = 0x1.ef35793c76730p-45;
 };
 
-// exp(v); infinity where it would overflow, at least the smallest normal number; NaN stays NaN. v = n ln 2 + r, and the
-// Taylor series of exp(r), |r| <= ln(2) / 2, is cut where its next term is below half an ulp.
+// exp(v); infinity where it would overflow, at least the smallest normal number; NaN stays NaN. v =
+// n ln 2 + r, and the Taylor series of exp(r), |r| <= ln(2) / 2, is cut where its next term is
+// below half an ulp.
 template <typename A>
 SCSE_INLINE Vec<A> exp(Vec<A> v) {
   using K = ExpConstants<A>;

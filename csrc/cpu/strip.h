@@ -1,20 +1,35 @@
+// A strip of a sample's positions, and what is known of it position by position.
+// Included once per instruction set.
+
+struct Strip {
+  int64_t n, index, begin, len;  // of sample n: positions begin to begin + len
+  int64_t sums;                  // where the strip's sums over positions begin in Problem::partial
+
+  template <typename T>
+  Strip(const Problem<T>& p, int64_t n, int64_t index)
+      : n(n),
+        index(index),
+        begin(index * p.width),
+        len(std::min(p.width, p.positions - begin)),
+        sums((n * p.strips + index) * p.channels) {}
+};
+
 // Per-position values (accumulators) that wait between the two passes over a sample, in the memory
 // of the map that the second pass writes; see Problem::parking. Slot 0 is the spatial gate, slot 1
 // its gradient dq. A strip is unparked before the first of its elements is written.
-// Included once per instruction set.
 
 template <typename T>
 constexpr int kParkingRows = sizeof(Accumulator<T>) / sizeof(T);  // rows of T that one slot takes
 
 template <bool kStore, typename T, typename Values>
-inline void exchange(const Problem<T>& p, int64_t n, int64_t begin, int64_t len, int slot,
-                     Values* values) {
+inline void exchange(const Problem<T>& p, const Strip& strip, int slot, Values* values) {
   char* local = (char*)values;
   const auto move = [&](T* parked, int64_t offset, int64_t bytes) {
     if constexpr (kStore) __builtin_memcpy(parked, local + offset, bytes);
     if constexpr (!kStore) __builtin_memcpy(local + offset, parked, bytes);
   };
-  T* sample = p.parking + n * p.parking_sample;
+  const int64_t begin = strip.begin, len = strip.len;
+  T* sample = p.parking + strip.n * p.parking_sample;
   if (p.channels_last) {  // the strip's own block of [len, channels] begins with both slots
     T* block = sample + begin * p.parking_channels + slot * len * kParkingRows<T>;
     move(block, 0, len * sizeof(Accumulator<T>));
@@ -27,21 +42,20 @@ inline void exchange(const Problem<T>& p, int64_t n, int64_t begin, int64_t len,
 }
 
 template <typename T>
-inline void park(const Problem<T>& p, int64_t n, int64_t begin, int64_t len, int slot,
-                 const Accumulator<T>* values) {
-  exchange<true>(p, n, begin, len, slot, values);
+inline void park(const Problem<T>& p, const Strip& strip, int slot, const Accumulator<T>* values) {
+  exchange<true>(p, strip, slot, values);
 }
 
 template <typename T>
-inline void unpark(const Problem<T>& p, int64_t n, int64_t begin, int64_t len, int slot,
-                   Accumulator<T>* values) {
-  exchange<false>(p, n, begin, len, slot, values);
+inline void unpark(const Problem<T>& p, const Strip& strip, int slot, Accumulator<T>* values) {
+  exchange<false>(p, strip, slot, values);
 }
 
 // s = sigmoid(squeezed) over a strip. Buffers are whole vectors long.
 template <typename A>
 inline void close_gate(const A* squeezed, A* s, int64_t len) {
-  for (int64_t i = 0; i < len; i += lanes<A>) store_raw(s + i, sigmoid<A>(load_raw<Vec<A>>(squeezed + i)));
+  for (int64_t i = 0; i < len; i += lanes<A>)
+    store_raw(s + i, sigmoid<A>(load_raw<Vec<A>>(squeezed + i)));
 }
 
 // dq = t * s * (1 - s) over a strip, in place of t; returns the sum over its len positions.
