@@ -2,7 +2,7 @@
 
 Each kernel backend has one operator for the forward and one for the backward, all with the same
 two signatures: `torch.ops.scse_kernels.<backend>_forward` and `..._backward`. The kernels
-themselves are registered where they live (for `cpu`, in csrc/cpu).
+themselves are registered where they live (for `cpu`, in csrc/cpu) or below (for `triton`).
 
 A missing branch is a missing w1 (and b1, w2, b2) or ws (and bs). Parameters keep the shape their
 module gave them: w1 [Cr, C, ...], w2 [C, Cr, ...], ws C elements, bs one element.
@@ -16,7 +16,7 @@ from .reference import accumulation_dtype
 #: combine -> the code that operators take (an integer crosses into C++ for nothing).
 COMBINE = {"add": 0, "max": 1, "mul": 2, "concat": 3}
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 
 _FORWARD = (
     "(Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
@@ -41,7 +41,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
+def fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
+    """The forward's results, not filled."""
     n, c = x.shape[:2]
     concat = w1 is not None and ws is not None and combine == COMBINE["concat"]
     shape = (n, 2 * c, *x.shape[2:]) if concat else x.shape
@@ -56,7 +57,7 @@ def _fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
     )
 
 
-def _fake_backward(
+def fake_backward(
     dy,
     x,
     w1,
@@ -73,6 +74,8 @@ def _fake_backward(
     need_channel,
     need_spatial,
 ):
+    """The backward's results, not filled; empty where not needed."""
+
     def grad(parameter, needed):
         if parameter is None or not needed:
             return x.new_empty((0,))
@@ -88,11 +91,29 @@ def _fake_backward(
 _library = torch.library.Library("scse_kernels", "DEF")
 for _backend in BACKENDS:
     for _name, _schema, _fake in (
-        (f"{_backend}_forward", _FORWARD, _fake_forward),
-        (f"{_backend}_backward", _BACKWARD, _fake_backward),
+        (f"{_backend}_forward", _FORWARD, fake_forward),
+        (f"{_backend}_backward", _BACKWARD, fake_backward),
     ):
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"scse_kernels::{_name}", _fake, lib=_library)
+
+
+def _triton_forward(*arguments):
+    from ._triton import launch  # imports Triton, which takes a second
+
+    return launch.forward(*arguments)
+
+
+def _triton_backward(*arguments):
+    from ._triton import launch
+
+    return launch.backward(*arguments)
+
+
+# CPU tensors: under Triton's interpreter.
+for _key in ("CUDA", "CPU"):
+    _library.impl("triton_forward", _triton_forward, _key)
+    _library.impl("triton_backward", _triton_backward, _key)
 
 # The instruction set that the cpu kernels chose on this machine: baseline, avx2 or avx512.
 _library.define("cpu_capability() -> str")
