@@ -27,11 +27,13 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Block:
-    """[summed, block] elements to a step of the small dense layers."""
+class Excitation:
+    """Weights are read in tiles [block_j, block_c] (hidden channels, channels), partial sums in
+    tiles [block_strips, block_c]."""
 
-    block: int
-    summed: int
+    block_c: int
+    block_j: int
+    block_strips: int
     warps: int
 
 
@@ -64,8 +66,15 @@ def tile(channels: int, positions: int, itemsize: int, lanes: int) -> Tile:
     return Tile(block_c, block_s, warps, tiles, hold)
 
 
-def excite(channels: int, hidden: int, strips: int) -> Block:
-    """The excitation's blocks: one program has a whole sample's, so it wants many loads at once."""
-    size = max(channels, hidden)
-    block = min(64, power_of_two(size))
-    return Block(block, 64, 4 if size <= 128 else 8)
+def excitation(channels: int, hidden: int, strips: int) -> Excitation:
+    """The excitation's blocks. One program has all of a sample's weights to read, so each thread
+    has 16 loads of 16 bytes on their way. Few warps, as sums across warps cost more than they
+    save: one up to 64 channels, at most eight."""
+    block_c = min(256, power_of_two(channels))
+    block_j = min(64 if channels > 256 else 32, power_of_two(hidden))
+    return Excitation(
+        block_c,
+        block_j,
+        min(32, power_of_two(strips)),
+        max(1, block_c * block_j // 2048),
+    )

@@ -33,7 +33,6 @@ class Problem:
     combine: int
     channels_last: bool
     tile: heuristics.Tile
-    excite: heuristics.Block
 
     @property
     def strips(self) -> int:
@@ -63,6 +62,17 @@ class Problem:
             "BLOCK_C": self.tile.block_c,
             "BLOCK_S": self.tile.block_s,
             "num_warps": self.tile.warps,
+            "num_stages": 1,
+        }
+
+    def excitation(self) -> dict:
+        """The compile-time arguments of the excitation and of its backward."""
+        e = heuristics.excitation(self.channels, self.hidden, self.strips)
+        return {
+            "BLOCK_C": e.block_c,
+            "BLOCK_J": e.block_j,
+            "BLOCK_STRIPS": e.block_strips,
+            "num_warps": e.warps,
             "num_stages": 1,
         }
 
@@ -105,7 +115,6 @@ def _describe(x: Tensor, w1: Tensor | None, ws: Tensor | None, combine: int) -> 
         combine,
         ops.memory_format(x) != torch.contiguous_format,
         tile,
-        heuristics.excite(channels, hidden, 0),
     )
 
 
@@ -145,8 +154,7 @@ def forward(
             excite_kernel[(n,)](
                 partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
                 c, p.hidden, s, p.strips,
-                BLOCK=p.excite.block, BLOCK_SUM=p.excite.summed,
-                num_warps=p.excite.warps, num_stages=1,
+                **p.excitation(),
             )  # fmt: skip
         strips = triton.cdiv(s, p.tile.block_s)
         apply_kernel[(n * strips * triton.cdiv(c, p.tile.block_c),)](
@@ -221,12 +229,11 @@ def backward(
                 STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles,
                 **p.constants(x, dy),
             )  # fmt: skip
-            excite_backward_kernel[(n,)](
+            excite_backward_kernel[(n, sum_channel + need_spatial)](
                 partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
                 d_excited, d_hidden, d_mean, sample_ws, sample_bs,
                 c, p.hidden, s, strips,
-                BLOCK=p.excite.block, BLOCK_SUM=p.excite.summed,
-                num_warps=p.excite.warps, num_stages=1,
+                **p.excitation(),
             )  # fmt: skip
         row_strips = triton.cdiv(s, p.tile.block_s)
         tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_dx else 0

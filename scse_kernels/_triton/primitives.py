@@ -57,7 +57,7 @@ def sum_rows(ptr, rows, size, i, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr, BL
     total = tl.zeros([BLOCK_ROWS, BLOCK], ACC)
     for begin in range(0, rows, BLOCK_ROWS):
         r = begin + tl.arange(0, BLOCK_ROWS)
-        at = r.to(tl.int64)[:, None] * size + i[None, :]
+        at = r[:, None] * size + i[None, :]
         total += load(ptr + at, (r[:, None] < rows) & (i[None, :] < size), ACC)
     return tl.sum(total, 0)
 
