@@ -6,12 +6,15 @@ Never from the device or the number of samples, so that a sum has the same order
 from dataclasses import dataclass
 
 # Bytes of the map that a thread holds of one tile. With 128 and two maps (x and dy) a thread has 16
-# loads of 16 bytes on their way, and needs some 150 registers for their floats: three programs of
-# four warps to an SM, 96 KiB in flight; 32 KiB would do to keep the memory busy.
+# loads of 16 bytes on their way and needs about 200 registers for their floats. So ten warps fit an
+# SM with 80 KiB in flight; 32 KiB would do to keep the memory busy.
 _BYTES = 128
-# The longest strip's share of a row of partial sums: [strips, C] floats per sample are written and
-# read again. More strips than this and each takes several tiles.
+# Rows of partial sums per sample, each channels floats that are written and read again by one
+# program. With more strips than this each takes several tiles.
 _STRIPS = 512
+# More channels than this are walked in several tiles: a tile of all would not fit eight warps with
+# rows of 64 bytes.
+_CHANNELS = 512
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,17 @@ def power_of_two(size: int) -> int:
 def tile(channels: int, positions: int, itemsize: int, lanes: int) -> Tile:
     """The tile of every pass over the map. `lanes`: threads to a warp.
 
-    A row of the tile is 64 bytes or more along either axis, so that whole sectors are used, and
-    a tile has all channels where they fit: then positions' sums are finished in it.
+    A row of the tile has 128 bytes in contiguous maps, 64 where channels are many. A tile has all
+    channels where they fit: then it finishes its positions' sums. As few warps as that allows,
+    since sums across warps go through shared memory.
     """
     per_thread = _BYTES // itemsize
-    block_c = min(power_of_two(channels), 1024)
-    # Wide maps of many channels take more warps, so that a row doesn't get shorter than 64 bytes.
-    row = 64 // itemsize
-    warps = 4
-    while warps < 16 and block_c * row > warps * lanes * per_thread:
+    block_c = min(power_of_two(channels), _CHANNELS)
+    warps = 2
+    while warps < 8 and block_c * (128 // itemsize) > warps * lanes * per_thread:
         warps *= 2
-    block_s = max(row, warps * lanes * per_thread // block_c)
-    block_s = min(block_s, max(16, power_of_two(positions)))
-    while warps > 1 and block_c * block_s < warps * lanes * per_thread // 2:
+    block_s = min(warps * lanes * per_thread // block_c, max(16, power_of_two(positions)))
+    while warps > 1 and block_c * block_s < warps * lanes * per_thread:
         warps //= 2  # a small map
     hold = channels <= block_c
     tiles = 1
@@ -72,9 +73,6 @@ def excitation(channels: int, hidden: int, strips: int) -> Excitation:
     save: one up to 64 channels, at most eight."""
     block_c = min(256, power_of_two(channels))
     block_j = min(64 if channels > 256 else 32, power_of_two(hidden))
-    return Excitation(
-        block_c,
-        block_j,
-        min(32, power_of_two(strips)),
-        max(1, block_c * block_j // 2048),
-    )
+    block_strips = min(128 if strips > 128 else 32, power_of_two(strips))
+    warps = min(8, max(1, block_c * max(block_j, block_strips) // 2048))
+    return Excitation(block_c, block_j, block_strips, warps)

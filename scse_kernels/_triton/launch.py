@@ -20,6 +20,7 @@ from .reduce import reduce_kernel
 from .squeeze import squeeze_kernel
 
 _BLOCK = 32  # of the parameters' gradients
+_WIDE = 2**31  # maps of so many elements need 64-bit offsets
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Problem:
             "COMBINE": self.combine,
             "CHANNELS_LAST": self.channels_last,
             "ALIGN": align,
-            "WIDE": any(m.shape[0] * max(_sample(m), prod(m.shape[1:])) >= 2**31 for m in maps),
+            "WIDE": any(m.shape[0] * max(_sample(m), prod(m.shape[1:])) >= _WIDE for m in maps),
             "BLOCK_C": self.tile.block_c,
             "BLOCK_S": self.tile.block_s,
             "num_warps": self.tile.warps,
