@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _native, _triton, reference
+from . import _native, reference
 from .autograd import SCSE
 from .ops import BACKENDS, COMBINE, memory_format
 
@@ -106,6 +106,8 @@ def why_not(backend: str, device: torch.device) -> str | None:
     if backend == "eager":
         return None
     if backend == "triton":
+        from . import _triton  # not with the package: only who asks for Triton pays for it
+
         return _triton.why_not(device)
     if device.type != "cpu":
         return f"it runs on cpu tensors, got {device.type}"

@@ -41,8 +41,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
-    """The forward's results, not filled."""
+def _fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
     n, c = x.shape[:2]
     concat = w1 is not None and ws is not None and combine == COMBINE["concat"]
     shape = (n, 2 * c, *x.shape[2:]) if concat else x.shape
@@ -57,7 +56,7 @@ def fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
     )
 
 
-def fake_backward(
+def _fake_backward(
     dy,
     x,
     w1,
@@ -74,8 +73,6 @@ def fake_backward(
     need_channel,
     need_spatial,
 ):
-    """The backward's results, not filled; empty where not needed."""
-
     def grad(parameter, needed):
         if parameter is None or not needed:
             return x.new_empty((0,))
@@ -91,23 +88,27 @@ def fake_backward(
 _library = torch.library.Library("scse_kernels", "DEF")
 for _backend in BACKENDS:
     for _name, _schema, _fake in (
-        (f"{_backend}_forward", _FORWARD, fake_forward),
-        (f"{_backend}_backward", _BACKWARD, fake_backward),
+        (f"{_backend}_forward", _FORWARD, _fake_forward),
+        (f"{_backend}_backward", _BACKWARD, _fake_backward),
     ):
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"scse_kernels::{_name}", _fake, lib=_library)
 
 
-def _triton_forward(*arguments):
+def _triton_forward(x, *others):
     from ._triton import launch  # imports Triton, which takes a second
 
-    return launch.forward(*arguments)
+    results = _fake_forward(x, *others)
+    launch.forward(memory_format(x), results, x, *others)
+    return results
 
 
-def _triton_backward(*arguments):
+def _triton_backward(dy, x, *others):
     from ._triton import launch
 
-    return launch.backward(*arguments)
+    results = _fake_backward(dy, x, *others)
+    launch.backward(memory_format(x), results, dy, x, *others)
+    return results
 
 
 # CPU tensors: under Triton's interpreter.

@@ -6,8 +6,8 @@ Never from the device or the number of samples, so that a sum has the same order
 from dataclasses import dataclass
 
 # Bytes of the map that a thread holds of one tile. With 128 and two maps (x and dy) a thread has 16
-# loads of 16 bytes on their way and needs about 200 registers for their floats. So ten warps fit an
-# SM with 80 KiB in flight; 32 KiB would do to keep the memory busy.
+# loads of 16 bytes on their way and needs nearly all 255 registers for their floats. So eight warps
+# fit an SM, with 64 KiB in flight; 32 KiB would do to keep the memory busy.
 _BYTES = 128
 # Rows of partial sums per sample, each channels floats that are written and read again by one
 # program. With more strips than this each takes several tiles.
@@ -67,12 +67,13 @@ def tile(channels: int, positions: int, itemsize: int, lanes: int) -> Tile:
     return Tile(block_c, block_s, warps, tiles, hold)
 
 
-def excitation(channels: int, hidden: int, strips: int) -> Excitation:
+def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excitation:
     """The excitation's blocks. One program has all of a sample's weights to read, so each thread
     has 16 loads of 16 bytes on their way. Few warps, as sums across warps cost more than they
-    save: one up to 64 channels, at most eight."""
+    save: one up to 64 channels, at most eight. `itemsize`: of the sums."""
     block_c = min(256, power_of_two(channels))
-    block_j = min(64 if channels > 256 else 32, power_of_two(hidden))
-    block_strips = min(128 if strips > 128 else 32, power_of_two(strips))
-    warps = min(8, max(1, block_c * max(block_j, block_strips) // 2048))
+    share = itemsize // 4  # of the registers, for one sum
+    block_j = min((64 if channels > 256 else 32) // share, power_of_two(hidden))
+    block_strips = min((128 if strips > 128 else 32) // share, power_of_two(strips))
+    warps = min(8, max(1, block_c * max(block_j, block_strips) * share // 2048))
     return Excitation(block_c, block_j, block_strips, warps)

@@ -1,6 +1,7 @@
-"""The host side: what the operators `triton_forward` and `triton_backward` of ops.py run.
+"""The host side: fills the results of the operators `triton_forward` and `triton_backward`.
 
-No step here waits for the device. Scratch comes from torch's allocator.
+The arguments are those of the operators' schemas in ops.py, after the memory format of y and dx and
+the results' tensors. No step here waits for the device. Scratch comes from torch's allocator.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import ops
 from ..reference import accumulation_dtype
 from . import heuristics
 from .apply import apply_backward_kernel, apply_kernel
@@ -66,9 +66,9 @@ class Problem:
             "num_stages": 1,
         }
 
-    def excitation(self) -> dict:
+    def excitation(self, sums: torch.dtype) -> dict:
         """The compile-time arguments of the excitation and of its backward."""
-        e = heuristics.excitation(self.channels, self.hidden, self.strips)
+        e = heuristics.excitation(self.channels, self.hidden, self.strips, sums.itemsize)
         return {
             "BLOCK_C": e.block_c,
             "BLOCK_J": e.block_j,
@@ -98,7 +98,13 @@ def _in_format(map: Tensor, memory_format: torch.memory_format) -> Tensor:
     return map.contiguous(memory_format=memory_format)
 
 
-def _describe(x: Tensor, w1: Tensor | None, ws: Tensor | None, combine: int) -> Problem:
+def _describe(
+    memory_format: torch.memory_format,
+    x: Tensor,
+    w1: Tensor | None,
+    ws: Tensor | None,
+    combine: int,
+) -> Problem:
     samples, channels = x.shape[:2]
     positions = prod(x.shape[2:])
     hidden = 0 if w1 is None else w1.shape[0]
@@ -114,7 +120,7 @@ def _describe(x: Tensor, w1: Tensor | None, ws: Tensor | None, combine: int) -> 
         hidden,
         positions,
         combine,
-        ops.memory_format(x) != torch.contiguous_format,
+        memory_format != torch.contiguous_format,
         tile,
     )
 
@@ -124,6 +130,8 @@ def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
 
 
 def forward(
+    memory_format: torch.memory_format,
+    results: tuple[Tensor, ...],
     x: Tensor,
     w1: Tensor | None,
     b1: Tensor | None,
@@ -132,13 +140,12 @@ def forward(
     ws: Tensor | None,
     bs: Tensor | None,
     combine: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, pooled, hidden, channel_gate: three launches, two without the channel branch."""
-    p = _describe(x, w1, ws, combine)
-    memory_format = ops.memory_format(x)
-    y, pooled, hidden, channel_gate = ops.fake_forward(x, w1, b1, w2, b2, ws, bs, combine)
+) -> None:
+    """Fills y, pooled, hidden, channel_gate: three launches, two without the channel branch."""
+    p = _describe(memory_format, x, w1, ws, combine)
+    y, pooled, hidden, channel_gate = results
     if p.samples == 0:
-        return y, pooled, hidden, channel_gate
+        return
     x = _in_format(x, memory_format)
     w1, b1, w2, b2, ws, bs = _contiguous(w1, b1, w2, b2, ws, bs)
 
@@ -155,7 +162,7 @@ def forward(
             excite_kernel[(n,)](
                 partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
                 c, p.hidden, s, p.strips,
-                **p.excitation(),
+                **p.excitation(pooled.dtype),
             )  # fmt: skip
         strips = triton.cdiv(s, p.tile.block_s)
         apply_kernel[(n * strips * triton.cdiv(c, p.tile.block_c),)](
@@ -163,10 +170,11 @@ def forward(
             c, s, strips, _sample(x), p.pitch(x), _sample(y), p.pitch(y), p.half(y),
             **p.constants(x, y),
         )  # fmt: skip
-    return y, pooled, hidden, channel_gate
 
 
 def backward(
+    memory_format: torch.memory_format,
+    results: tuple[Tensor, ...],
     dy: Tensor,
     x: Tensor,
     w1: Tensor | None,
@@ -182,29 +190,24 @@ def backward(
     need_dx: bool,
     need_channel: bool,
     need_spatial: bool,
-) -> tuple[Tensor, ...]:
-    """dx and the gradients of the six parameters, empty where not needed: three launches."""
-    grads = ops.fake_backward(
-        dy, x, w1, b1, w2, b2, ws, bs, pooled, hidden, channel_gate, combine,
-        need_dx, need_channel, need_spatial,
-    )  # fmt: skip
-    dx = grads[0]
+) -> None:
+    """Fills dx and the gradients of the six parameters, except those not needed: three launches."""
+    dx = results[0]
     written = (
         None if p is None or not needed else g
         for p, needed, g in zip(
-            (w1, b1, w2, b2, ws, bs), (need_channel,) * 4 + (need_spatial,) * 2, grads[1:],
+            (w1, b1, w2, b2, ws, bs), (need_channel,) * 4 + (need_spatial,) * 2, results[1:],
             strict=True,
         )
     )  # fmt: skip
     dw1, db1, dw2, db2, dws, dbs = written
-    p = _describe(x, w1, ws, combine)
+    p = _describe(memory_format, x, w1, ws, combine)
     need_channel, need_spatial = dw1 is not None, dws is not None
     sum_channel = p.has_channel and (need_dx or need_channel)
     sum_spatial = p.has_spatial and (need_dx or need_spatial)
     if not (sum_channel or sum_spatial):
-        return grads
+        return
 
-    memory_format = ops.memory_format(x)
     x, dy = _in_format(x, memory_format), _in_format(dy, memory_format)
     w1, w2, ws, bs = _contiguous(w1, w2, ws, bs)
     n, c, s, strips = p.samples, p.channels, p.positions, p.strips
@@ -230,12 +233,13 @@ def backward(
                 STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles,
                 **p.constants(x, dy),
             )  # fmt: skip
-            excite_backward_kernel[(n, sum_channel + need_spatial)](
-                partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
-                d_excited, d_hidden, d_mean, sample_ws, sample_bs,
-                c, p.hidden, s, strips,
-                **p.excitation(),
-            )  # fmt: skip
+            if sum_channel or need_spatial:
+                excite_backward_kernel[(n, sum_channel + need_spatial)](
+                    partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
+                    d_excited, d_hidden, d_mean, sample_ws, sample_bs,
+                    c, p.hidden, s, strips,
+                    **p.excitation(pooled.dtype),
+                )  # fmt: skip
         row_strips = triton.cdiv(s, p.tile.block_s)
         tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_dx else 0
         blocks = triton.cdiv(c, _BLOCK)
@@ -251,4 +255,3 @@ def backward(
                 NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=_BLOCK,
                 **p.constants(x, dy, *([dx] if need_dx else [])),
             )  # fmt: skip
-    return grads
