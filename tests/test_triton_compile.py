@@ -220,8 +220,9 @@ def test_a_tile_keeps_the_promises_of_its_choice():
     for channels in (1, 3, 16, 64, 100, 256, 512, 513, 2000):
         for positions in (1, 49, 1024, 65536, 10**7):
             for itemsize in (2, 4, 8):
-                tile = heuristics.tile(channels, positions, itemsize, 32)
-                assert tile.hold == (tile.block_c >= channels)
-                assert tile.hold or tile.tiles == 1
-                strips = -(-positions // (tile.block_s * tile.tiles))
-                assert strips <= 512 or not tile.hold
+                for channels_last in (False, True):
+                    tile = heuristics.tile(channels, positions, itemsize, 32, channels_last)
+                    assert tile.hold == (tile.block_c >= channels)
+                    assert tile.hold or tile.tiles == 1
+                    strips = -(-positions // (tile.block_s * tile.tiles))
+                    assert strips <= 512 or not tile.hold

@@ -81,6 +81,12 @@ def test_more_channels_than_a_tile(variant):
 
 
 @interpreted
+@pytest.mark.parametrize("variant", ["cse", "sse", "max"])
+def test_channels_that_fill_a_warp(variant):
+    check(channels_last(make_case((1, 130, 6, 7), variant)), TRITON)
+
+
+@interpreted
 @pytest.mark.parametrize("variant", ["add", "max"])
 def test_strips_of_several_tiles(variant, monkeypatch):
     from scse_kernels._triton import heuristics

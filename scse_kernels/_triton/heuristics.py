@@ -12,6 +12,8 @@ _BYTES = 128
 # Rows of partial sums per sample, each channels floats that are written and read again by one
 # program. With more strips than this each takes several tiles.
 _STRIPS = 512
+# Positions of a strip, at least, where a tile can be short.
+_STRIP = 32
 # More channels than this are walked in several tiles: a tile of all would not fit eight warps with
 # rows of 64 bytes.
 _CHANNELS = 512
@@ -45,23 +47,25 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def tile(channels: int, positions: int, itemsize: int, lanes: int) -> Tile:
+def tile(channels: int, positions: int, itemsize: int, lanes: int, channels_last: bool) -> Tile:
     """The tile of every pass over the map. `lanes`: threads to a warp.
 
-    A row of the tile has 128 bytes in contiguous maps, 64 where channels are many. A tile has all
-    channels where they fit: then it finishes its positions' sums. As few warps as that allows,
-    since sums across warps go through shared memory.
+    A tile has all channels where they fit: then it finishes its positions' sums. It has as few
+    warps as possible, since sums across warps go through shared memory. In contiguous maps its rows
+    have 128 bytes, 64 where channels are many. In channels_last ones a single warp can sum alone if
+    it has all of a position's channels; then strips take several tiles, for fewer partial sums.
     """
     per_thread = _BYTES // itemsize
     block_c = min(power_of_two(channels), _CHANNELS)
-    warps = 2
-    while warps < 8 and block_c * (128 // itemsize) > warps * lanes * per_thread:
+    alone = channels_last and 16 * lanes <= block_c * itemsize and channels <= block_c
+    warps = 1 if alone else 2
+    while not alone and warps < 8 and block_c * (128 // itemsize) > warps * lanes * per_thread:
         warps *= 2
     block_s = min(warps * lanes * per_thread // block_c, max(16, power_of_two(positions)))
     while warps > 1 and block_c * block_s < warps * lanes * per_thread:
         warps //= 2  # a small map
     hold = channels <= block_c
-    tiles = 1
+    tiles = max(1, _STRIP // block_s) if alone else 1
     while hold and positions > tiles * block_s * _STRIPS:
         tiles *= 2
     return Tile(block_c, block_s, warps, tiles, hold)

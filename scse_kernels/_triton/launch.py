@@ -113,14 +113,15 @@ def _describe(
     elif w1 is None:
         combine = SPATIAL.value
     lanes = 64 if torch.version.hip else 32
-    tile = heuristics.tile(channels, positions, x.element_size(), lanes)
+    channels_last = memory_format != torch.contiguous_format
+    tile = heuristics.tile(channels, positions, x.element_size(), lanes, channels_last)
     return Problem(
         samples,
         channels,
         hidden,
         positions,
         combine,
-        memory_format != torch.contiguous_format,
+        channels_last,
         tile,
     )
 
