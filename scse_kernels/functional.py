@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _native, reference
 from .autograd import SCSE
-from .ops import COMBINE, memory_format
+from .ops import BACKENDS, COMBINE, memory_format
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -39,8 +39,8 @@ def scse(
         w2, b2: exciting layer, [C, Cr] and [C] (None: no bias).
         ws, bs: channel squeeze, [C] or [1, C], and one element (None: no bias).
         combine: "add", "max", "mul" or "concat".
-        backend: "auto", "eager" or "cpu". A named backend is used or raises; "auto" takes the
-            fastest one for x's device.
+        backend: "auto", "eager", "cpu" or "triton". A named backend is used or raises; "auto"
+            takes the fastest one for x's device.
 
     Weights may have trailing axes of size one, as those of 1x1 convolutions do, and any of the
     four dtypes; each gradient has the dtype of its tensor.
@@ -102,9 +102,13 @@ def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
-    """None if `backend` ("eager" or "cpu") can run tensors on `device`, else the reason."""
+    """None if `backend` (any but "auto") can run tensors on `device`, else the reason."""
     if backend == "eager":
         return None
+    if backend == "triton":
+        from . import _triton  # not with the package: only who asks for Triton pays for it
+
+        return _triton.why_not(device)
     if device.type != "cpu":
         return f"it runs on cpu tensors, got {device.type}"
     return _native.why_not("_C")
@@ -112,9 +116,10 @@ def why_not(backend: str, device: torch.device) -> str | None:
 
 def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, backend):
     if backend == "auto":
-        backend = "eager" if why_not("cpu", x.device) else "cpu"
+        fused = "triton" if x.device.type == "cuda" else "cpu"
+        backend = "eager" if why_not(fused, x.device) else fused
     else:
-        _check_name(name, "backend", backend, ("auto", "eager", "cpu"))
+        _check_name(name, "backend", backend, ("auto", "eager", *BACKENDS))
         if reason := why_not(backend, x.device):
             raise RuntimeError(f"{name}(): backend '{backend}' is not available: {reason}")
     if backend == "eager":

@@ -2,7 +2,7 @@
 
 Each kernel backend has one operator for the forward and one for the backward, all with the same
 two signatures: `torch.ops.scse_kernels.<backend>_forward` and `..._backward`. The kernels
-themselves are registered where they live (for `cpu`, in csrc/cpu).
+themselves are registered where they live (for `cpu`, in csrc/cpu) or below (for `triton`).
 
 A missing branch is a missing w1 (and b1, w2, b2) or ws (and bs). Parameters keep the shape their
 module gave them: w1 [Cr, C, ...], w2 [C, Cr, ...], ws C elements, bs one element.
@@ -16,7 +16,7 @@ from .reference import accumulation_dtype
 #: combine -> the code that operators take (an integer crosses into C++ for nothing).
 COMBINE = {"add": 0, "max": 1, "mul": 2, "concat": 3}
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 
 _FORWARD = (
     "(Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
@@ -93,6 +93,28 @@ for _backend in BACKENDS:
     ):
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"scse_kernels::{_name}", _fake, lib=_library)
+
+
+def _triton_forward(x, *others):
+    from ._triton import launch  # imports Triton, which takes a second
+
+    results = _fake_forward(x, *others)
+    launch.forward(memory_format(x), results, x, *others)
+    return results
+
+
+def _triton_backward(dy, x, *others):
+    from ._triton import launch
+
+    results = _fake_backward(dy, x, *others)
+    launch.backward(memory_format(x), results, dy, x, *others)
+    return results
+
+
+# CPU tensors: under Triton's interpreter.
+for _key in ("CUDA", "CPU"):
+    _library.impl("triton_forward", _triton_forward, _key)
+    _library.impl("triton_backward", _triton_backward, _key)
 
 # The instruction set that the cpu kernels chose on this machine: baseline, avx2 or avx512.
 _library.define("cpu_capability() -> str")

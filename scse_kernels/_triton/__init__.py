@@ -1,0 +1,29 @@
+"""The Triton backend: kernels for CUDA devices (NVIDIA and AMD), and under Triton's interpreter for
+CPU tensors. Importing this package does not import Triton; `launch` does."""
+
+import os
+
+import torch
+
+
+def why_not(device: torch.device) -> str | None:
+    """None if Triton kernels can run on tensors of `device`, else the reason. Imports Triton.
+
+    torch.compile traces this function: its calls are of kinds that it evaluates while tracing.
+    """
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on cuda tensors, got {device.type}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton can't be imported: {error}"
+    # as Triton reads it, when it defines a kernel
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
+        return None
+    if device.type == "cpu":
+        return "it runs on cpu tensors only under Triton's interpreter (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
+        return "Triton needs a device of compute capability 8.0 or more"
+    return None

@@ -1,0 +1,167 @@
+"""The second pass over the map, forward (y) and backward (dx, with the parameters' gradients)."""
+
+import triton
+import triton.language as tl
+
+from .combine import CHANNEL, CONCAT, SPATIAL, direct, reads_x, value
+from .parameters import parameter_gradients
+from .primitives import accumulator, index, inside, load, offsets, shown
+
+
+@triton.jit
+def apply_kernel(
+    x_ptr,  # [N, C, S]
+    channel_gate_ptr,  # [N, C]
+    spatial_gate_ptr,  # [N, S]
+    y_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
+    C,
+    S,
+    strips,
+    stride_xn,
+    pitch_x,
+    stride_yn,
+    pitch_y,
+    half_y,  # CONCAT: elements from the first to the second half of a sample
+    COMBINE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """A program for each tile. Reads x and the gates once, writes y.
+
+    From the last tile to the first, as the end of x is what the squeeze left in L2.
+    """
+    ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C)
+    n = index(tile // (strips * blocks), WIDE)
+    s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = (tile % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
+    at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
+    x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC)
+    channel_gate = 0.0
+    spatial_gate = 0.0
+    if COMBINE != SPATIAL:
+        channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
+    if COMBINE != CHANNEL:
+        spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+
+    y_ptr += n * shown(stride_yn, ALIGN)
+    at = offsets(index(c, WIDE), index(s, WIDE), pitch_y, CHANNELS_LAST, ALIGN)
+    if COMBINE == CONCAT:
+        tl.store(y_ptr + at, (x * channel_gate).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            y_ptr + shown(half_y, ALIGN) + at,
+            (x * spatial_gate).to(y_ptr.dtype.element_ty),
+            mask=mask,
+        )
+    else:
+        y = value(x, channel_gate, spatial_gate, COMBINE)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def apply_backward_kernel(
+    dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
+    x_ptr,  # [N, C, S]
+    channel_gate_ptr,  # [N, C]
+    spatial_gate_ptr,  # [N, S]
+    dq_ptr,  # [N, S]: gradient before the spatial gate's sigmoid
+    d_mean_ptr,  # [N, C]
+    ws_ptr,  # [C]
+    dx_ptr,  # [N, C, S]
+    d_excited_ptr,  # from here to dbs_ptr: see `parameter_gradients`
+    d_hidden_ptr,
+    pooled_ptr,
+    hidden_ptr,
+    sample_ws_ptr,
+    sample_bs_ptr,
+    dw1_ptr,
+    db1_ptr,
+    dw2_ptr,
+    db2_ptr,
+    dws_ptr,
+    dbs_ptr,
+    N,
+    C,
+    Cr,
+    S,
+    strips,
+    tiles,  # programs for dx; those after them sum the parameters' gradients over the batch
+    stride_dyn,
+    pitch_dy,
+    half_dy,
+    stride_xn,
+    pitch_x,
+    stride_dxn,
+    pitch_dx,
+    COMBINE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_PARAMETERS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program for each tile of dx. Reads dy and the small tensors once, and x where the formula
+    needs it; writes dx. Programs of their own form the parameters' gradients meanwhile."""
+    tile = tiles - 1 - tl.program_id(0)  # backwards, as in `apply_kernel`
+    if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
+        if tile < 0:
+            parameter_gradients(
+                -1 - tile,
+                d_excited_ptr,
+                d_hidden_ptr,
+                pooled_ptr,
+                hidden_ptr,
+                sample_ws_ptr,
+                sample_bs_ptr,
+                dw1_ptr,
+                db1_ptr,
+                dw2_ptr,
+                db2_ptr,
+                dws_ptr,
+                dbs_ptr,
+                N,
+                C,
+                Cr,
+                BLOCK,
+            )
+            return
+    if NEED_DX:
+        ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+        blocks = tl.cdiv(C, BLOCK_C)
+        n = index(tile // (strips * blocks), WIDE)
+        s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
+        c = (tile % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
+        dy_ptr += n * shown(stride_dyn, ALIGN)
+        at = offsets(index(c, WIDE), index(s, WIDE), pitch_dy, CHANNELS_LAST, ALIGN)
+        dy = load(dy_ptr + at, mask, ACC)
+        dy2 = 0.0
+        if COMBINE == CONCAT:
+            dy2 = load(dy_ptr + shown(half_dy, ALIGN) + at, mask, ACC)
+        x = 0.0
+        if reads_x(COMBINE):
+            at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
+            x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC)
+        channel_gate = 0.0
+        spatial_gate = 0.0
+        if COMBINE != SPATIAL:
+            channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
+        if COMBINE != CHANNEL:
+            spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+        dx = direct(x, dy, dy2, channel_gate, spatial_gate, COMBINE)
+        if COMBINE != SPATIAL:
+            dx += load(d_mean_ptr + n * C + c, c < C, ACC)[:, None]
+        if COMBINE != CHANNEL:
+            ws = load(ws_ptr + c, c < C, ACC)
+            dx += ws[:, None] * load(dq_ptr + n * S + s, s < S, ACC)[None, :]
+        at = offsets(index(c, WIDE), index(s, WIDE), pitch_dx, CHANNELS_LAST, ALIGN)
+        dx_ptr += n * shown(stride_dxn, ALIGN)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)

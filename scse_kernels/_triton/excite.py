@@ -1,0 +1,111 @@
+"""The channel excitation, two small dense layers per sample, and its backward."""
+
+import triton
+import triton.language as tl
+
+from .primitives import accumulator, load, matvec, sum_rows
+
+
+@triton.jit
+def excite_kernel(
+    partial_ptr,  # [N, strips, C]: sums of x
+    w1_ptr,  # [Cr, C]
+    b1_ptr,  # [Cr] or None
+    w2_ptr,  # [C, Cr]
+    b2_ptr,  # [C] or None
+    pooled_ptr,  # [N, C]
+    hidden_ptr,  # [N, Cr]
+    channel_gate_ptr,  # [N, C]
+    C,
+    Cr,
+    S,
+    strips,
+    BLOCK_C: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_STRIPS: tl.constexpr,
+):
+    """A program for each sample. Reads its partial sums and the parameters once; writes pooled,
+    hidden and the gate, and reads the first two again (all threads need all of them)."""
+    ACC: tl.constexpr = accumulator(pooled_ptr.dtype.element_ty)
+    n = tl.program_id(0).to(tl.int64)
+    partial_ptr += n * strips * C
+    pooled_ptr += n * C
+    hidden_ptr += n * Cr
+    channel_gate_ptr += n * C
+
+    for begin in range(0, C, BLOCK_C):
+        c = begin + tl.arange(0, BLOCK_C)
+        total = sum_rows(partial_ptr, strips, C, c, ACC, BLOCK_STRIPS, BLOCK_C)
+        tl.store(pooled_ptr + c, total / S, mask=c < C)
+    tl.debug_barrier()
+    for begin in range(0, Cr, BLOCK_J):
+        j = begin + tl.arange(0, BLOCK_J)
+        h = matvec(w1_ptr, pooled_ptr, j, Cr, C, C, 1, ACC, BLOCK_J, BLOCK_C)
+        if b1_ptr is not None:
+            h += load(b1_ptr + j, j < Cr, ACC)
+        tl.store(hidden_ptr + j, tl.where(h < 0, 0.0, h), mask=j < Cr)  # NaN stays
+    tl.debug_barrier()
+    for begin in range(0, C, BLOCK_C):
+        c = begin + tl.arange(0, BLOCK_C)
+        excited = matvec(w2_ptr, hidden_ptr, c, C, Cr, Cr, 1, ACC, BLOCK_C, BLOCK_J)
+        if b2_ptr is not None:
+            excited += load(b2_ptr + c, c < C, ACC)
+        tl.store(channel_gate_ptr + c, tl.sigmoid(excited), mask=c < C)
+
+
+@triton.jit
+def excite_backward_kernel(
+    partial_ptr,  # [N, strips, C]: sums for the channel gate's gradient, or None
+    partial_ws_ptr,  # [N, strips, C]: sums of dq * x, or None
+    partial_bs_ptr,  # [N, strips]: sums of dq, or None
+    w1_ptr,  # [Cr, C]
+    w2_ptr,  # [C, Cr]
+    hidden_ptr,  # [N, Cr]
+    channel_gate_ptr,  # [N, C]
+    d_excited_ptr,  # [N, C]: gradient before the second sigmoid
+    d_hidden_ptr,  # [N, Cr]: gradient before the ReLU
+    d_mean_ptr,  # [N, C]: gradient of the pooled value, divided by S; or None
+    sample_ws_ptr,  # [N, C]: the sample's part of dws
+    sample_bs_ptr,  # [N]: the sample's part of dbs
+    C,
+    Cr,
+    S,
+    strips,
+    BLOCK_C: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_STRIPS: tl.constexpr,
+):
+    """A program for each sample and branch. Reads its partial sums once, and the weights."""
+    n = tl.program_id(0).to(tl.int64)
+    row = n * strips
+    ACC: tl.constexpr = accumulator(hidden_ptr.dtype.element_ty)
+
+    if partial_ws_ptr is not None and tl.program_id(1) == 0:
+        for begin in range(0, C, BLOCK_C):
+            c = begin + tl.arange(0, BLOCK_C)
+            total = sum_rows(partial_ws_ptr + row * C, strips, C, c, ACC, BLOCK_STRIPS, BLOCK_C)
+            tl.store(sample_ws_ptr + n * C + c, total, mask=c < C)
+        one = tl.arange(0, 1)
+        total = sum_rows(partial_bs_ptr + row, strips, 1, one, ACC, BLOCK_STRIPS, 1)
+        tl.store(sample_bs_ptr + n + one, total)
+
+    if partial_ptr is not None and tl.program_id(1) == tl.num_programs(1) - 1:
+        d_excited_ptr += n * C
+        d_hidden_ptr += n * Cr
+        for begin in range(0, C, BLOCK_C):
+            c = begin + tl.arange(0, BLOCK_C)
+            d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, BLOCK_STRIPS, BLOCK_C)
+            gate = load(channel_gate_ptr + n * C + c, c < C, ACC)
+            tl.store(d_excited_ptr + c, d * gate * (1.0 - gate), mask=c < C)
+        tl.debug_barrier()
+        for begin in range(0, Cr, BLOCK_J):
+            j = begin + tl.arange(0, BLOCK_J)
+            d = matvec(w2_ptr, d_excited_ptr, j, Cr, C, 1, Cr, ACC, BLOCK_J, BLOCK_C)
+            hidden = load(hidden_ptr + n * Cr + j, j < Cr, ACC)
+            tl.store(d_hidden_ptr + j, tl.where(hidden <= 0, 0.0, d), mask=j < Cr)
+        if d_mean_ptr is not None:
+            tl.debug_barrier()
+            for begin in range(0, C, BLOCK_C):
+                c = begin + tl.arange(0, BLOCK_C)
+                d = matvec(w1_ptr, d_hidden_ptr, c, C, Cr, 1, C, ACC, BLOCK_C, BLOCK_J)
+                tl.store(d_mean_ptr + n * C + c, d / S, mask=c < C)

@@ -1,0 +1,83 @@
+"""Tile sizes and warps from shape, dtype and layout: the one place where they are chosen.
+
+Never from the device or the number of samples, so that a sum has the same order everywhere.
+"""
+
+from dataclasses import dataclass
+
+# Bytes of the map that a thread holds of one tile. With 128 and two maps (x and dy) a thread has 16
+# loads of 16 bytes on their way and needs nearly all 255 registers for their floats. So eight warps
+# fit an SM, with 64 KiB in flight; 32 KiB would do to keep the memory busy.
+_BYTES = 128
+# Rows of partial sums per sample, each channels floats that are written and read again by one
+# program. With more strips than this each takes several tiles.
+_STRIPS = 512
+# Positions of a strip, at least, where a tile can be short.
+_STRIP = 32
+# More channels than this are walked in several tiles: a tile of all would not fit eight warps with
+# rows of 64 bytes.
+_CHANNELS = 512
+
+
+@dataclass(frozen=True)
+class Tile:
+    """[block_c, block_s] elements to a step of a program of `warps` warps, `tiles` steps to a
+    strip. `hold`: block_c covers all channels."""
+
+    block_c: int
+    block_s: int
+    warps: int
+    tiles: int
+    hold: bool
+
+
+@dataclass(frozen=True)
+class Excitation:
+    """Weights are read in tiles [block_j, block_c] (hidden channels, channels), partial sums in
+    tiles [block_strips, block_c]."""
+
+    block_c: int
+    block_j: int
+    block_strips: int
+    warps: int
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that isn't less than `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def tile(channels: int, positions: int, itemsize: int, lanes: int, channels_last: bool) -> Tile:
+    """The tile of every pass over the map. `lanes`: threads to a warp.
+
+    A tile has all channels where they fit: then it finishes its positions' sums. It has as few
+    warps as possible, since sums across warps go through shared memory. In contiguous maps its rows
+    have 128 bytes, 64 where channels are many. In channels_last ones a single warp can sum alone if
+    it has all of a position's channels; then strips take several tiles, for fewer partial sums.
+    """
+    per_thread = _BYTES // itemsize
+    block_c = min(power_of_two(channels), _CHANNELS)
+    alone = channels_last and 16 * lanes <= block_c * itemsize and channels <= block_c
+    warps = 1 if alone else 2
+    while not alone and warps < 8 and block_c * (128 // itemsize) > warps * lanes * per_thread:
+        warps *= 2
+    block_s = min(warps * lanes * per_thread // block_c, max(16, power_of_two(positions)))
+    while warps > 1 and block_c * block_s < warps * lanes * per_thread:
+        warps //= 2  # a small map
+    hold = channels <= block_c
+    tiles = max(1, _STRIP // block_s) if alone else 1
+    while hold and positions > tiles * block_s * _STRIPS:
+        tiles *= 2
+    return Tile(block_c, block_s, warps, tiles, hold)
+
+
+def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excitation:
+    """The excitation's blocks. One program has all of a sample's weights to read, so each thread
+    has 16 loads of 16 bytes on their way. Few warps, as sums across warps cost more than they
+    save: one up to 64 channels, at most eight. `itemsize`: of the sums."""
+    block_c = min(256, power_of_two(channels))
+    share = itemsize // 4  # of the registers, for one sum
+    block_j = min((64 if channels > 256 else 32) // share, power_of_two(hidden))
+    block_strips = min((128 if strips > 128 else 32) // share, power_of_two(strips))
+    warps = min(8, max(1, block_c * max(block_j, block_strips) * share // 2048))
+    return Excitation(block_c, block_j, block_strips, warps)

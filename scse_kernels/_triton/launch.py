@@ -1,0 +1,258 @@
+"""The host side: fills the results of the operators `triton_forward` and `triton_backward`.
+
+The arguments are those of the operators' schemas in ops.py, after the memory format of y and dx and
+the results' tensors. No step here waits for the device. Scratch comes from torch's allocator.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import triton
+from torch import Tensor
+
+from ..reference import accumulation_dtype
+from . import heuristics
+from .apply import apply_backward_kernel, apply_kernel
+from .combine import CHANNEL, SPATIAL
+from .excite import excite_backward_kernel, excite_kernel
+from .reduce import reduce_kernel
+from .squeeze import squeeze_kernel
+
+_BLOCK = 32  # of the parameters' gradients
+_WIDE = 2**31  # maps of so many elements need 64-bit offsets
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and choices of one call."""
+
+    samples: int
+    channels: int
+    hidden: int
+    positions: int
+    combine: int
+    channels_last: bool
+    tile: heuristics.Tile
+
+    @property
+    def strips(self) -> int:
+        """Strips of a sample, each with a row of partial sums."""
+        return triton.cdiv(self.positions, self.tile.block_s * self.tile.tiles)
+
+    @property
+    def has_channel(self) -> bool:
+        return self.combine != SPATIAL.value
+
+    @property
+    def has_spatial(self) -> bool:
+        return self.combine != CHANNEL.value
+
+    def constants(self, *maps: Tensor) -> dict:
+        """The compile-time arguments that kernels over these maps share."""
+        inner = self.channels if self.channels_last else self.positions
+        strides = [stride for m in maps for stride in (_sample(m), self.pitch(m))]
+        align = 16 // maps[0].element_size()
+        while any(size % align for size in (inner, *strides)):
+            align //= 2
+        return {
+            "COMBINE": self.combine,
+            "CHANNELS_LAST": self.channels_last,
+            "ALIGN": align,
+            "WIDE": any(m.shape[0] * max(_sample(m), prod(m.shape[1:])) >= _WIDE for m in maps),
+            "BLOCK_C": self.tile.block_c,
+            "BLOCK_S": self.tile.block_s,
+            "num_warps": self.tile.warps,
+            "num_stages": 1,
+        }
+
+    def excitation(self, sums: torch.dtype) -> dict:
+        """The compile-time arguments of the excitation and of its backward."""
+        e = heuristics.excitation(self.channels, self.hidden, self.strips, sums.itemsize)
+        return {
+            "BLOCK_C": e.block_c,
+            "BLOCK_J": e.block_j,
+            "BLOCK_STRIPS": e.block_strips,
+            "num_warps": e.warps,
+            "num_stages": 1,
+        }
+
+    def pitch(self, map: Tensor) -> int:
+        """Elements between rows: from one position to the next, or from channel to channel."""
+        return map.shape[1] if self.channels_last else self.positions
+
+    def half(self, map: Tensor) -> int:
+        """Elements from the first to the second half of a sample of y or dy (for concat)."""
+        return self.channels * (1 if self.channels_last else self.positions)
+
+
+def _sample(map: Tensor) -> int:
+    """Elements from one sample to the next."""
+    return map.stride(0) if map.shape[0] > 1 else prod(map.shape[1:])
+
+
+def _in_format(map: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The map with dense samples in that format; samples may lie further apart."""
+    if map.shape[0] and map[:1].is_contiguous(memory_format=memory_format):
+        return map
+    return map.contiguous(memory_format=memory_format)
+
+
+def _describe(
+    memory_format: torch.memory_format,
+    x: Tensor,
+    w1: Tensor | None,
+    ws: Tensor | None,
+    combine: int,
+) -> Problem:
+    samples, channels = x.shape[:2]
+    positions = prod(x.shape[2:])
+    hidden = 0 if w1 is None else w1.shape[0]
+    if ws is None:
+        combine = CHANNEL.value
+    elif w1 is None:
+        combine = SPATIAL.value
+    lanes = 64 if torch.version.hip else 32
+    channels_last = memory_format != torch.contiguous_format
+    tile = heuristics.tile(channels, positions, x.element_size(), lanes, channels_last)
+    return Problem(
+        samples,
+        channels,
+        hidden,
+        positions,
+        combine,
+        channels_last,
+        tile,
+    )
+
+
+def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if p is None else p.contiguous() for p in parameters]
+
+
+def forward(
+    memory_format: torch.memory_format,
+    results: tuple[Tensor, ...],
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    ws: Tensor | None,
+    bs: Tensor | None,
+    combine: int,
+) -> None:
+    """Fills y, pooled, hidden, channel_gate: three launches, two without the channel branch."""
+    p = _describe(memory_format, x, w1, ws, combine)
+    y, pooled, hidden, channel_gate = results
+    if p.samples == 0:
+        return
+    x = _in_format(x, memory_format)
+    w1, b1, w2, b2, ws, bs = _contiguous(w1, b1, w2, b2, ws, bs)
+
+    n, c, s = p.samples, p.channels, p.positions
+    partial = pooled.new_empty((n, p.strips, c)) if p.has_channel else None
+    spatial_gate = pooled.new_empty((n, s)) if p.has_spatial else None
+    with torch.cuda.device_of(x):
+        squeeze_kernel[(n * p.strips,)](
+            x, ws, bs, partial, spatial_gate,
+            c, s, p.strips, _sample(x), p.pitch(x),
+            HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(x),
+        )  # fmt: skip
+        if p.has_channel:
+            excite_kernel[(n,)](
+                partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
+                c, p.hidden, s, p.strips,
+                **p.excitation(pooled.dtype),
+            )  # fmt: skip
+        strips = triton.cdiv(s, p.tile.block_s)
+        apply_kernel[(n * strips * triton.cdiv(c, p.tile.block_c),)](
+            x, channel_gate, spatial_gate, y,
+            c, s, strips, _sample(x), p.pitch(x), _sample(y), p.pitch(y), p.half(y),
+            **p.constants(x, y),
+        )  # fmt: skip
+
+
+def backward(
+    memory_format: torch.memory_format,
+    results: tuple[Tensor, ...],
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    ws: Tensor | None,
+    bs: Tensor | None,
+    pooled: Tensor,
+    hidden: Tensor,
+    channel_gate: Tensor,
+    combine: int,
+    need_dx: bool,
+    need_channel: bool,
+    need_spatial: bool,
+) -> None:
+    """Fills dx and the gradients of the six parameters, except those not needed: three launches."""
+    dx = results[0]
+    written = (
+        None if p is None or not needed else g
+        for p, needed, g in zip(
+            (w1, b1, w2, b2, ws, bs), (need_channel,) * 4 + (need_spatial,) * 2, results[1:],
+            strict=True,
+        )
+    )  # fmt: skip
+    dw1, db1, dw2, db2, dws, dbs = written
+    p = _describe(memory_format, x, w1, ws, combine)
+    need_channel, need_spatial = dw1 is not None, dws is not None
+    sum_channel = p.has_channel and (need_dx or need_channel)
+    sum_spatial = p.has_spatial and (need_dx or need_spatial)
+    if not (sum_channel or sum_spatial):
+        return
+
+    x, dy = _in_format(x, memory_format), _in_format(dy, memory_format)
+    w1, w2, ws, bs = _contiguous(w1, w2, ws, bs)
+    n, c, s, strips = p.samples, p.channels, p.positions, p.strips
+
+    def scratch(needed: bool, *shape: int) -> Tensor | None:
+        return pooled.new_empty(shape, dtype=accumulation_dtype(x.dtype)) if needed else None
+
+    partial = scratch(sum_channel, n, strips, c)
+    partial_ws = scratch(need_spatial, n, strips, c)
+    partial_bs = scratch(need_spatial, n, strips)
+    store_gates = p.has_spatial and need_dx
+    spatial_gate, dq = scratch(store_gates, n, s), scratch(store_gates, n, s)
+    d_excited, d_hidden = scratch(sum_channel, n, c), scratch(sum_channel, n, p.hidden)
+    d_mean = scratch(sum_channel and need_dx, n, c)
+    sample_ws, sample_bs = scratch(need_spatial, n, c), scratch(need_spatial, n)
+
+    with torch.cuda.device_of(x):
+        if n:
+            reduce_kernel[(n * strips,)](
+                dy, x, ws, bs, channel_gate, partial, partial_ws, partial_bs, spatial_gate, dq,
+                c, s, strips, _sample(dy), p.pitch(dy), p.half(dy), _sample(x), p.pitch(x),
+                SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
+                STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles,
+                **p.constants(x, dy),
+            )  # fmt: skip
+            if sum_channel or need_spatial:
+                excite_backward_kernel[(n, sum_channel + need_spatial)](
+                    partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
+                    d_excited, d_hidden, d_mean, sample_ws, sample_bs,
+                    c, p.hidden, s, strips,
+                    **p.excitation(pooled.dtype),
+                )  # fmt: skip
+        row_strips = triton.cdiv(s, p.tile.block_s)
+        tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_dx else 0
+        blocks = triton.cdiv(c, _BLOCK)
+        tasks = 2 * blocks * triton.cdiv(p.hidden, _BLOCK) * need_channel + blocks * need_spatial
+        if tiles + tasks:
+            apply_backward_kernel[(tiles + tasks,)](
+                dy, x, channel_gate, spatial_gate, dq, d_mean, ws, dx,
+                d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs,
+                dw1, db1, dw2, db2, dws, dbs,
+                n, c, p.hidden, s, row_strips, tiles,
+                _sample(dy), p.pitch(dy), p.half(dy), _sample(x), p.pitch(x),
+                _sample(dx) if need_dx else 0, p.pitch(x),
+                NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=_BLOCK,
+                **p.constants(x, dy, *([dx] if need_dx else [])),
+            )  # fmt: skip

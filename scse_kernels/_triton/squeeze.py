@@ -1,0 +1,65 @@
+"""The forward's first pass: both squeezes of x."""
+
+import triton
+import triton.language as tl
+
+from .combine import CHANNEL, SPATIAL
+from .primitives import accumulator, index, inside, load, offsets, shown
+
+
+@triton.jit
+def squeeze_kernel(
+    x_ptr,  # [N, C, S]
+    ws_ptr,  # [C]
+    bs_ptr,  # [1] or None
+    partial_ptr,  # [N, strips, C]: sums of x over a strip's positions
+    spatial_gate_ptr,  # [N, S]
+    C,
+    S,
+    strips,
+    stride_xn,
+    pitch_x,
+    COMBINE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    HOLD: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """A program for each sample and strip (TILES tiles). Reads x once; writes channel sums and
+    spatial gates. HOLD: BLOCK_C covers all channels; TILES is 1 without."""
+    ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
+    HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
+    pid = tl.program_id(0)
+    n = index(pid // strips, WIDE)
+    strip = pid % strips
+    x_ptr += n * shown(stride_xn, ALIGN)
+    if HAS_CHANNEL:
+        partial_ptr += index(pid, WIDE) * C
+
+    channel_sum = tl.zeros([BLOCK_C], ACC)
+    for tile in range(TILES):
+        s = (strip * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S)
+        squeezed = tl.zeros([BLOCK_S], ACC)
+        for begin in range(0, C, BLOCK_C):
+            c = begin + tl.arange(0, BLOCK_C)
+            at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
+            x = load(x_ptr + at, inside(c, s, C, S, CHANNELS_LAST, ALIGN), ACC)
+            if HAS_CHANNEL:
+                if HOLD:
+                    channel_sum += tl.sum(x, 1)
+                else:
+                    tl.store(partial_ptr + c, tl.sum(x, 1), mask=c < C)
+            if HAS_SPATIAL:
+                ws = load(ws_ptr + c, c < C, ACC)
+                squeezed += tl.sum(x * ws[:, None], 0)
+        if HAS_SPATIAL:
+            if bs_ptr is not None:
+                squeezed += tl.load(bs_ptr).to(ACC)
+            tl.store(spatial_gate_ptr + n * S + s, tl.sigmoid(squeezed), mask=s < S)
+    if HAS_CHANNEL and HOLD:
+        c = tl.arange(0, BLOCK_C)
+        tl.store(partial_ptr + c, channel_sum, mask=c < C)

@@ -1,0 +1,228 @@
+"""What the Triton kernels become for GPUs: registers, spills, access widths. Needs no GPU.
+
+The host code runs with kernels that only note their arguments, which are then specialised as
+Triton specialises them at a launch, and compiled.
+"""
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+from budget import make_case
+
+from scse_kernels import ops
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from scse_kernels._triton import heuristics, launch  # noqa: E402
+
+FORWARD = ("squeeze_kernel", "excite_kernel", "apply_kernel")
+BACKWARD = ("reduce_kernel", "excite_backward_kernel", "apply_backward_kernel")
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+SHAPE = (2, 64, 16, 16)
+# What leaves an SM of 65536 registers with 64 KiB on their way: 128 bytes of each map that a thread
+# reads (see heuristics.py), eight warps that read two maps or more, sixteen that read one.
+REGISTERS = {
+    "squeeze_kernel": 128,
+    "excite_kernel": 255,
+    "apply_kernel": 128,
+    "reduce_kernel": 255,
+    "excite_backward_kernel": 255,
+    "apply_backward_kernel": 255,
+}
+AMD = GPUTarget("hip", "gfx942", 64)
+
+
+def nvidia(capability):
+    return GPUTarget("cuda", capability, 32)
+
+
+class Launch:
+    """One launch that the host code asks for."""
+
+    def __init__(self, kernel, arguments, keywords):
+        self.kernel = kernel
+        self.options = {k: keywords.pop(k) for k in ("num_warps", "num_stages")}
+        self.arguments = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+        assert set(self.arguments) == set(kernel.arg_names)
+
+    def compile(self, target):
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            is_tensor = isinstance(value, torch.Tensor)
+            if is_tensor:
+                signature[name] = TYPES[value.dtype]
+            else:
+                signature[name] = "i32" if value < 2**31 else "i64"
+            if (value.data_ptr() if is_tensor else value) % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=self.options)
+
+
+class Recorder:
+    """Stands in for a kernel."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def note(*arguments, **keywords):
+            self.launches[self.kernel.__name__] = Launch(self.kernel, arguments, dict(keywords))
+
+        return note
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A function: the launches of one forward and backward by the kernel's name, in order."""
+
+    def record(variant, dtype, channels_last=False, shape=SHAPE):
+        noted = {}
+        for name in FORWARD + BACKWARD:
+            kernel = getattr(launch, name)
+            kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
+            monkeypatch.setattr(launch, name, Recorder(kernel, noted))
+        case = make_case(shape, variant, dtype)
+        if channels_last:
+
+            def change(t):
+                return t.contiguous(memory_format=torch.channels_last)
+
+            case = case.arranged(change, change)
+        combine = ops.COMBINE.get(variant, 0)
+        namespace = torch.ops.scse_kernels
+        _, *small = namespace.triton_forward(case.x, *case.parameters, combine)
+        namespace.triton_backward(
+            case.dy, case.x, *case.parameters, *small, combine, True, True, True
+        )
+        return noted
+
+    return record
+
+
+def registers_and_spills(compiled, target):
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        find = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
+        return find("vgpr_count"), find("vgpr_spill_count") + find("sgpr_spill_count")
+    ptxas = triton.knobs.nvidia.ptxas_blackwell if target.arch >= 100 else triton.knobs.nvidia.ptxas
+    ptx = compiled.asm["ptx"]
+    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
+    done = subprocess.run(
+        [ptxas.path, "-v", f"--gpu-name={arch}", "-o", os.devnull, "/dev/stdin"],
+        input=ptx,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    spills = re.findall(r"(\d+) bytes spill", done.stderr)
+    return int(re.search(r"Used (\d+) registers", done.stderr)[1]), sum(map(int, spills))
+
+
+def test_three_launches_each_way(launches):
+    assert tuple(launches("add", torch.float16)) == FORWARD + BACKWARD
+    assert tuple(launches("sse", torch.float16)) == (FORWARD[0], FORWARD[2], *BACKWARD)
+
+
+def wide(kind, compiled, target):
+    """How many loads or stores of 16 bytes (or more) of global memory one thread has."""
+    if target.backend == "hip":
+        return len(re.findall(rf"(?:global|buffer)_{kind}_dwordx4", compiled.asm["amdgcn"]))
+    short = {"load": "ld", "store": "st"}[kind]
+    widths = re.findall(rf"\b{short}\.global\S*?\.v(\d)\.b(\d+)", compiled.asm["ptx"])
+    return sum(int(n) * int(bits) // 128 for n, bits in widths)
+
+
+def check(noted, variant, dtype, target):
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    reads_x = variant in ("max", "mul")
+    halves = 1 + (variant == "concat")
+    maps = {  # read and written by each kernel
+        "squeeze_kernel": (1, 0),
+        "apply_kernel": (1, halves),
+        "reduce_kernel": (1 + halves, 0),
+        "apply_backward_kernel": (halves + reads_x, 1),
+    }
+    for name, one in noted.items():
+        compiled = one.compile(target)
+        registers, spilled = registers_and_spills(compiled, target)
+        assert spilled == 0, f"{name} spills"
+        if target.backend == "cuda":
+            assert registers <= REGISTERS[name], f"{name} takes {registers} registers"
+            assert not re.search(r"\b(atom|red)\.\S*f(16|32|64)", compiled.asm["ptx"])
+            assert "wgmma" not in compiled.asm["ptx"]
+        if name in maps:
+            tile = one.arguments["BLOCK_C"] * one.arguments["BLOCK_S"] * itemsize
+            chunks = tile // 16 // (target.warp_size * one.options["num_warps"])
+            assert chunks > 0
+            read, written = maps[name]
+            assert wide("load", compiled, target) >= read * chunks, name
+            assert wide("store", compiled, target) >= written * chunks, name
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("variant", ["cse", "sse", "add", "max", "mul", "concat"])
+def test_fp16_on_sm_90(variant, channels_last, launches):
+    check(launches(variant, torch.float16, channels_last), variant, torch.float16, nvidia(90))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype, launches):
+    check(launches("max", dtype), "max", dtype, nvidia(90))
+
+
+@pytest.mark.parametrize("target", [nvidia(80), nvidia(100), nvidia(120), AMD], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_other_architectures(target, channels_last, launches, monkeypatch):
+    if target is AMD:
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+    noted = launches("max", torch.bfloat16, channels_last)
+    check(noted, "max", torch.bfloat16, target)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [16, 512, 1024])
+def test_few_and_many_channels(channels, channels_last, launches):
+    shape = (1, channels, 64, 64) if channels < 512 else (1, channels, 8, 8)
+    noted = launches("max", torch.float16, channels_last, shape)
+    check(noted, "max", torch.float16, nvidia(90))
+
+
+@pytest.mark.parametrize("alignment", [1, 2, 4, 8, 16])
+def test_sizes_that_no_large_power_of_two_divides(alignment, launches):
+    """Accesses are as wide as the size of the axis of stride 1 allows."""
+    noted = launches("add", torch.float16, shape=(2, 64, 5, 5 * alignment))
+    chunk = min(alignment * 2, 16)
+    one = noted["squeeze_kernel"].compile(nvidia(90))
+    found = re.findall(r"ld\.global\S*?\.(?:v(\d)\.)?b(\d+)", one.asm["ptx"])
+    # 4 bytes is how ws is read
+    assert max(int(n or 1) * int(bits) // 8 for n, bits in found) == max(chunk, 4)
+
+
+def test_a_tile_keeps_the_promises_of_its_choice():
+    for channels in (1, 3, 16, 64, 100, 256, 512, 513, 2000):
+        for positions in (1, 49, 1024, 65536, 10**7):
+            for itemsize in (2, 4, 8):
+                for channels_last in (False, True):
+                    tile = heuristics.tile(channels, positions, itemsize, 32, channels_last)
+                    assert tile.hold == (tile.block_c >= channels)
+                    assert tile.hold or tile.tiles == 1
+                    strips = -(-positions // (tile.block_s * tile.tiles))
+                    assert strips <= 512 or not tile.hold

@@ -1,0 +1,204 @@
+"""The Triton kernels' arithmetic, run by Triton's interpreter on CPU tensors.
+
+The interpreter must be chosen before Triton is imported, so the tests run in a process of their
+own, which the first test starts. bfloat16 is missing: the interpreter truncates when it casts to
+it.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from budget import VARIANTS, Case, call, check, make_case, same_bits
+from conftest import Target
+
+from scse_kernels import ops
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
+TRITON = Target("triton", "cpu")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1")
+def test_in_a_process_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1")
+def test_without_the_interpreter_cpu_tensors_are_refused():
+    case = make_case((2, 6, 5, 7))
+    with pytest.raises(RuntimeError, match=r"'triton'.*TRITON_INTERPRET=1"):
+        call("add", case.x, *case.parameters, backend="triton")
+
+
+def channels_last(case: Case) -> Case:
+    memory_format = torch.channels_last if case.x.dim() == 4 else torch.channels_last_3d
+    return case.arranged(*[lambda t: t.contiguous(memory_format=memory_format)] * 2)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_odd_sizes(variant, dtype):
+    check(make_case((2, 19, 5, 7), variant, dtype), TRITON)
+    check(channels_last(make_case((3, 5, 3, 4, 3), variant, dtype)), TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_aligned_sizes_of_several_strips(variant):
+    case = make_case((2, 32, 16, 24), variant, torch.float16)
+    check(case, TRITON)
+    check(channels_last(case), TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "shape", [(3, 7, 33), (1, 1, 1), (2, 130, 1, 9), (5, 2, 40, 3, 2)], ids=str
+)
+def test_shapes(shape):
+    check(make_case(shape, "max"), TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_more_channels_than_a_tile(variant):
+    case = make_case((2, 600, 4, 5), variant, reduction=30)
+    check(channels_last(case) if variant in ("sse", "max") else case, TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", ["cse", "sse", "max"])
+def test_channels_that_fill_a_warp(variant):
+    check(channels_last(make_case((1, 130, 6, 7), variant)), TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", ["add", "max"])
+def test_strips_of_several_tiles(variant, monkeypatch):
+    from scse_kernels._triton import heuristics
+
+    monkeypatch.setattr(heuristics, "_STRIPS", 2)
+    case = make_case((1, 33, 11, 13), variant)
+    check(case, TRITON)
+    check(channels_last(case), TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", ["max", "concat"])
+def test_64_bit_offsets_change_nothing(variant, monkeypatch):
+    from scse_kernels._triton import launch
+
+    case = make_case((3, 20, 9, 8), variant)
+    narrow = check(case, TRITON)
+    monkeypatch.setattr(launch, "_WIDE", 1)
+    wide = check(case, TRITON)
+    assert all(same_bits(narrow[name], wide[name]) for name in narrow)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", ["cse", "sse", "add"])
+def test_parameters_of_another_dtype_without_biases(variant):
+    check(
+        make_case(
+            (2, 12, 6, 5), variant, torch.float16, biases=False, parameter_dtype=torch.float32
+        ),
+        TRITON,
+    )
+    check(make_case((2, 12, 6, 5), variant, parameter_dtype=torch.float64, trailing=2), TRITON)
+
+
+@interpreted
+def test_strided_inputs():
+    case = make_case((3, 10, 6, 8))
+
+    def every_second(t):
+        wide = torch.full((2 * t.shape[0], *t.shape[1:]), torch.nan, dtype=t.dtype)
+        wide[::2] = t
+        return wide[::2]
+
+    def transposed(t):
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
+
+    plain = check(case, TRITON)
+    for arrange in (every_second, transposed):
+        strided = check(case.arranged(arrange, arrange), TRITON)
+        assert all(same_bits(plain[name], strided[name]) for name in plain)
+    check(case.arranged(None, lambda t: t[:1, :1, :1, :1].expand_as(t)), TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_not_needed_is_empty_and_the_rest_the_same(variant):
+    case = make_case((2, 10, 6, 7), variant)
+    combine = ops.COMBINE.get(variant, 0)
+    namespace = torch.ops.scse_kernels
+    _, *small = namespace.triton_forward(case.x, *case.parameters, combine)
+
+    def gradients(*need):
+        return namespace.triton_backward(case.dy, case.x, *case.parameters, *small, combine, *need)
+
+    whole = gradients(True, True, True)
+    for mask in range(7):
+        need = tuple(bool(mask >> bit & 1) for bit in range(3))
+        of_branch = (need[0], *[need[1]] * 4, *[need[2]] * 2)
+        for part, all_of_it, needed in zip(gradients(*need), whole, of_branch, strict=True):
+            if needed:
+                assert same_bits(part, all_of_it)
+            else:
+                assert part.numel() == 0
+
+
+@interpreted
+def test_maximum_of_ties_and_nan():
+    """Where x is 0 both products tie; a NaN reaches every result that depends on it."""
+    x = torch.tensor([[[0.0, 1.0, -2.0, 0.0], [3.0, 0.0, -1.0, 2.0]]])
+    parameters = make_case((1, 2, 4), "max").parameters
+    dy = torch.arange(1.0, 9.0).reshape(1, 2, 4)
+
+    def both(x):
+        for backend in ("triton", "eager"):
+            leaf = x.clone().requires_grad_()
+            y = call("max", leaf, *parameters, backend=backend)
+            yield y.detach(), *torch.autograd.grad(y, leaf, dy)
+
+    got, expected = both(x)
+    torch.testing.assert_close(got, expected)
+    x[0, 0, 1] = torch.nan
+    got, expected = both(x)
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", ["cse", "sse", "concat"])
+def test_empty_batch(variant):
+    case = make_case((2, 4, 3, 3), variant)
+    leaves = [t.requires_grad_() for t in (case.x[:0].clone(), *case.parameters) if t is not None]
+    it = iter(leaves)
+    x = next(it)
+    parameters = [None if p is None else next(it) for p in case.parameters]
+    y = call(variant, x, *parameters, backend="triton")
+    assert y.shape[0] == 0
+    dx, *gradients = torch.autograd.grad(y, leaves, case.dy[:0])
+    assert dx.shape == x.shape
+    assert all(g.eq(0).all() for g in gradients)
+
+
+@interpreted
+def test_operators_are_well_behaved():
+    case = make_case((2, 4, 3, 5))
+    torch.library.opcheck(
+        torch.ops.scse_kernels.triton_forward.default, (case.x, *case.parameters, 0)
+    )
