@@ -1,3 +1,5 @@
+// AVX2 with FMA and F16C: 32-byte vectors. The standard headers come before the switch: their
+// inline functions must stay code that every machine can run.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
@@ -14,7 +16,7 @@
 
 #define SCSE_ISA avx2
 #define SCSE_VECTOR_BYTES 32
-#define SCSE_HALF_256
+#define SCSE_HALF_256  // the set converts float16 itself
 #include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

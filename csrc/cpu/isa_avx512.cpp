@@ -1,3 +1,5 @@
+// AVX-512 (F, BW, DQ, VL): 64-byte vectors. The standard headers come before the switch: their
+// inline functions must stay code that every machine can run.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
@@ -16,7 +18,7 @@
 
 #define SCSE_ISA avx512
 #define SCSE_VECTOR_BYTES 64
-#define SCSE_HALF_512
+#define SCSE_HALF_512  // the set converts float16 itself
 #include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

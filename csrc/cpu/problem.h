@@ -36,8 +36,7 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain,
 
 // A map is processed in strips of at most this many positions; per-position sums of a strip live
 // on the stack.
-constexpr int64_t kMaxStrip = 4096;
-
+constexpr int64_t kMaxStrip = 1024;
 constexpr int64_t kStripBuffer = kMaxStrip + 64;  // room for whole vectors
 
 // Of planes: a page of floats to a row, so that neither the prefetcher nor the TLB is wasted, while
@@ -46,7 +45,7 @@ constexpr int64_t kStripBuffer = kMaxStrip + 64;  // room for whole vectors
 // chains. Never a function of the number of threads, on which results must not depend.
 inline int64_t strip_width(int64_t samples, int64_t positions, bool channels_last) {
   if (channels_last) return 256;
-  return std::clamp<int64_t>(samples * positions / 8, 256, 1024) / 64 * 64;
+  return std::clamp<int64_t>(samples * positions / 8, 256, kMaxStrip) / 64 * 64;
 }
 
 template <typename T>
