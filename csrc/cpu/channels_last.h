@@ -20,14 +20,6 @@ struct ChannelsLast {
     return p.dy + strip.n * p.dy_sample + strip.begin * p.out_channels;
   }
 
-  // Calls group(i) for every kPositions positions of [begin, end), then one(i) for those left over.
-  template <typename Group, typename One>
-  static SCSE_INLINE void groups(int64_t begin, int64_t end, const Group& group, const One& one) {
-    int64_t i = begin;
-    for (; i + kPositions <= end; i += kPositions) group(i);
-    for (; i < end; ++i) one(i);
-  }
-
   // Forward, first pass over a strip. Reads x; writes channel sums to `partial`, parks the gate.
   static __attribute__((noinline)) void squeeze(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
@@ -35,10 +27,9 @@ struct ChannelsLast {
     A* partial = p.partial + strip.sums;
     if (kChannel) std::fill(partial, partial + p.channels, A(0));
     const T* x = x_of(p, strip);
-    groups(
-        0, strip.len,
-        [&](int64_t i) { squeeze_positions<kPositions, kChannel>(p, x, i, q, partial); },
-        [&](int64_t i) { squeeze_positions<1, kChannel>(p, x, i, q, partial); });
+    in_groups<kPositions>(0, strip.len, [&](int64_t i, auto group) {
+      squeeze_positions<decltype(group)::value, kChannel>(p, x, i, q, partial);
+    });
     if constexpr (kSpatial) {
       std::fill(q + strip.len, q + strip.len + lanes<A>, A(0));
       close_gate(q, q, strip.len);
@@ -106,22 +97,21 @@ struct ChannelsLast {
         std::fill(t + end, t + end + lanes<A>, A(0));
       }
       if constexpr (F::by_gates) {
-        groups(
-            b, end, [&](int64_t i) { squeeze_positions<kPositions, false>(p, x, i, q, nullptr); },
-            [&](int64_t i) { squeeze_positions<1, false>(p, x, i, q, nullptr); });
+        in_groups<kPositions>(b, end, [&](int64_t i, auto group) {
+          squeeze_positions<decltype(group)::value, false>(p, x, i, q, nullptr);
+        });
         close_gate(q + b, s + b, end - b);
       }
-      groups(
-          b, end,
-          [&](int64_t i) { reduce_positions<kPositions>(p, x, dy, gate, i, q, s, t, partial); },
-          [&](int64_t i) { reduce_positions<1>(p, x, dy, gate, i, q, s, t, partial); });
+      in_groups<kPositions>(b, end, [&](int64_t i, auto group) {
+        reduce_positions<decltype(group)::value>(p, x, dy, gate, i, q, s, t, partial);
+      });
       if constexpr (kSpatial) {
         if (!F::by_gates) close_gate(q + b, s + b, end - b);
         sum_dq += close_gradient(t + b, s + b, end - b);
         if (p.need_spatial) {
-          groups(
-              b, end, [&](int64_t i) { weigh_positions<kPositions>(p, x, i, t, out); },
-              [&](int64_t i) { weigh_positions<1>(p, x, i, t, out); });
+          in_groups<kPositions>(b, end, [&](int64_t i, auto group) {
+            weigh_positions<decltype(group)::value>(p, x, i, t, out);
+          });
         }
       }
     }

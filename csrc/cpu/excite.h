@@ -20,18 +20,15 @@ inline void sum_rows(const A* rows, int64_t count, int64_t size, A scale, A* out
 template <typename A>
 inline void matvec(const A* matrix, const A* v, const A* bias, int64_t rows, int64_t columns,
                    A* out) {
-  const auto some = [&](int64_t r, auto count) {
-    constexpr int R = decltype(count)::value;
+  in_groups<4>(0, rows, [&](int64_t r, auto group) {
+    constexpr int R = decltype(group)::value;
     Vec<A> sum[R] = {};
     sweep<A>(columns, [&](int64_t i, auto extent) {
       const Vec<A> vi = load(v + i, extent);
       for (int k = 0; k < R; ++k) sum[k] += vi * load(matrix + (r + k) * columns + i, extent);
     });
     for (int k = 0; k < R; ++k) out[r + k] = sum_lanes<A>(sum[k]) + (bias ? bias[r + k] : A(0));
-  };
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) some(r, std::integral_constant<int, 4>{});
-  for (; r < rows; ++r) some(r, std::integral_constant<int, 1>{});
+  });
 }
 
 // out[i] = scale * sum_r v[r] * matrix[r, i], four rows at a time.
@@ -83,8 +80,8 @@ inline void excite_backward(const Problem<T>& p, int64_t n) {
 template <typename A>
 inline void outer_sum(const A* left, const A* right, int64_t samples, int64_t rows, int64_t columns,
                       int64_t begin, int64_t end, A* out) {
-  const auto some = [&](int64_t r, auto count) {
-    constexpr int R = decltype(count)::value;
+  in_groups<4>(begin, end, [&](int64_t r, auto group) {
+    constexpr int R = decltype(group)::value;
     sweep<A>(columns, [&](int64_t i, auto extent) {
       Vec<A> sum[R] = {};
       for (int64_t n = 0; n < samples; ++n) {
@@ -93,10 +90,7 @@ inline void outer_sum(const A* left, const A* right, int64_t samples, int64_t ro
       }
       for (int k = 0; k < R; ++k) store(out + (r + k) * columns + i, sum[k], extent);
     });
-  };
-  int64_t r = begin;
-  for (; r + 4 <= end; r += 4) some(r, std::integral_constant<int, 4>{});
-  for (; r < end; ++r) some(r, std::integral_constant<int, 1>{});
+  });
 }
 
 // The parameters' gradients, once every sample is reduced.

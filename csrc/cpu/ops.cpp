@@ -34,8 +34,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// --- instruction sets
-// -----------------------------------------------------------------------------
+// --- instruction sets ---
 
 enum class Isa { baseline, avx2, avx512 };
 constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
@@ -94,8 +93,7 @@ SCSE_SELECT(double)
 SCSE_SELECT(half)
 SCSE_SELECT(bfloat16)
 
-// --- layouts
-// --------------------------------------------------------------------------------------
+// --- layouts ---
 
 // Whether axes `order` (outermost first) lie densely one inside the other.
 template <typename Order>
@@ -146,8 +144,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty({sizes.begin(), sizes.size()}, dtype);
 }
 
-// --- the problem
-// ----------------------------------------------------------------------------------
+// --- the problem ---
 
 template <typename T>
 constexpr ScalarType kAccumulator =
@@ -254,8 +251,7 @@ Optional set_parking(Problem<T>& p, T* map, int64_t channels, int slots, ScalarT
   return buffer;
 }
 
-// --- forward and backward
-// -------------------------------------------------------------------------
+// --- forward and backward ---
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -372,20 +368,20 @@ BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Opt
 
 ForwardResult cpu_forward(const Tensor& x, const Optional& w1, const Optional& b1,
                           const Optional& w2, const Optional& b2, const Optional& ws,
-                          const Optional& bs, int64_t combine){
-    SCSE_DISPATCH(x, forward, x, w1, b1, w2, b2, ws, bs, combine)}
-
-BackwardResult
-    cpu_backward(const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1,
-                 const Optional& w2, const Optional& b2, const Optional& ws, const Optional& bs,
-                 const Tensor& pooled, const Tensor& hidden, const Tensor& channel_gate,
-                 int64_t combine, bool need_dx, bool need_channel, bool need_spatial){
-        SCSE_DISPATCH(x, backward, dy, x, w1, b1, w2, b2, ws, bs, pooled, hidden, channel_gate,
-                      combine, need_dx, need_channel, need_spatial)}
-
-std::string cpu_capability() {
-  return kIsaNames[static_cast<int>(isa())];
+                          const Optional& bs, int64_t combine) {
+  SCSE_DISPATCH(x, forward, x, w1, b1, w2, b2, ws, bs, combine);
 }
+
+BackwardResult cpu_backward(const Tensor& dy, const Tensor& x, const Optional& w1,
+                            const Optional& b1, const Optional& w2, const Optional& b2,
+                            const Optional& ws, const Optional& bs, const Tensor& pooled,
+                            const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
+                            bool need_dx, bool need_channel, bool need_spatial) {
+  SCSE_DISPATCH(x, backward, dy, x, w1, b1, w2, b2, ws, bs, pooled, hidden, channel_gate, combine,
+                need_dx, need_channel, need_spatial);
+}
+
+std::string cpu_capability() { return kIsaNames[static_cast<int>(isa())]; }
 
 }  // namespace
 }  // namespace scse

@@ -19,10 +19,9 @@ struct Planes {
     if (kSpatial) std::fill(q, q + strip.len + lanes<A>, p.bs);
     const T* x = p.x + n * p.x_sample + strip.begin;
     A* partial = p.partial + strip.sums;
-    int64_t c = 0;
-    for (; c + kRows <= p.channels; c += kRows)
-      squeeze_rows<kRows, kChannel>(p, c, x, strip.len, q, partial);
-    for (; c < p.channels; ++c) squeeze_rows<1, kChannel>(p, c, x, strip.len, q, partial);
+    in_groups<kRows>(0, p.channels, [&](int64_t c, auto group) {
+      squeeze_rows<decltype(group)::value, kChannel>(p, c, x, strip.len, q, partial);
+    });
     if constexpr (kSpatial) {
       close_gate(q, q, strip.len);
       park(p, strip, 0, q);
@@ -82,17 +81,16 @@ struct Planes {
       std::fill(q, q + strip.len + lanes<A>, p.bs);
       std::fill(t, t + strip.len + lanes<A>, A(0));
     }
-    int64_t c = 0;
     if constexpr (F::by_gates) {
-      for (; c + kRows <= p.channels; c += kRows)
-        squeeze_rows<kRows, false>(p, c, x, strip.len, q, nullptr);
-      for (; c < p.channels; ++c) squeeze_rows<1, false>(p, c, x, strip.len, q, nullptr);
+      in_groups<kRows>(0, p.channels, [&](int64_t c, auto group) {
+        squeeze_rows<decltype(group)::value, false>(p, c, x, strip.len, q, nullptr);
+      });
       close_gate(q, s, strip.len);
     }
-    for (c = 0; c + kRows <= p.channels; c += kRows)
-      reduce_rows<kRows>(p, n, c, x, dy, strip.len, q, s, t, p.partial + strip.sums);
-    for (; c < p.channels; ++c)
-      reduce_rows<1>(p, n, c, x, dy, strip.len, q, s, t, p.partial + strip.sums);
+    A* partial = p.partial + strip.sums;
+    in_groups<kRows>(0, p.channels, [&](int64_t c, auto group) {
+      reduce_rows<decltype(group)::value>(p, n, c, x, dy, strip.len, q, s, t, partial);
+    });
     if constexpr (kSpatial) {
       if (!F::by_gates) close_gate(q, s, strip.len);
       p.partial_bs[n * p.strips + index] = close_gradient(t, s, strip.len);
@@ -102,9 +100,9 @@ struct Planes {
       }
       if (p.need_spatial && !(kWeighLater && p.need_dx)) {
         A* out = p.partial_ws + strip.sums;
-        for (c = 0; c + kRows <= p.channels; c += kRows)
-          weigh_rows<kRows>(p, c, x, strip.len, t, out);
-        for (; c < p.channels; ++c) weigh_rows<1>(p, c, x, strip.len, t, out);
+        in_groups<kRows>(0, p.channels, [&](int64_t c, auto group) {
+          weigh_rows<decltype(group)::value>(p, c, x, strip.len, t, out);
+        });
       }
     }
   }

@@ -131,7 +131,6 @@ struct Problem {
   }
 
   bool has_channel() const { return combine != Combine::spatial; }
-  bool has_spatial() const { return combine != Combine::channel; }
 };
 
 // The kernels for one instruction set and one element type.

@@ -43,7 +43,7 @@ using F32 = Vec<float>;
 using U32 = Vector<uint32_t, lanes<float>>;
 using U16 = Vector<uint16_t, lanes<float>>;
 
-// --- conversion of the half types -------------------------------------------------------------
+// --- conversion of the half types ---
 
 SCSE_INLINE F32 widen(bfloat16, U16 h) {
   return bit_cast<F32>(__builtin_convertvector(h, U32) << 16);
@@ -90,7 +90,7 @@ SCSE_INLINE U16 narrow(half, F32 f) {
 }
 #endif
 
-// --- loads and stores ---------------------------------------------------------------------------
+// --- loads and stores ---
 
 // How many elements an access covers: all lanes (known when compiled), or the first few.
 template <typename A>
@@ -153,8 +153,16 @@ SCSE_INLINE void sweep(int64_t n, const F& body) {
   if (i < n) body(i, Tail{static_cast<int>(n - i)});
 }
 
-// --- sums and functions
-// ---------------------------------------------------------------------------
+// Calls body(i, group) over [begin, end) in groups of G, then one by one: decltype(group)::value
+// says how many.
+template <int G, typename F>
+SCSE_INLINE void in_groups(int64_t begin, int64_t end, const F& body) {
+  int64_t i = begin;
+  for (; i + G <= end; i += G) body(i, std::integral_constant<int, G>{});
+  for (; i < end; ++i) body(i, std::integral_constant<int, 1>{});
+}
+
+// --- sums and functions ---
 
 // Halves of a vector added up until four lanes are left.
 template <typename E>
