@@ -11,8 +11,7 @@ class SCSE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, ws, bs, combine, backend):
-        op = getattr(torch.ops.scse_kernels, f"{backend}_forward").default
-        y, *small = op(x, w1, b1, w2, b2, ws, bs, ops.COMBINE[combine])
+        y, *small = ops.FORWARD[backend](x, w1, b1, w2, b2, ws, bs, ops.COMBINE[combine])
         ctx.save_for_backward(x, w1, b1, w2, b2, ws, bs, *small)
         ctx.combine, ctx.backend = combine, backend
         return y
@@ -24,9 +23,15 @@ class SCSE(torch.autograd.Function):
         needs = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():  # create_graph=True: the result will be differentiated again
             return (*_reference_gradients(dy, inputs, needs, ctx.combine), None, None)
-        op = getattr(torch.ops.scse_kernels, f"{ctx.backend}_backward").default
-        combine = ops.COMBINE[ctx.combine]
-        grads = op(dy, *inputs, *small, combine, needs[0], any(needs[1:5]), any(needs[5:7]))
+        grads = ops.BACKWARD[ctx.backend](
+            dy,
+            *inputs,
+            *small,
+            ops.COMBINE[ctx.combine],
+            needs[0],
+            any(needs[1:5]),
+            any(needs[5:7]),
+        )
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _native, reference
 from .autograd import SCSE
-from .ops import BACKENDS, COMBINE, memory_format
+from .ops import BACKENDS, COMBINE, FORWARD, memory_format
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -126,7 +126,9 @@ def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, backend):
         return reference.scse(x, w1, b1, w2, b2, ws, bs, combine).contiguous(
             memory_format=memory_format(x)
         )
-    return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, backend)
+    if torch.is_grad_enabled():
+        return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, backend)
+    return FORWARD[backend](x, w1, b1, w2, b2, ws, bs, COMBINE[combine])[0]
 
 
 def _check_name(function, argument, value, known):
@@ -162,7 +164,8 @@ def _check_x(function, x):
 
 
 def _check_parameter(function, x, argument, value, expected, described):
-    _check_tensor(function, argument, value)
+    if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
+        _check_tensor(function, argument, value)
     if value.device != x.device:
         raise RuntimeError(
             f"{function}(): expected all tensors on one device,"
@@ -180,9 +183,8 @@ def _check_parameter(function, x, argument, value, expected, described):
 
 def _check_channel(function, x, w1, b1, w2, b2):
     channels = x.shape[1]
-    _check_tensor(function, "w1", w1)
-    hidden = w1.shape[0] if w1.dim() else 0
-    if hidden < 1:
+    if not isinstance(w1, Tensor) or not w1.dim() or not (hidden := w1.shape[0]):
+        _check_tensor(function, "w1", w1)
         raise ValueError(
             f"{function}(): w1 must have shape [hidden, C] with at least one hidden channel,"
             f" got {list(w1.shape)}"
@@ -197,11 +199,10 @@ def _check_channel(function, x, w1, b1, w2, b2):
 
 def _check_spatial(function, x, ws, bs):
     channels = x.shape[1]
-    _check_tensor(function, "ws", ws)
-    if ws.dim() == 1:
+    if isinstance(ws, Tensor) and ws.dim() == 1:
         _check_parameter(function, x, "ws", ws, (channels,), "[C]")
     else:
         _check_parameter(function, x, "ws", ws, (1, channels), "[1, C]")
     if bs is not None:
-        _check_tensor(function, "bs", bs)
-        _check_parameter(function, x, "bs", bs, (1,) if bs.dim() else (), "[1]")
+        scalar = isinstance(bs, Tensor) and not bs.dim()
+        _check_parameter(function, x, "bs", bs, () if scalar else (1,), "[1]")

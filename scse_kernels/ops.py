@@ -93,6 +93,14 @@ for _backend in BACKENDS:
     ):
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"scse_kernels::{_name}", _fake, lib=_library)
+        # Differentiation happens outside, in autograd.py; without this a call stops on its way to
+        # look for what would be differentiated.
+        _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+#: backend -> its operator.
+FORWARD = {name: getattr(torch.ops.scse_kernels, f"{name}_forward").default for name in BACKENDS}
+BACKWARD = {name: getattr(torch.ops.scse_kernels, f"{name}_backward").default for name in BACKENDS}
 
 
 def _triton_forward(x, *others):

@@ -1,9 +1,17 @@
 """Fixtures: the usable backends on the devices that are here, and poisoned memory."""
 
+import ctypes
 import os
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow others
+
+# What malloc hands out is full of the byte 0xFE (a large number, or a NaN), for kernels that don't
+# get their memory by torch.empty. Where the C library isn't glibc there is no such switch.
+if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+    M_MMAP_THRESHOLD, M_PERTURB = -3, -6
+    mallopt(M_MMAP_THRESHOLD, 1 << 25)  # fresh pages would be full of zeros
+    mallopt(M_PERTURB, 0x01)
 
 import pytest
 import torch

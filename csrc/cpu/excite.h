@@ -75,27 +75,31 @@ inline void excite_backward(const Problem<T>& p, int64_t n) {
   if (p.need_dx) matvec_transposed<A>(p.w1, d_hidden, Cr, C, A(1) / p.positions, p.d_mean + n * C);
 }
 
-// out[r, :] = sum_n left[n, r] * right[n, :] for the rows of [begin, end): a dense layer's weight
-// gradient.
-template <typename A>
-inline void outer_sum(const A* left, const A* right, int64_t samples, int64_t rows, int64_t columns,
-                      int64_t begin, int64_t end, A* out) {
-  in_groups<4>(begin, end, [&](int64_t r, auto group) {
-    constexpr int R = decltype(group)::value;
-    sweep<A>(columns, [&](int64_t i, auto extent) {
-      Vec<A> sum[R] = {};
-      for (int64_t n = 0; n < samples; ++n) {
-        const Vec<A> v = load(right + n * columns + i, extent);
-        for (int k = 0; k < R; ++k) sum[k] += left[n * rows + r + k] * v;
-      }
-      for (int k = 0; k < R; ++k) store(out + (r + k) * columns + i, sum[k], extent);
+// matrix[r, i] = sum_n left[n, r] * right[n, i]: a dense layer's weight gradient, row by row.
+template <typename T, typename A>
+inline auto matrix_gradient(const Problem<T>& p, const A* left, int64_t rows, const A* right,
+                            int64_t columns, A* matrix) {
+  const int64_t worth = 1 << 18;  // products for which another thread pays
+  const int64_t grain = std::max<int64_t>(1, worth / (p.samples * columns + 1));
+  const auto body = [=, samples = p.samples](int64_t begin, int64_t end) {
+    in_groups<4>(begin, end, [&](int64_t r, auto group) {
+      constexpr int R = decltype(group)::value;
+      sweep<A>(columns, [&](int64_t i, auto extent) {
+        Vec<A> sum[R] = {};
+        for (int64_t n = 0; n < samples; ++n) {
+          const Vec<A> v = load(right + n * columns + i, extent);
+          for (int k = 0; k < R; ++k) sum[k] += left[n * rows + r + k] * v;
+        }
+        for (int k = 0; k < R; ++k) store(matrix + (r + k) * columns + i, sum[k], extent);
+      });
     });
-  });
+  };
+  return Stage{p.need_channel ? rows : 0, grain, body};
 }
 
-// The parameters' gradients, once every sample is reduced.
+// The gradients of b1, b2, ws and bs, once every sample is reduced.
 template <typename T>
-inline void parameter_gradients(const Problem<T>& p) {
+inline void vector_gradients(const Problem<T>& p) {
   using A = Accumulator<T>;
   const int64_t N = p.samples, C = p.channels, Cr = p.hidden_channels;
   if (p.need_spatial) {
@@ -103,13 +107,6 @@ inline void parameter_gradients(const Problem<T>& p) {
     if (p.dbs) sum_rows<A>(p.partial_bs, N * p.strips, 1, A(1), p.dbs);
   }
   if (p.need_channel) {
-    const int64_t grain = std::max<int64_t>(1, (1 << 18) / (N * C + 1));  // rows worth a thread
-    p.over(Cr, grain, [&](int64_t begin, int64_t end) {
-      outer_sum<A>(p.d_hidden, p.pooled, N, Cr, C, begin, end, p.dw1);
-    });
-    p.over(C, std::max<int64_t>(1, (1 << 18) / (N * Cr + 1)), [&](int64_t begin, int64_t end) {
-      outer_sum<A>(p.d_excited, p.hidden, N, C, Cr, begin, end, p.dw2);
-    });
     if (p.db1) sum_rows<A>(p.d_hidden, N, Cr, A(1), p.db1);
     if (p.db2) sum_rows<A>(p.d_excited, N, C, A(1), p.db2);
   }

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -125,20 +126,36 @@ bool has_dense_planes(const Tensor& t) {
   return dense(t, inner);
 }
 
-MemoryFormat format_of(bool channels_last, int64_t dim) {
-  if (!channels_last) return MemoryFormat::Contiguous;
-  return dim == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-}
-
 // `t` itself where the kernels can read it in the given layout, else a copy.
 Tensor in_layout(const Tensor& t, bool channels_last) {
   const bool fits = channels_last ? dense(t, axes_channels_last(t)) : has_dense_planes(t);
-  return fits ? t : torch::stable::contiguous(t, format_of(channels_last, t.dim()));
+  if (fits) return t;
+  return torch::stable::contiguous(t, !channels_last ? MemoryFormat::Contiguous
+                                      : t.dim() == 4 ? MemoryFormat::ChannelsLast
+                                                     : MemoryFormat::ChannelsLast3d);
 }
 
+// Memory for a tensor, not through the dispatcher: a call makes up to ten of them.
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
-             MemoryFormat format = MemoryFormat::Contiguous) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format);
+             bool channels_last = false) {
+  std::array<int64_t, 8> strides;
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "scse_kernels: expected at most ", strides.size(),
+                  " axes, got ", sizes.size());
+  int64_t stride = 1;
+  const auto take = [&](size_t axis) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(sizes[axis], 1);
+  };
+  if (channels_last) take(1);
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    if (!channels_last || axis != 1) take(axis);
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty({sizes.begin(), sizes.size()}, dtype);
@@ -268,8 +285,7 @@ ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional&
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] = p.out_channels;
-  const Tensor y =
-      empty({sizes.data(), sizes.size()}, x.scalar_type(), format_of(channels_last, x.dim()));
+  const Tensor y = empty({sizes.data(), sizes.size()}, x.scalar_type(), channels_last);
   const int64_t channels = w1 ? p.channels : 0;
   const Tensor pooled = empty({p.samples, channels}, acc);
   const Tensor hidden = empty({p.samples, p.hidden_channels}, acc);
@@ -330,7 +346,7 @@ BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Opt
   Tensor dx = empty({0}, x.scalar_type());
   Optional parking;
   if (need_dx) {
-    dx = empty(x.sizes(), x.scalar_type(), format_of(channels_last, x.dim()));
+    dx = empty(x.sizes(), x.scalar_type(), channels_last);
     p.dx = static_cast<T*>(dx.mutable_data_ptr());
     if (ws) parking = set_parking(p, p.dx, p.channels, 2, x.scalar_type());
   }

@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
+#include <thread>
+#include <tuple>
 
 namespace scse {
 
@@ -47,6 +50,49 @@ inline int64_t strip_width(int64_t samples, int64_t positions, bool channels_las
   if (channels_last) return 256;
   return std::clamp<int64_t>(samples * positions / 8, 256, kMaxStrip) / 64 * 64;
 }
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// body(begin, end) for ranges of `grain` of `count` items.
+template <typename Body>
+struct Stage {
+  int64_t count, grain;
+  Body body;
+
+  void run(int64_t begin, int64_t end) const {
+    if (begin < end) body(begin, end);
+  }
+};
+template <typename Body>
+Stage(int64_t, int64_t, Body) -> Stage<Body>;
+
+// Who does which items of a stage, and how many are not done yet.
+struct Tickets {
+  int64_t next, left;
+
+  template <typename Body>
+  void serve(const Stage<Body>& stage) {
+    for (;;) {
+      const int64_t begin = __atomic_fetch_add(&next, stage.grain, __ATOMIC_RELAXED);
+      if (begin >= stage.count) return;
+      const int64_t end = std::min(begin + stage.grain, stage.count);
+      stage.run(begin, end);
+      __atomic_sub_fetch(&left, end - begin, __ATOMIC_RELEASE);
+    }
+  }
+
+  // Until every item is done. Awake, as the others are nearly there and waking up would take
+  // longer.
+  void wait() const {
+    for (int i = 0; __atomic_load_n(&left, __ATOMIC_ACQUIRE); ++i) {
+      i < 6000 ? relax() : std::this_thread::yield();
+    }
+  }
+};
 
 template <typename T>
 struct Problem {
@@ -92,42 +138,32 @@ struct Problem {
   int64_t threads;
   ParallelFor parallel_for;
 
-  // Runs body(begin, end) for ranges of `grain` items, each on the thread that comes for it first:
-  // waking a thread can take longer than a small map does, and the others don't wait meanwhile.
-  template <typename Body>
-  void over(int64_t count, int64_t grain, const Body& body) const {
-    if (count <= grain || threads == 1) {
-      if (count > 0) body(0, count);
+  // Runs the stages in turn, the items of each on the thread that comes for them first: waking a
+  // thread can take longer than a small map does, and the others don't wait meanwhile. They are
+  // woken once for all stages. A thread waits only for items that others are running already.
+  template <typename... Bodies>
+  void in_turn(const Stage<Bodies>&... stages) const {
+    if (threads == 1 || ((stages.count <= stages.grain) && ...)) {
+      (stages.run(0, stages.count), ...);
       return;
     }
-    struct Queue {
-      const Body& body;
-      int64_t count, grain, next, left;
-    } queue{body, count, grain, 0, count};
+    struct Team {
+      std::tuple<const Stage<Bodies>&...> stages;
+      Tickets tickets[sizeof...(Bodies)];
+    } team{{stages...}, {{0, stages.count}...}};
     const auto serve = [](int64_t thread, int64_t, void* context) {
-      Queue& q = *static_cast<Queue*>(context);
-      for (;;) {
-        const int64_t begin = __atomic_fetch_add(&q.next, q.grain, __ATOMIC_RELAXED);
-        if (begin >= q.count) break;
-        const int64_t end = begin + q.grain < q.count ? begin + q.grain : q.count;
-        q.body(begin, end);
-        __atomic_sub_fetch(&q.left, end - begin, __ATOMIC_RELAXED);
-      }
-      // The calling thread would now go to sleep until the last one is through its last range, and
-      // be woken up late. That one is nearly there: for a fraction of a millisecond look out for
-      // it.
-      for (int i = 0; thread == 0 && i < 6000 && __atomic_load_n(&q.left, __ATOMIC_RELAXED); ++i) {
-        relax();
-      }
-      for (int i = 0; thread == 0 && i < 20; ++i) relax();  // and let it arrive first
+      Team& team = *static_cast<Team*>(context);
+      Tickets* tickets = team.tickets;
+      const auto turn = [&](const auto& stage) {
+        tickets->serve(stage);
+        const bool last = tickets + 1 == std::end(team.tickets);
+        if (!last || thread == 0) tickets->wait();
+        ++tickets;
+      };
+      std::apply([&](const auto&... stage) { (turn(stage), ...); }, team.stages);
+      for (int i = 0; thread == 0 && i < 20; ++i) relax();  // and let the others leave first
     };
-    parallel_for(0, threads, 1, serve, &queue);
-  }
-
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
+    parallel_for(0, threads, 1, serve, &team);
   }
 
   bool has_channel() const { return combine != Combine::spatial; }

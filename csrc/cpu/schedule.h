@@ -7,41 +7,47 @@
 // is computed by the same code and sums are added in the same order, so threads don't change
 // results.
 
-// first(n, strip) for all strips of a sample, then between(n), then second(n, strip).
-template <typename T, typename First, typename Between, typename Second>
+// first(n, strip) for all strips of a sample, then between(n), then second(n, strip); when all
+// samples are done, `last`.
+template <typename T, typename First, typename Between, typename Second, typename... Last>
 inline void by_sample(const Problem<T>& p, const First& first, const Between& between,
-                      const Second& second) {
+                      const Second& second, const Stage<Last>&... last) {
   const int64_t worth = 1 << 15;  // elements for which another thread pays
   const int64_t per_strip =
       std::max<int64_t>(1, worth / (p.channels * std::min(p.width, p.positions)));
   const int64_t per_sample = std::max<int64_t>(1, worth / (p.channels * p.positions));
   if (!p.has_channel()) {  // nothing crosses strips
-    p.over(p.samples * p.strips, per_strip, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        first(i / p.strips, i % p.strips);
-        second(i / p.strips, i % p.strips);
-      }
-    });
-    return;
+    const Stage strips{p.samples * p.strips, per_strip, [&](int64_t begin, int64_t end) {
+                         for (int64_t i = begin; i < end; ++i) {
+                           first(i / p.strips, i % p.strips);
+                           second(i / p.strips, i % p.strips);
+                         }
+                       }};
+    return p.in_turn(strips, last...);
   }
   const int64_t whole = p.samples - p.samples % p.threads;
-  p.over(whole, per_sample, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      for (int64_t i = 0; i < p.strips; ++i) first(n, i);
-      between(n);
-      for (int64_t i = p.strips - 1; i >= 0; --i) second(n, i);
-    }
-  });
   const int64_t shared = (p.samples - whole) * p.strips;
-  p.over(shared, per_strip, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) first(whole + i / p.strips, i % p.strips);
-  });
-  p.over(p.samples - whole, per_sample, [&](int64_t begin, int64_t end) {
-    for (int64_t n = whole + begin; n < whole + end; ++n) between(n);
-  });
-  p.over(shared, per_strip, [&](int64_t begin, int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i) second(whole + i / p.strips, i % p.strips);
-  });
+  const Stage samples{whole, per_sample, [&](int64_t begin, int64_t end) {
+                        for (int64_t n = begin; n < end; ++n) {
+                          for (int64_t i = 0; i < p.strips; ++i) first(n, i);
+                          between(n);
+                          for (int64_t i = p.strips - 1; i >= 0; --i) second(n, i);
+                        }
+                      }};
+  const Stage firsts{shared, per_strip, [&](int64_t begin, int64_t end) {
+                       for (int64_t i = begin; i < end; ++i)
+                         first(whole + i / p.strips, i % p.strips);
+                     }};
+  const Stage betweens{p.samples - whole, per_sample, [&](int64_t begin, int64_t end) {
+                         for (int64_t n = begin; n < end; ++n) between(whole + n);
+                       }};
+  const Stage seconds{shared, per_strip, [&](int64_t begin, int64_t end) {
+                        for (int64_t i = begin; i < end; ++i) {
+                          const int64_t back = shared - 1 - i;
+                          second(whole + back / p.strips, back % p.strips);
+                        }
+                      }};
+  p.in_turn(samples, firsts, betweens, seconds, last...);
 }
 
 template <typename T, typename Maps>
@@ -60,8 +66,10 @@ inline void backward(const Problem<T>& p) {
       },
       [&](int64_t n, int64_t i) {
         if (p.need_dx) Maps::apply_backward(p, n, i);
-      });
-  parameter_gradients(p);
+      },
+      Stage{p.need_spatial || p.need_channel, 1, [&](int64_t, int64_t) { vector_gradients(p); }},
+      matrix_gradient(p, p.d_hidden, p.hidden_channels, p.pooled, p.channels, p.dw1),
+      matrix_gradient(p, p.d_excited, p.channels, p.hidden, p.hidden_channels, p.dw2));
 }
 
 // From run-time values to the code compiled for them.
