@@ -217,3 +217,32 @@ def test_number_of_channels(channels):
     for cls in (scse_kernels.ChannelSELayer, scse_kernels.ChannelSpatialSELayer):
         with pytest.raises(ValueError, match=rf"channels must .*{channels}"):
             cls(channels)
+
+
+@pytest.mark.skipif(
+    scse_kernels.functional.why_not("cpu", torch.device("cpu")) is not None, reason="no cpu kernels"
+)
+def test_operators_keep_to_their_memory():
+    """Who calls an operator directly gets no message of ours about shapes, but no stray access."""
+    c, hidden = 6, 3
+    given = {
+        "x": torch.ones(2, c, 4, 4),
+        "w1": torch.ones(hidden, c),
+        "b1": torch.ones(hidden),
+        "w2": torch.ones(c, hidden),
+        "b2": torch.ones(c),
+        "ws": torch.ones(1, c),
+        "bs": torch.ones(1),
+    }
+    forward, backward = ops.FORWARD["cpu"], ops.BACKWARD["cpu"]
+    y, *small = forward(**given, combine=0)
+    saved = dict(zip(("pooled", "hidden", "channel_gate"), small, strict=True))
+    needs = {"need_dx": True, "need_channel": True, "need_spatial": True}
+    for name in (*given, *saved):
+        wrong = torch.ones(2, c, 0, 4) if name == "x" else torch.ones(1, 1, 7)
+        arguments = {**given, **saved, name: wrong}
+        with pytest.raises(RuntimeError, match="positions" if name == "x" else name):
+            backward(y, **arguments, combine=0, **needs)
+        if name in given:
+            with pytest.raises(RuntimeError, match="positions" if name == "x" else name):
+                forward(**{**given, name: wrong}, combine=0)

@@ -167,12 +167,20 @@ template <typename T>
 constexpr ScalarType kAccumulator =
     std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
+// Callers of the Python functions never see this; who calls an operator is kept from other memory.
+void check_count(const char* name, const Tensor& t, int64_t count) {
+  STD_TORCH_CHECK(t.numel() == count, "scse_kernels: ", name, " must have ", count,
+                  " elements, got ", t.numel());
+}
+
 // A parameter as the kernels take it. Holds the converted copy, if one was needed, while they run.
 template <typename A>
 class Parameter {
  public:
-  Parameter(const Optional& parameter, ScalarType dtype) {
+  Parameter(const char* name, const Optional& parameter, int64_t count) {
     if (!parameter) return;
+    check_count(name, *parameter, count);
+    constexpr ScalarType dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
     tensor_ = parameter;
     if (tensor_->scalar_type() != dtype) tensor_ = torch::stable::to(*tensor_, dtype);
     if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
@@ -226,9 +234,10 @@ class Scratch {
 };
 
 template <typename T>
-Problem<T> describe(const Tensor& x, const Optional& w1, const Optional& ws, int64_t combine,
-                    bool channels_last) {
+Problem<T> describe(const Tensor& x, const Optional& w1, const Optional& w2, const Optional& ws,
+                    int64_t combine, bool channels_last) {
   STD_TORCH_CHECK(w1 || ws, "scse_kernels: w1 and ws are both missing, expected at least one");
+  STD_TORCH_CHECK(!w1 == !w2, "scse_kernels: w1 and w2 must both be given or both be missing");
   STD_TORCH_CHECK(0 <= combine && combine <= 3, "scse_kernels: combine must be 0 to 3, got ",
                   combine);
   Problem<T> p{};
@@ -237,6 +246,9 @@ Problem<T> describe(const Tensor& x, const Optional& w1, const Optional& ws, int
   p.hidden_channels = w1 ? w1->size(0) : 0;
   p.positions = 1;
   for (int64_t axis = 2; axis < x.dim(); ++axis) p.positions *= x.size(axis);
+  STD_TORCH_CHECK(p.channels > 0 && p.positions > 0,
+                  "scse_kernels: x must have channels and positions, got ", p.channels, " and ",
+                  p.positions);
   p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
   p.channels_last = channels_last;
   p.out_channels = p.combine == Combine::concat ? 2 * p.channels : p.channels;
@@ -281,7 +293,7 @@ ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional&
   constexpr ScalarType acc = kAccumulator<T>;
   const bool channels_last = is_channels_last(given_x);
   const Tensor x = in_layout(given_x, channels_last);
-  Problem<T> p = describe<T>(x, w1, ws, combine, channels_last);
+  Problem<T> p = describe<T>(x, w1, w2, ws, combine, channels_last);
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] = p.out_channels;
@@ -295,8 +307,9 @@ ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional&
   p.hidden = static_cast<A*>(hidden.mutable_data_ptr());
   p.channel_gate = static_cast<A*>(channel_gate.mutable_data_ptr());
 
-  const Parameter<A> w1_(w1, acc), b1_(b1, acc), w2_(w2, acc), b2_(b2, acc), ws_(ws, acc),
-      bs_(bs, acc);
+  const int64_t C = p.channels, Cr = p.hidden_channels;
+  const Parameter<A> w1_("w1", w1, Cr * C), b1_("b1", b1, Cr), w2_("w2", w2, C * Cr),
+      b2_("b2", b2, C), ws_("ws", ws, C), bs_("bs", bs, 1);
   p.w1 = w1_.data(), p.b1 = b1_.data(), p.w2 = w2_.data(), p.b2 = b2_.data(), p.ws = ws_.data();
   p.bs = bs_.data() ? *bs_.data() : A(0);
 
@@ -321,20 +334,30 @@ BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Opt
   constexpr ScalarType acc = kAccumulator<T>;
   const bool channels_last = is_channels_last(given_x);
   const Tensor x = in_layout(given_x, channels_last), dy = in_layout(given_dy, channels_last);
-  Problem<T> p = describe<T>(x, w1, ws, combine, channels_last);
+  Problem<T> p = describe<T>(x, w1, w2, ws, combine, channels_last);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
                       dy.numel() == p.samples * p.out_channels * p.positions,
                   "scse_kernels: dy must have y's shape and dtype");
   p.dy = static_cast<const T*>(dy.const_data_ptr());
   p.dy_sample = p.samples > 1 ? dy.stride(0) : p.out_channels * p.positions;
-  p.pooled = static_cast<A*>(pooled.data_ptr());
-  p.hidden = static_cast<A*>(hidden.data_ptr());
-  p.channel_gate = static_cast<A*>(channel_gate.data_ptr());
   p.need_dx = need_dx;
   p.need_channel = need_channel && w1;
   p.need_spatial = need_spatial && ws;
 
-  const Parameter<A> w1_(w1, acc), w2_(w2, acc), ws_(ws, acc), bs_(bs, acc);
+  const int64_t C = p.channels, Cr = p.hidden_channels;
+  const Parameter<A> w1_("w1", w1, Cr * C), w2_("w2", w2, C * Cr), ws_("ws", ws, C),
+      bs_("bs", bs, 1);
+  if (b1) check_count("b1", *b1, Cr);
+  if (b2) check_count("b2", *b2, C);
+  const auto saved = [&](const char* name, const Tensor& t, int64_t channels) {
+    check_count(name, t, w1 ? p.samples * channels : 0);
+    STD_TORCH_CHECK(t.scalar_type() == acc && t.is_contiguous(), "scse_kernels: ", name,
+                    " must be what the forward returned");
+    return static_cast<A*>(t.data_ptr());
+  };
+  p.pooled = saved("pooled", pooled, C);
+  p.hidden = saved("hidden", hidden, Cr);
+  p.channel_gate = saved("channel_gate", channel_gate, C);
   p.w1 = w1_.data(), p.w2 = w2_.data(), p.ws = ws_.data();
   p.bs = bs_.data() ? *bs_.data() : A(0);
   const Gradient<A> dw1(w1, need_channel, acc), db1(b1, need_channel, acc),
