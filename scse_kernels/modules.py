@@ -94,7 +94,8 @@ class ChannelSpatialSELayer(nn.Module):
         self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1, fc2, conv = self.cSE.fc1, self.cSE.fc2, self.sSE.conv
+        channel, conv = self.cSE, self.sSE.conv
+        fc1, fc2 = channel.fc1, channel.fc2
         return scse(
             x,
             fc1.weight,
@@ -156,5 +157,6 @@ class SCSEModule(nn.Module):
         self.sSE = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1, fc2, conv = self.cSE[1], self.cSE[3], self.sSE[0]
+        _, fc1, _, fc2, _ = self.cSE  # an index would take longer
+        conv, _ = self.sSE
         return scse(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias)
