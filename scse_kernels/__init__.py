@@ -1,5 +1,6 @@
 """Fused scSE (concurrent spatial and channel squeeze & excitation) for PyTorch."""
 
+from .convert import Report, convert, revert
 from .functional import cse, scse, sse
 from .modules import (
     ChannelSELayer,
@@ -18,10 +19,13 @@ __all__ = [
     "ChannelSELayer3D",
     "ChannelSpatialSELayer",
     "ChannelSpatialSELayer3D",
+    "Report",
     "SCSEModule",
     "SpatialSELayer",
     "SpatialSELayer3D",
+    "convert",
     "cse",
+    "revert",
     "scse",
     "sse",
 ]
