@@ -1,5 +1,6 @@
 """Fused scSE (concurrent spatial and channel squeeze & excitation) for PyTorch."""
 
+from .checkpoints import convert_state_dict
 from .convert import Report, convert, revert
 from .functional import cse, scse, sse
 from .modules import (
@@ -24,6 +25,7 @@ __all__ = [
     "SpatialSELayer",
     "SpatialSELayer3D",
     "convert",
+    "convert_state_dict",
     "cse",
     "revert",
     "scse",

@@ -245,6 +245,10 @@ def _recipe(block: nn.Module, layout: Layout) -> _Recipe:
     """How to compute what `block` computes; raises `Unfit` with the reason if it can't be done."""
     if "forward" in block.__dict__:
         raise Unfit("its forward was replaced on this object")
+    layers = {path: block.get_submodule(path) for path in layout[1:] if path is not None}
+    for path, layer in layers.items():
+        if type(layer) not in _LAYERS:
+            raise Unfit(f"{path} is a {type(layer).__name__}")
     index, tree = {"": 0}, []
     for path, module in block.named_modules(remove_duplicate=False):
         if path:
@@ -253,11 +257,7 @@ def _recipe(block: nn.Module, layout: Layout) -> _Recipe:
             tree.append((index[parent], name, type(module)))
             if _hooked(module):
                 raise Unfit(f"{path} has hooks, which would not run")
-
-    layers = {path: block.get_submodule(path) for path in layout[1:] if path is not None}
     for path, layer in layers.items():
-        if type(layer) not in _LAYERS:
-            raise Unfit(f"{path} is a {type(layer).__name__}")
         for name, parameter in (("weight", layer.weight), ("bias", layer.bias)):
             if type(parameter) not in (nn.Parameter, type(None)):
                 raise Unfit(f"{path}.{name} is a {type(parameter).__name__}")
@@ -268,32 +268,34 @@ def _recipe(block: nn.Module, layout: Layout) -> _Recipe:
 
 def _probe(block: nn.Module, layout: Layout) -> str:
     """What the block computes, found by running a stand-in for it; raises `Unfit` otherwise."""
-    generator = torch.Generator().manual_seed(0)
-    twin = _stand_in(block, generator)
-    layers = [None if path is None else twin.get_submodule(path) for path in layout[1:]]
-    parameters = [p for p in _parameters(layers) if p is not None]
-    channels = (layers[0] or layers[2]).weight.shape[1]
-    buffers = [buffer.clone() for buffer in twin.buffers()]
     possible, failure = None, None
     with _apart():
-        # Which of these a block takes isn't to be seen from linear layers. The sizes are all
-        # different, so that a block can't take one axis for another.
-        for sizes in ((5, 7), (5, 7, 3), (5,)):
-            samples = 4 if channels != 4 else 6  # another number than channels, for the same reason
+        generator = torch.Generator("cpu").manual_seed(0)
+        twin = _stand_in(block, generator)
+        layers = [None if path is None else twin.get_submodule(path) for path in layout[1:]]
+        parameters = [p for p in _parameters(layers) if p is not None]
+        buffers = [buffer.clone() for buffer in twin.buffers()]
+        channels = (layers[0] or layers[2]).weight.shape[1]
+        # How many axes a block takes isn't to be seen from linear layers. No two sizes are equal,
+        # so that it can't take one axis for another.
+        samples = 4 if channels != 4 else 6
+        for sizes in ((3, 2), (3, 2, 5), (5,)):
             x = _feature_map((samples, channels, *sizes), generator)
             for training in (True, False):
                 state = torch.get_rng_state()
                 try:
                     y = twin.train(training)(x)
-                    dy = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+                    if not isinstance(y, Tensor):
+                        raise TypeError(f"it returns a {type(y).__name__}")
+                    dy = _normal(y.shape, generator)
                     theirs = [y, *_gradients(y, [x, *parameters], dy)]
                 except Exception as error:  # whatever somebody's forward may raise
                     failure = failure or f"{type(error).__name__}: {error}".splitlines()[0]
                     continue
                 if not torch.equal(torch.get_rng_state(), state):
-                    raise Unfit("it draws random numbers")
+                    raise _unlike(block, "it draws random numbers")
                 if not all(map(torch.equal, twin.buffers(), buffers)):
-                    raise Unfit("its forward changes a buffer")
+                    raise _unlike(block, "its forward changes a buffer")
                 agreeing = []
                 for computes in _possible(layout) if possible is None else possible:
                     y = _compute(computes, x, *_parameters(layers))
@@ -305,13 +307,18 @@ def _probe(block: nn.Module, layout: Layout) -> str:
     if possible:
         return possible[0]
     if possible is None:
-        raise Unfit(f"it doesn't run on a random feature map: {failure}")
+        raise _unlike(block, f"it doesn't run on a random feature map: {failure}")
+    raise _unlike(block, "it computes something else")
+
+
+def _unlike(block: nn.Module, what: str) -> Unfit:
+    """What tells the block from squeeze & excitation, and the parts that may be the reason."""
     unusual = [
-        f"{path} is a {type(m).__name__}"
-        for path, m in block.named_modules()
-        if path and not m._modules and type(m).__name__ not in _USUAL
+        f"{path} is a {type(module).__name__}"
+        for path, module in block.named_modules()
+        if path and not module._modules and type(module).__name__ not in _USUAL
     ]
-    raise Unfit(": ".join(filter(None, ("it computes something else", ", ".join(unusual)))))
+    return Unfit(": ".join(filter(None, (what, ", ".join(unusual)))))
 
 
 @contextlib.contextmanager
@@ -344,9 +351,13 @@ def _stand_in(module: nn.Module, generator: torch.Generator) -> nn.Module:
     return twin
 
 
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
     """Normal values of like's shape; a weight's sums over the inputs have a variance of one."""
-    values = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
+    values = _normal(like.shape, generator)
     return values / max(like[:1].numel() if like.dim() > 1 else 16, 1) ** 0.5
 
 
@@ -354,9 +365,8 @@ def _feature_map(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """[N, C, *S], N even. Every hidden channel, and the squeeze at every position, is negative in
     one sample, positive in another and far from zero in others, so that no activation passes for
     another; zeros make ties for the maximum."""
-    options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
-    x = torch.randn(shape, **options)
-    x += torch.randn(shape[1], **options).reshape(-1, *(1,) * (len(shape) - 2))
+    x = _normal(shape, generator)
+    x += _normal(shape[1:2], generator).reshape(-1, *(1,) * (len(shape) - 2))
     x = torch.where(x.abs() < 0.2, 0.0, x)
     for sample, values in enumerate(x):
         values *= (-1) ** sample * (1 if sample < 2 else 30)
@@ -364,10 +374,12 @@ def _feature_map(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _gradients(y: Tensor, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
-    grads = torch.autograd.grad(y, inputs, dy, allow_unused=True)
+    grads = torch.autograd.grad(y, inputs, dy.to(y.dtype), allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
-    # Wide enough for a forward that computes part of it in float32.
-    return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6 * theirs.abs().max().item())
+    # Wide enough for a forward that computes part of it in float32; False for NaN.
+    size, error = theirs.abs(), (ours - theirs).abs()
+    close = (error <= 1e-5 * size + 1e-6 * size.max()).all()
+    return ours.dtype == theirs.dtype and bool(close)
