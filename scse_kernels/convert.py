@@ -30,6 +30,13 @@ _USUAL |= {f"AdaptiveAvgPool{axes}d" for axes in (1, 2, 3)} | {layer.__name__ fo
 #: Classes whose authors would expect to read about them in the report.
 _NAMES = re.compile(r"Excit|(?<![A-Z])(SC|C|S)?SE(?![a-z])")
 
+_HOOKS_OF_ALL_MODULES = (
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -221,10 +228,13 @@ def _convert(module, paths, seen) -> Iterator[Entry]:
         return
 
     # Only what its author would call squeeze & excitation deserves a word if it can't be converted.
-    expected = any(_NAMES.search(cls.__name__) for cls in type(module).__mro__)
-    expected = expected and any(True for _ in module.parameters())
-    layout = None if isinstance(module, torch.jit.ScriptModule) else layouts.find(module)
-    why_not = "its structure is not one that is known"
+    names = [cls.__name__ for cls in type(module).__mro__]
+    layout, why_not = None, "its structure is not one that is known"
+    if isinstance(module, torch.jit.ScriptModule):
+        names, why_not = [module.original_name], "it was compiled by torch.jit"
+    else:
+        layout = layouts.find(module)
+    expected = any(map(_NAMES.search, names)) and any(True for _ in module.parameters())
     if layout is not None:
         try:
             recipe = _recipe(module, layout)
@@ -237,7 +247,7 @@ def _convert(module, paths, seen) -> Iterator[Entry]:
             return
     inside = [entry for child in module.children() for entry in _convert(child, paths, seen)]
     if expected and (layout is not None or not inside):
-        yield Entry(where, name, "left alone", why_not)
+        yield Entry(where, names[0], "left alone", why_not)
     yield from inside
 
 
@@ -298,7 +308,10 @@ def _probe(block: nn.Module, layout: Layout) -> str:
                     raise _unlike(block, "its forward changes a buffer")
                 agreeing = []
                 for computes in _possible(layout) if possible is None else possible:
-                    y = _compute(computes, x, *_parameters(layers))
+                    try:
+                        y = _compute(computes, x, *_parameters(layers))
+                    except (TypeError, ValueError, RuntimeError) as error:
+                        raise Unfit(str(error)) from None
                     if y.shape == dy.shape:
                         ours = [y, *_gradients(y, [x, *parameters], dy)]
                         if all(map(_close, ours, theirs)):
@@ -323,14 +336,18 @@ def _unlike(block: nn.Module, what: str) -> Unfit:
 
 @contextlib.contextmanager
 def _apart():
-    """Gradients on, autocast off, and the state of the random generators put back."""
+    """Gradients on; autocast and the hooks of all modules off; random generators put back."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
+        contextlib.ExitStack() as afterwards,
         torch.random.fork_rng(devices),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
     ):
+        for hooks in _HOOKS_OF_ALL_MODULES:
+            afterwards.callback(hooks.update, dict(hooks))
+            hooks.clear()
         yield
 
 

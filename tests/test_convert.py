@@ -118,7 +118,7 @@ class OnlyInTraining(Channel):
         return super().forward(x) if self.training else x
 
 
-class Float32(Both):
+class Float32(Channel):
     """Computes in float32 whatever x is, and returns that."""
 
     def forward(self, x):
@@ -165,8 +165,8 @@ class SomeParameter(nn.Parameter):
     pass
 
 
-def _with_layer(name, layer):
-    block = Channel(12, 4)
+def _with_layer(name, layer, block=None):
+    block = block or Channel(12, 4)
     setattr(block, name, layer)
     return block
 
@@ -193,7 +193,7 @@ OTHERS = {
     "forward overridden": (lambda: Scaled(12, 4), "something else"),
     "gate detached": (lambda: Detached(12, 3), "something else"),
     "eval differs": (lambda: OnlyInTraining(12, 4), "something else"),
-    "another dtype": (lambda: Float32(12, 4, 2, torch.max), "something else"),
+    "another dtype": (lambda: Float32(12, 4), "something else"),
     "in place": (lambda: InPlace(12, 4), "in-place"),
     "two results": (lambda: WithGate(12, 4), "returns a tuple"),
     "buffer changes": (Counting, "changes a buffer"),
@@ -238,6 +238,11 @@ OTHERS = {
         "fc1.weight is a SomeParameter",
     ),
     "smp 0.0.2": (lambda: OldSmp(12, 4), "sSE.0 has 12 output channels.*0.0.2"),
+    "no hidden channel": (
+        lambda: _with_layer("fc1", nn.Linear(12, 0), _with_layer("fc2", nn.Linear(0, 12))),
+        "at least one hidden channel",
+    ),
+    "scripted": (lambda: torch.jit.script(TorchvisionSE(12, 3)), "torch.jit"),
     "several gates": (
         lambda: _with_layer("fc2", nn.Linear(3, 24)),
         r"fc2 \[24, 3\] doesn't lead back from fc1 \[3, 12\]",
@@ -251,7 +256,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:Initializing zero-element")
 @pytest.mark.parametrize("name", (*OTHERS, *REAL_OTHERS))
 def test_another_block_is_left_alone(name):
     make, why_not = (OTHERS | REAL_OTHERS)[name]
@@ -365,11 +370,15 @@ def test_the_probe_leaves_no_trace(context):
         module.register_forward_pre_hook(lambda *_: calls.append(1))
     values = [p.clone() for p in fine.parameters()]
     state = torch.get_rng_state()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
     with context():
         report = convert(nn.Sequential(block, fine))
     assert [e.status for e in report.entries] == ["left alone", "converted"]
     assert torch.equal(torch.get_rng_state(), state)
     assert calls == []
+    Channel(12, 4)(torch.randn(2, 12, 3, 4))
+    assert calls != []  # the hook on all modules is there again
+    handle.remove()
     for module in (block, fine):
         assert all(m.training for m in module.modules())
         assert all(p.grad is None for p in module.parameters())
