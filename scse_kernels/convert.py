@@ -290,8 +290,8 @@ def _probe(block: nn.Module, layout: Layout) -> str:
         # so that it can't take one axis for another.
         samples = 4 if channels != 4 else 6
         for sizes in ((3, 2), (3, 2, 5), (5,)):
-            x = _feature_map((samples, channels, *sizes), generator)
             for training in (True, False):
+                x = _feature_map((samples, channels, *sizes), generator)
                 state = torch.get_rng_state()
                 try:
                     y = twin.train(training)(x)
@@ -336,14 +336,13 @@ def _unlike(block: nn.Module, what: str) -> Unfit:
 
 @contextlib.contextmanager
 def _apart():
-    """Gradients on; autocast and the hooks of all modules off; random generators put back."""
+    """Gradients on, hooks on all modules off, random generators put back."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
         contextlib.ExitStack() as afterwards,
         torch.random.fork_rng(devices),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
     ):
         for hooks in _HOOKS_OF_ALL_MODULES:
             afterwards.callback(hooks.update, dict(hooks))
@@ -379,15 +378,13 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _feature_map(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """[N, C, *S], N even. Every hidden channel, and the squeeze at every position, is negative in
-    one sample, positive in another and far from zero in others, so that no activation passes for
-    another; zeros make ties for the maximum."""
-    x = _normal(shape, generator)
+    """[N, C, *S], N even. What is linear in x, before biases, has both signs, and is far from zero
+    in half of the samples, so that no activation passes for another; zeros make ties."""
+    x = _normal((shape[0] // 2, *shape[1:]), generator)
     x += _normal(shape[1:2], generator).reshape(-1, *(1,) * (len(shape) - 2))
     x = torch.where(x.abs() < 0.2, 0.0, x)
-    for sample, values in enumerate(x):
-        values *= (-1) ** sample * (1 if sample < 2 else 30)
-    return x.requires_grad_()
+    x[1:] *= 30
+    return torch.cat([x, -x]).requires_grad_()
 
 
 def _gradients(y: Tensor, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:

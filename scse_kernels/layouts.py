@@ -66,5 +66,3 @@ def check_shapes(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> None:
                 f"{layout.exciting} [{exciting[0]}, {exciting[1]}] doesn't lead back from"
                 f" {layout.squeezing} [{squeezing[0]}, {squeezing[1]}]"
             )
-        if layout.spatial is not None and squeezing[1] != channels:
-            raise Unfit(f"{layout.squeezing} and {layout.spatial} take different channels")
