@@ -1,5 +1,7 @@
 """Fused scSE (concurrent spatial and channel squeeze & excitation) for PyTorch."""
 
+from .checkpoints import convert_state_dict
+from .convert import Report, convert, revert
 from .functional import cse, scse, sse
 from .modules import (
     ChannelSELayer,
@@ -18,10 +20,14 @@ __all__ = [
     "ChannelSELayer3D",
     "ChannelSpatialSELayer",
     "ChannelSpatialSELayer3D",
+    "Report",
     "SCSEModule",
     "SpatialSELayer",
     "SpatialSELayer3D",
+    "convert",
+    "convert_state_dict",
     "cse",
+    "revert",
     "scse",
     "sse",
 ]

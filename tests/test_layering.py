@@ -10,7 +10,17 @@ import scse_kernels
 PACKAGE = Path(scse_kernels.__file__).parent
 #: each module may import those to its right only
 ORDER = (
-    *("__main__", "__init__", "convert", "modules", "functional", "autograd", "ops"),
+    *(
+        "__main__",
+        "__init__",
+        "checkpoints",
+        "convert",
+        "layouts",
+        "modules",
+        "functional",
+        "autograd",
+        "ops",
+    ),
     *("_triton", "_native", "reference"),
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

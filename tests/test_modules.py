@@ -3,8 +3,7 @@
 import pytest
 import torch
 from budget import formulas, make_case
-from torch import nn
-from torch.nn import functional as F
+from peers import Both, Channel, Smp, Spatial
 
 import scse_kernels as ours
 
@@ -54,87 +53,27 @@ def test_every_parameter_gets_a_gradient(cls):
         assert parameter.grad is not None and parameter.grad.shape == parameter.shape, name
 
 
-# The layers that people have, by structure: what they hold, under which names, what they compute.
-
-
-class PublishedChannel(nn.Module):
-    """The article's, ai-med's and pytorch-3dunet's channel layer."""
-
-    def __init__(self, channels, reduction):
-        super().__init__()
-        self.fc1 = nn.Linear(channels, channels // reduction)
-        self.fc2 = nn.Linear(channels // reduction, channels)
-
-    def forward(self, x):
-        descriptor = x.mean(tuple(range(2, x.dim())))
-        gate = self.fc2(self.fc1(descriptor).relu()).sigmoid()
-        return x * gate[(...,) + (None,) * (x.dim() - 2)]
-
-
-class PublishedSpatial(nn.Module):
-    """Their spatial layer, with the few-shot option of ai-med's."""
-
-    def __init__(self, channels, axes):
-        super().__init__()
-        self.conv = (nn.Conv2d, nn.Conv3d)[axes - 2](channels, 1, 1)
-        self.convolve = (F.conv2d, F.conv3d)[axes - 2]
-
-    def forward(self, x, weights=None):
-        if weights is None:
-            return x * self.conv(x).sigmoid()
-        return x * self.convolve(x, weights.mean(0, keepdim=True)).sigmoid()
-
-
-class PublishedBoth(nn.Module):
-    def __init__(self, channels, reduction, axes, combine):
-        super().__init__()
-        self.cSE = PublishedChannel(channels, reduction)
-        self.sSE = PublishedSpatial(channels, axes)
-        self.combine = combine
-
-    def forward(self, x):
-        return self.combine(self.cSE(x), self.sSE(x))
-
-
-class PublishedSmp(nn.Module):
-    """segmentation_models.pytorch's."""
-
-    def __init__(self, channels, reduction):
-        super().__init__()
-        self.cSE = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(channels, channels // reduction, 1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels // reduction, channels, 1),
-            nn.Sigmoid(),
-        )
-        self.sSE = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.Sigmoid())
-
-    def forward(self, x):
-        return x * self.cSE(x) + x * self.sSE(x)
-
-
 PAIRS = {
-    "channel 2d": lambda: (ours.ChannelSELayer(12, 4), PublishedChannel(12, 4), 2),
-    "channel 3d": lambda: (ours.ChannelSELayer3D(12, 4), PublishedChannel(12, 4), 3),
-    "spatial 2d": lambda: (ours.SpatialSELayer(12), PublishedSpatial(12, 2), 2),
-    "spatial 3d": lambda: (ours.SpatialSELayer3D(12), PublishedSpatial(12, 3), 3),
+    "channel 2d": lambda: (ours.ChannelSELayer(12, 4), Channel(12, 4), 2),
+    "channel 3d": lambda: (ours.ChannelSELayer3D(12, 4), Channel(12, 4), 3),
+    "spatial 2d": lambda: (ours.SpatialSELayer(12), Spatial(12, 2), 2),
+    "spatial 3d": lambda: (ours.SpatialSELayer3D(12), Spatial(12, 3), 3),
     "article": lambda: (
         ours.ChannelSpatialSELayer(12),
-        PublishedBoth(12, 2, 2, torch.add),
+        Both(12, 2, 2, torch.add),
         2,
     ),
     "ai-med 2d": lambda: (
         ours.ChannelSpatialSELayer(12, combine="max"),
-        PublishedBoth(12, 2, 2, torch.maximum),
+        Both(12, 2, 2, torch.maximum),
         2,
     ),
     "pytorch-3dunet": lambda: (
         ours.ChannelSpatialSELayer3D(12),
-        PublishedBoth(12, 2, 3, torch.maximum),
+        Both(12, 2, 3, torch.maximum),
         3,
     ),
-    "smp": lambda: (ours.SCSEModule(32), PublishedSmp(32, 16), 2),
+    "smp": lambda: (ours.SCSEModule(32), Smp(32, 16), 2),
 }
 
 
@@ -161,7 +100,7 @@ def test_takes_the_place_of_a_published_layer(pair, memory_format):
 @pytest.mark.parametrize("layer, axes", ((ours.SpatialSELayer, 2), (ours.SpatialSELayer3D, 3)))
 @pytest.mark.parametrize("shots", (1, 5))
 def test_few_shot_weights(layer, axes, shots):
-    layer, published = layer(12), PublishedSpatial(12, axes)
+    layer, published = layer(12), Spatial(12, axes)
     case = make_case((2, 12, *(9, 7, 5)[:axes]))
     weights = torch.randn(shots, 12, *(1,) * axes, requires_grad=True)
     results = []
