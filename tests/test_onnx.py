@@ -1,5 +1,5 @@
-"""torch.onnx.export, as people call it: a graph of standard ONNX operators, for every size of input,
-that computes in onnxruntime what the module computes."""
+"""torch.onnx.export, as people call it: a graph of standard ONNX operators, for every size of
+input, that computes in onnxruntime what the module computes."""
 
 import pytest
 import torch
