@@ -98,13 +98,9 @@ def sse(x: Tensor, ws: Tensor, bs: Tensor | None, *, backend: str = "auto") -> T
 
 def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
     """sSE with the mean over axis 0 of `weights` [K, C, ...] for ws, and no bias."""
-    _check_x("sse", x)
-    _check_tensor("sse", "weights", weights)
-    if weights.dim() < 2 or weights[:1].numel() != x.shape[1]:
-        raise ValueError(
-            f"sse(): weights must have {x.shape[1]} elements (x's channels) per entry of axis 0,"
-            f" got shape {list(weights.shape)}"
-        )
+    if not _get_tracing_state():
+        _check_x("sse", x)
+        _check_weights(x, weights)
     return sse(x, weights.mean(0).flatten(), None)
 
 
@@ -210,6 +206,15 @@ def _check_parameter(function, x, argument, value, expected, described):
         raise ValueError(
             f"{function}(): {argument} must have shape {described} = {list(expected)},"
             f" got {list(shape)}"
+        )
+
+
+def _check_weights(x, weights):
+    _check_tensor("sse", "weights", weights)
+    if weights.dim() < 2 or weights[:1].numel() != x.shape[1]:
+        raise ValueError(
+            f"sse(): weights must have {x.shape[1]} elements (x's channels) per entry of axis 0,"
+            f" got shape {list(weights.shape)}"
         )
 
 

@@ -5,6 +5,8 @@ Networks" (MICCAI 2018, arXiv:1803.02579) defines cSE, sSE and their sum; the ex
 2019, arXiv:1808.08127) adds the maximum, the product and the concatenation. Imports torch only.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -45,12 +47,17 @@ def scse(
     float32 (float64 for float64 x) whatever the dtypes of x and of the parameters. Returns x's
     dtype, [N, C, *S]; [N, 2 * C, *S] for combine="concat".
     """
+    with out_of_autocast(x):
+        return _scse(x, w1, b1, w2, b2, ws, bs, combine)
+
+
+def out_of_autocast(x: Tensor) -> AbstractContextManager:
+    """A context without autocast on x's device: it would round what is computed in float32."""
     device = x.device.type
     # Only where there is one to leave: an exported program would hold the region as a program.
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return _scse(x, w1, b1, w2, b2, ws, bs, combine)
-    return _scse(x, w1, b1, w2, b2, ws, bs, combine)
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _scse(x, w1, b1, w2, b2, ws, bs, combine):

@@ -1,5 +1,5 @@
-"""Mixed precision. Autocast leaves the functions alone: y has x's dtype, sums are formed in float32,
-and each gradient has its tensor's dtype; GradScaler sees what overflows."""
+"""Mixed precision. Autocast leaves the functions alone: y has x's dtype, sums are formed in
+float32, and each gradient has its tensor's dtype; GradScaler sees what overflows."""
 
 from contextlib import nullcontext
 

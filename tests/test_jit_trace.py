@@ -64,6 +64,13 @@ def test_channels_last():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_few_shot_weights():
+    layer = scse_kernels.SpatialSELayer(6)
+    traced = torch.jit.trace(lambda x, w: layer(x, w), (images(2, 6, 5, 4), images(3, 6)))
+    x, weights = images(3, 6, 9, 8), images(5, 6)
+    torch.testing.assert_close(traced(x, weights), layer(x, weights))
+
+
 def test_a_named_backend_is_refused(fused):
     layer = scse_kernels.SpatialSELayer(6).to(fused.device)
 
