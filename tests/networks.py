@@ -1,11 +1,18 @@
 """A small U-Net with scSE where segmentation_models.pytorch has it, for tests of what people do
 with whole networks. Without batch normalisation, so that half a batch gives half the gradient."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scse_kernels
+from scse_kernels.functional import why_not
+
+needs_kernels = pytest.mark.skipif(
+    why_not("cpu", torch.device("cpu")) is not None,
+    reason="without the kernels this would be a test of torch's own operations",
+)
 
 
 def _convolution(channels_in: int, channels: int) -> nn.Sequential:

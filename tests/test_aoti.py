@@ -2,18 +2,14 @@
 
 import pytest
 import torch
-from networks import images
+from networks import images, needs_kernels
 from torch.export import Dim
 
 import scse_kernels
-from scse_kernels import functional
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # torch warns of its own parts while tracing
-    pytest.mark.skipif(
-        functional.why_not("cpu", torch.device("cpu")) is not None,
-        reason="without the kernels a compiled package is none of this project's",
-    ),
+    needs_kernels,
 ]
 
 

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from networks import gradients, images, unet
+from networks import gradients, images, needs_kernels, unet
 from torch._dynamo.testing import CompileCounterWithBackend
-
-from scse_kernels import functional
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # torch warns of its own parts while tracing
-    pytest.mark.skipif(
-        functional.why_not("cpu", torch.device("cpu")) is not None,
-        reason="without the kernels a compiled network is torch's alone",
-    ),
+    needs_kernels,
 ]
 
 SHAPES = ((2, 3, 16, 12), (3, 3, 16, 12), (5, 3, 16, 12), (4, 3, 24, 32), (7, 3, 40, 20))

@@ -1,19 +1,13 @@
 """DistributedDataParallel and fully_shard (FSDP2): two processes with half a batch each get the
 gradient that one process gets from the whole batch."""
 
-import pytest
 import torch
 import torch.distributed as dist
-from networks import images, unet
+from networks import images, needs_kernels, unet
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from scse_kernels import functional
-
-pytestmark = pytest.mark.skipif(
-    functional.why_not("cpu", torch.device("cpu")) is not None,
-    reason="without the kernels there is nothing but torch's own operations to distribute",
-)
+pytestmark = needs_kernels
 
 WORLD = 2
 BATCH = 6  # samples differ in magnitude, so that a wrong split or average shows

@@ -4,16 +4,12 @@ convolution to the next, and dense samples of a larger tensor are read where the
 import pytest
 import torch
 from budget import VARIANTS, call, make_case
-from networks import images
+from networks import images, needs_kernels
 from torch.profiler import ProfilerActivity, profile
 
 import scse_kernels
-from scse_kernels import functional
 
-pytestmark = pytest.mark.skipif(
-    functional.why_not("cpu", torch.device("cpu")) is not None,
-    reason="the eager reference makes the copies that torch's operations make",
-)
+pytestmark = needs_kernels
 
 COPY = "aten::copy_"  # what clone, contiguous and to come down to
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -3,7 +3,7 @@ input, that computes in onnxruntime what the module computes."""
 
 import pytest
 import torch
-from networks import images, unet
+from networks import images, needs_kernels, unet
 from torch.export import Dim
 
 import scse_kernels
@@ -12,7 +12,10 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-pytestmark = pytest.mark.filterwarnings("default")  # torch warns of its own parts while tracing
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # torch warns of its own parts while tracing
+    needs_kernels,
+]
 
 
 def _exported(module, path, *shape, sizes):
