@@ -41,7 +41,8 @@ def _reference_gradients(
     """The gradients as a differentiable function of dy and the inputs: the reference's own."""
     # Views, since one tensor may be several inputs, or one input be computed from another.
     inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
-    y = reference.scse(*inputs, combine=combine)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    with reference.out_of_autocast(dy):
+        y = reference.scse(*inputs, combine=combine)
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(grads) if need else None for need in needs]

@@ -4,6 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
+from torch._C._functorch import get_dynamic_layer_stack_depth
+from torch.autograd import forward_ad
+from torch.compiler import is_exporting
 
 from . import _native, reference
 from .autograd import SCSE
@@ -55,9 +59,10 @@ def scse(
         RuntimeError: tensors are on several devices, or the named backend can't be used.
     """
     _check_name("scse", "combine", combine, COMBINE)
-    _check_x("scse", x)
-    _check_channel("scse", x, w1, b1, w2, b2)
-    _check_spatial("scse", x, ws, bs)
+    if not _get_tracing_state():  # sizes are tensors there, and comparing them warns
+        _check_x("scse", x)
+        _check_channel("scse", x, w1, b1, w2, b2)
+        _check_spatial("scse", x, ws, bs)
     return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, backend)
 
 
@@ -74,8 +79,9 @@ def cse(
 
     Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
     """
-    _check_x("cse", x)
-    _check_channel("cse", x, w1, b1, w2, b2)
+    if not _get_tracing_state():
+        _check_x("cse", x)
+        _check_channel("cse", x, w1, b1, w2, b2)
     return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", backend)
 
 
@@ -84,20 +90,17 @@ def sse(x: Tensor, ws: Tensor, bs: Tensor | None, *, backend: str = "auto") -> T
 
     Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
     """
-    _check_x("sse", x)
-    _check_spatial("sse", x, ws, bs)
+    if not _get_tracing_state():
+        _check_x("sse", x)
+        _check_spatial("sse", x, ws, bs)
     return _dispatch("sse", x, None, None, None, None, ws, bs, "add", backend)
 
 
 def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
     """sSE with the mean over axis 0 of `weights` [K, C, ...] for ws, and no bias."""
-    _check_x("sse", x)
-    _check_tensor("sse", "weights", weights)
-    if weights.dim() < 2 or weights[:1].numel() != x.shape[1]:
-        raise ValueError(
-            f"sse(): weights must have {x.shape[1]} elements (x's channels) per entry of axis 0,"
-            f" got shape {list(weights.shape)}"
-        )
+    if not _get_tracing_state():
+        _check_x("sse", x)
+        _check_weights(x, weights)
     return sse(x, weights.mean(0).flatten(), None)
 
 
@@ -115,6 +118,13 @@ def why_not(backend: str, device: torch.device) -> str | None:
 
 
 def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, backend):
+    if taken_apart_by := _taken_apart_by():
+        if backend not in ("auto", "eager"):
+            raise RuntimeError(
+                f"{name}(): {taken_apart_by} needs ordinary operations, which backend 'auto' and"
+                f" 'eager' give it, got backend '{backend}'"
+            )
+        return reference.scse(x, w1, b1, w2, b2, ws, bs, combine)
     if backend == "auto":
         fused = "triton" if x.device.type == "cuda" else "cpu"
         backend = "eager" if why_not(fused, x.device) else fused
@@ -129,6 +139,24 @@ def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, backend):
     if torch.is_grad_enabled():
         return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, backend)
     return FORWARD[backend](x, w1, b1, w2, b2, ws, bs, COMBINE[combine])[0]
+
+
+def _taken_apart_by() -> str | None:
+    """The tool, if one is at work, that makes something of its own of the call's operations.
+
+    A recorded program of ordinary operations runs where this package is not (C++, ONNX) and can be
+    trained; an operator in it would have no gradient. Transforms know rules for ordinary operations
+    only.
+    """
+    if is_exporting():
+        return "torch.export"
+    if _get_tracing_state():
+        return "torch.jit.trace"
+    if get_dynamic_layer_stack_depth():
+        return "torch.func"
+    if forward_ad._current_level >= 0:
+        return "torch.autograd.forward_ad"
+    return None
 
 
 def _check_name(function, argument, value, known):
@@ -178,6 +206,15 @@ def _check_parameter(function, x, argument, value, expected, described):
         raise ValueError(
             f"{function}(): {argument} must have shape {described} = {list(expected)},"
             f" got {list(shape)}"
+        )
+
+
+def _check_weights(x, weights):
+    _check_tensor("sse", "weights", weights)
+    if weights.dim() < 2 or weights[:1].numel() != x.shape[1]:
+        raise ValueError(
+            f"sse(): weights must have {x.shape[1]} elements (x's channels) per entry of axis 0,"
+            f" got shape {list(weights.shape)}"
         )
 
 

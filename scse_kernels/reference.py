@@ -5,6 +5,8 @@ Networks" (MICCAI 2018, arXiv:1803.02579) defines cSE, sSE and their sum; the ex
 2019, arXiv:1808.08127) adds the maximum, the product and the concatenation. Imports torch only.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def channel_gate(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     """Spatial squeeze and channel excitation (cSE) of x [N, C, *S]: gates in (0, 1), [N, C]."""
-    pooled = x.flatten(2).mean(2)
+    pooled = x.mean(tuple(range(2, x.dim())))
     hidden = torch.relu(torch.nn.functional.linear(pooled, w1, b1))
     return torch.sigmoid(torch.nn.functional.linear(hidden, w2, b2))
 
@@ -45,10 +47,17 @@ def scse(
     float32 (float64 for float64 x) whatever the dtypes of x and of the parameters. Returns x's
     dtype, [N, C, *S]; [N, 2 * C, *S] for combine="concat".
     """
-    if not torch.amp.is_autocast_available(x.device.type):
+    with out_of_autocast(x):
         return _scse(x, w1, b1, w2, b2, ws, bs, combine)
-    with torch.autocast(x.device.type, enabled=False):
-        return _scse(x, w1, b1, w2, b2, ws, bs, combine)
+
+
+def out_of_autocast(x: Tensor) -> AbstractContextManager:
+    """A context without autocast on x's device: it would round what is computed in float32."""
+    device = x.device.type
+    # Only where there is one to leave: an exported program would hold the region as a program.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _scse(x, w1, b1, w2, b2, ws, bs, combine):
