@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..reference import accumulation_dtype
-from . import heuristics
+from . import heuristics, tuning
 from .apply import apply_backward_kernel, apply_kernel
 from .combine import CHANNEL, SPATIAL
 from .excite import excite_backward_kernel, excite_kernel
@@ -114,7 +114,14 @@ def _describe(
         combine = SPATIAL.value
     lanes = 64 if torch.version.hip else 32
     channels_last = memory_format != torch.contiguous_format
-    tile = heuristics.tile(channels, positions, x.element_size(), lanes, channels_last)
+    kind = tuning.kind(samples, channels, positions, x.dtype, channels_last, combine)
+    if tuned := tuning.table(x.device).get(kind):
+        tile = tuned.tile(channels)
+    else:
+        processors = heuristics.multiprocessors(x.device)
+        tile = heuristics.tile(
+            samples, channels, positions, x.element_size(), lanes, channels_last, processors
+        )
     return Problem(
         samples,
         channels,
