@@ -1,4 +1,5 @@
-"""Benchmarks, run from a checkout: `python -m bench ops`, `python -m bench mri`."""
+"""Benchmarks, run from a checkout: `python -m bench ops`, `python -m bench mri`, and for a GPU
+`python -m bench tune`."""
 
 import ctypes
 import os

@@ -1,7 +1,10 @@
 """The file of timings: what it may contain, whom it is for, and that it changes tiles."""
 
+import csv
 import json
+import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,4 +174,82 @@ def test_what_is_written_is_what_is_read(named):
     entries = {kind: tuning.Choice(32, 8, 4, 2, 1)}
     assert tuning.parse(tuning.text("cpu", entries), "cpu") == entries
     named(tuning.text("cpu", entries))
+    assert tile() == TILE
+
+
+ARGUMENTS = (torch.device("cpu"), 2, 12, 42, torch.float32, False, 0)
+
+
+@pytest.fixture
+def tune(monkeypatch, tmp_path):
+    """A function that tunes for ARGUMENTS with times made up: the further from `best`, the longer,
+    `gain` times as long at the package's own choice. Eager modules take the kernels' place."""
+    bench = pytest.importorskip("bench.tune", reason="only a checkout has bench")
+    build = bench.providers.build
+    own = tuning.choice(*ARGUMENTS)
+
+    def run(best, gain, wrong=None):
+        def distance(choice):
+            names = ("block_s", "warps", "tiles", "launches")
+            return sum(abs(math.log2(getattr(choice, n) / getattr(best, n))) for n in names)
+
+        def interleaved(calls, device, rounds, way):
+            for choice, step in calls.items():
+                step()
+                assert tuning.choice(*ARGUMENTS) == choice  # what ran would have used it
+            scale = math.log(gain) / distance(own)
+            return {c: bench.timing.summarize([math.exp(scale * distance(c))]) for c in calls}
+
+        disagreement = bench.ops.disagreement
+        monkeypatch.setattr(bench.timing, "interleaved", interleaved)
+        monkeypatch.setattr(bench.providers, "build", lambda _, *how: build("reference", *how))
+        monkeypatch.setattr(
+            bench.ops,
+            "disagreement",
+            lambda *how: "dx is off" if tuning.choice(*ARGUMENTS) == wrong else disagreement(*how),
+        )
+        device, samples, channels, _, dtype, *_ = ARGUMENTS
+        case = bench.Case((samples, channels, 6, 7), dtype, "contiguous", 2, "add", device)
+        status = bench.tune([case], 3, tmp_path / "tune.csv")
+        tuning.table.cache_clear()  # as when the package next starts
+        return status
+
+    return run
+
+
+def test_the_tuner_finds_the_fastest_and_writes_what_is_read(tune, tmp_path):
+    own = tuning.choice(*ARGUMENTS)
+    best = replace(own, block_s=4 * own.block_s, launches=1)
+    assert tune(best, gain=1.5) == 0
+    assert tuning.choice(*ARGUMENTS) == best
+    with (tmp_path / "tune.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert None not in rows[0] and {row["own"] for row in rows} == {"True", "False"}
+    # a second run starts from there, and ends there
+    assert tune(best, gain=1.5) == 0
+    assert tuning.choice(*ARGUMENTS) == best
+
+
+def test_the_tuner_keeps_the_own_choice_unless_another_is_clearly_faster(tune):
+    own = tuning.choice(*ARGUMENTS)
+    assert tune(replace(own, warps=2 * own.warps), gain=1.02) == 0
+    assert tuning.choice(*ARGUMENTS) == own
+    assert json.loads(tuning.path("cpu").read_text())["entries"] == []
+
+
+def test_the_tuner_drops_what_is_wrong(tune, capsys):
+    own = tuning.choice(*ARGUMENTS)
+    best = replace(own, block_s=2 * own.block_s)
+    assert tune(best, gain=1.5, wrong=best) == 1
+    assert tuning.choice(*ARGUMENTS) != best
+    assert "dx is off" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_tuner_leaves_other_entries_alone(tune, tmp_path):
+    path = tuning.path("cpu")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(FILE))
+    own = tuning.choice(*ARGUMENTS)
+    tune(replace(own, block_s=2 * own.block_s), gain=1.5)
+    assert len(json.loads(path.read_text())["entries"]) == 2
     assert tile() == TILE

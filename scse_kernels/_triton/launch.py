@@ -112,16 +112,8 @@ def _describe(
         combine = CHANNEL.value
     elif w1 is None:
         combine = SPATIAL.value
-    lanes = 64 if torch.version.hip else 32
     channels_last = memory_format != torch.contiguous_format
-    kind = tuning.kind(samples, channels, positions, x.dtype, channels_last, combine)
-    if tuned := tuning.table(x.device).get(kind):
-        tile = tuned.tile(channels)
-    else:
-        processors = heuristics.multiprocessors(x.device)
-        tile = heuristics.tile(
-            samples, channels, positions, x.element_size(), lanes, channels_last, processors
-        )
+    choice = tuning.choice(x.device, samples, channels, positions, x.dtype, channels_last, combine)
     return Problem(
         samples,
         channels,
@@ -129,7 +121,7 @@ def _describe(
         positions,
         combine,
         channels_last,
-        tile,
+        choice.tile(channels),
     )
 
 

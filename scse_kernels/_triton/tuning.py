@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import triton
 
+from . import heuristics
 from .heuristics import Tile, power_of_two
 
 COMBINES = ("add", "max", "mul", "concat", "cse", "sse")
@@ -43,7 +44,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Choice:
-    """An entry's choice; see `heuristics.Tile`. launches: kernels each way, 3 or 1."""
+    """What is chosen for a call; see `heuristics.Tile`. launches: kernels each way, 3 or 1."""
 
     block_c: int
     block_s: int
@@ -73,6 +74,27 @@ def kind(
         LAYOUTS[channels_last],
         COMBINES[combine],
     )
+
+
+def choice(
+    device: torch.device,
+    samples: int,
+    channels: int,
+    positions: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    combine: int,
+) -> Choice:
+    """What the file has for such a map, else what the heuristics say."""
+    one = kind(samples, channels, positions, dtype, channels_last, combine)
+    if tuned := table(device).get(one):
+        return tuned
+    lanes = 64 if torch.version.hip else 32
+    processors = heuristics.multiprocessors(device)
+    tile = heuristics.tile(
+        samples, channels, positions, dtype.itemsize, lanes, channels_last, processors
+    )
+    return Choice(tile.block_c, tile.block_s, tile.warps, tile.tiles, 3)
 
 
 def device_name(device: torch.device) -> str:
@@ -125,20 +147,20 @@ def parse(text: str, device: str) -> dict[Kind, Choice]:
             if not _valid(key, value):
                 raise ValueError(f"{where}: {key} can't be {value!r}")
         one = Kind(**{f.name: entry[f.name] for f in fields(Kind)})
-        choice = Choice(**{f.name: entry[f.name] for f in fields(Choice)})
-        if choice.block_c * choice.block_s > 2**20:
+        made = Choice(**{f.name: entry[f.name] for f in fields(Choice)})
+        if made.block_c * made.block_s > 2**20:
             raise ValueError(f"{where}: block_c * block_s is beyond Triton's 2**20")
-        if choice.tiles > 1 and choice.block_c < one.channels:
+        if made.tiles > 1 and made.block_c < one.channels:
             raise ValueError(f"{where}: tiles must be 1 where block_c is less than channels")
         if one in found:
             raise ValueError(f"{where}: a second one for {one}")
-        found[one] = choice
+        found[one] = made
     return found
 
 
 def text(device: str, entries: dict[Kind, Choice]) -> str:
     """What `parse` reads."""
-    rows = [asdict(one) | asdict(choice) for one, choice in entries.items()]
+    rows = [asdict(one) | asdict(made) for one, made in entries.items()]
     return json.dumps({"device": device, "triton": triton.__version__, "entries": rows}, indent=1)
 
 
