@@ -249,6 +249,7 @@ def test_the_tuner_leaves_other_entries_alone(tune, tmp_path):
     path = tuning.path("cpu")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(FILE))
+    tuning.table.cache_clear()
     own = tuning.choice(*ARGUMENTS)
     tune(replace(own, block_s=2 * own.block_s), gain=1.5)
     assert len(json.loads(path.read_text())["entries"]) == 2
