@@ -88,6 +88,8 @@ def tune(cases: list[Case], rounds: int, log: Path) -> int:
     name = tuning.device_name(cases[0].device)
     file = tuning.path(name)
     file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.write_text(tuning.text(name, {}))
     rows, wrong = [], []
     with report.progress() as progress:
         task = progress.add_task("", total=len(cases))
