@@ -107,8 +107,13 @@ def tile(
     def programs() -> int:
         return samples * -(-positions // (block_s * tiles))
 
+    def in_flight() -> int:
+        return programs() * block_c * block_s * itemsize
+
     enough = processors * 3 // 4  # programs; twice as many of half the size would not be better
-    while tiles > 1 and programs() * block_c * block_s * itemsize < enough * _IN_FLIGHT:
+    # Of a small map half: each strip is a row of partial sums more for the excitation to add.
+    wanted = min(enough * _IN_FLIGHT, samples * block_c * positions * itemsize // 2)
+    while tiles > 1 and (programs() < enough or in_flight() < wanted):
         tiles //= 2
     while programs() < enough:
         if alone or block_s * itemsize <= _SECTOR or block_c * block_s <= filled:

@@ -34,6 +34,7 @@ class Problem:
     combine: int
     channels_last: bool
     tile: heuristics.Tile
+    launches: int
 
     @property
     def strips(self) -> int:
@@ -122,6 +123,7 @@ def _describe(
         combine,
         channels_last,
         choice.tile(channels),
+        choice.launches,
     )
 
 
