@@ -1,4 +1,5 @@
-"""Benchmarks, run from a checkout: `python -m bench ops`, `... mri`, `... model`."""
+"""Benchmarks, run from a checkout: `python -m bench ops`, `... mri`, `... model`, and for a GPU
+`... tune`."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""The command line: `python -m bench ops|mri|model [options]`."""
+"""The command line: `python -m bench ops|mri|model|tune [options]`."""
 
 import argparse
 import sys
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from . import model, mri, ops, options
+from . import model, mri, ops, options, tune
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of scSE.")
     subparsers = parser.add_subparsers(title="benchmarks")
-    for module in (ops, mri, model):
+    for module in (ops, mri, model, tune):
         name = module.__name__.rpartition(".")[2]
         description, _, details = module.__doc__.partition("\n")
         sub = subparsers.add_parser(
@@ -45,6 +45,8 @@ def main() -> int:
     args.device = torch.device(args.device)
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
+    if args.device.index is not None:
+        torch.cuda.set_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -124,6 +124,7 @@ def _nets(names: tuple[str, str], width: int, combine: str) -> dict[str, UNet]:
 def run(args: argparse.Namespace) -> int:
     """Train both, compare, report; returns 1 if they disagree."""
     console, device = report.console, args.device
+    torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
     names = ("eager", providers.fused(device)[0])
     environment = report.environment(device)
     report.print_header(environment, providers.missing(device))

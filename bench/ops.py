@@ -14,7 +14,9 @@ A provider that disagrees with the float64 reference is not timed, and the exit 
 Bandwidth is the least bytes that any kernel must move (forward reads x, writes y; backward reads x
 and dy, writes dx) over the median time, for every provider alike. Forward is in training mode;
 backward gives the gradients of x and of all parameters. Peak memory is that of forward + backward
-beyond x, y, dy and dx, in units of x. On a GPU everything is timed with a warm and a flushed L2.
+beyond x, y, dy and dx, in units of x. On a GPU everything is timed with a warm and a flushed L2,
+without the time in which the GPU waits for the host, which is a column of its own; maps up to
+16 MiB, where launches weigh most, also as CUDA graphs (with a warm L2).
 Written: ops.csv, ops.png.
 """
 
@@ -30,7 +32,11 @@ from . import memory, options, providers, report, timing
 from .cases import SHAPES, Case, Inputs
 from .report import Measurement
 
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
+#: Bytes of x up to which CUDA graphs are timed: one pass takes 5 us or less at 3.35 TB/s, and a
+#: kernel's launch takes as long.
+_LAUNCH_BOUND = 16 << 20
+LAYOUTS = ("contiguous", "channels_last")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Largest relative error (norm of the difference over the norm) of the output and of each gradient.
 #: Wide enough for TF32 convolutions and for gates in half precision; a wrong kernel is off by far
 #: more. Not the largest single error: near a tie of the maximum, one rounding moves a share of dy
@@ -52,10 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=SHAPES,
         help="such as 8x64x64x64 1x32x48x48x48",
     )
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="%(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="%(default)s")
     parser.add_argument(
         "--layout",
-        choices=("contiguous", "channels_last"),
+        choices=LAYOUTS,
         default="contiguous",
         help="%(default)s",
     )
@@ -129,7 +135,7 @@ def _measure(
     """Check and time the providers on one case; returns measurements and what was wrong."""
     torch._dynamo.reset()  # nothing compiled for another case counts against the recompile limit
     inputs = case.inputs()
-    expected = _expected(case, inputs)
+    right = expected(case, inputs)
     modules, errors = {}, []
     for name in names:
         tell(f"compiling {name}" if name in ("compile", "rewritten") else f"checking {name}")
@@ -138,7 +144,7 @@ def _measure(
         ).to(case.device, case.dtype)
         providers.load(module, inputs.parameters)
         module = providers.compiled(name, module)
-        if error := _disagreement(case, module, inputs, expected):
+        if error := disagreement(case, module, inputs, right):
             errors.append(f"{name}, {case}: {error}")
         else:
             modules[name] = module
@@ -151,14 +157,23 @@ def _measure(
         x = inputs.x
         calls = {providers.CLONE: x.detach().clone}
         for name, module in modules.items():
-            calls[name] = _both(module, inputs) if backward else _forward(module, x)
-        for cache in timing.caches(case.device):
+            calls[name] = both(module, inputs) if backward else _forward(module, x)
+        for way in timing.ways(case.device):
+            if way == timing.GRAPH:
+                if case.x_bytes > _LAUNCH_BOUND:
+                    continue
+                if backward:
+                    calls |= {name: _gradients(module, inputs) for name, module in modules.items()}
+                calls, failed = _graphs(calls, case.device)
+                errors += [
+                    f"{name}, {case}: {direction} as a CUDA graph: {e}" for name, e in failed
+                ]
             done = iter(range(1, rounds + 1))
             timings = timing.interleaved(
                 calls,
                 case.device,
                 rounds,
-                cache,
+                way,
                 lambda: tell(f"{direction}, round {next(done)} of {rounds}"),  # noqa: B023
             )
             for name, value in timings.items():
@@ -167,7 +182,7 @@ def _measure(
                     Measurement(
                         case=case,
                         direction=direction,
-                        cache=cache,
+                        way=way,
                         provider=name,
                         timing=value,
                         least_bytes=2 * case.x_bytes if clone else case.least_bytes(backward),
@@ -181,7 +196,7 @@ def _forward(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: module(x)
 
 
-def _both(module: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
+def both(module: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
     leaves = [inputs.x, *module.parameters()]
 
     def call() -> Tensor:
@@ -194,28 +209,47 @@ def _both(module: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
     return call
 
 
+def _gradients(module: nn.Module, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward + backward that leaves `.grad` alone."""
+    leaves = [inputs.x, *module.parameters()]
+    return lambda: torch.autograd.grad(module(inputs.x), leaves, inputs.dy)
+
+
+def _graphs(
+    calls: dict[str, Callable[[], object]], device: torch.device
+) -> tuple[dict[str, Callable[[], None]], list[tuple[str, Exception]]]:
+    """The calls as CUDA graphs, and those that can't be captured, with the reason."""
+    graphs, failed = {}, []
+    for name, call in calls.items():
+        try:
+            graphs[name] = timing.captured(call, device)
+        except RuntimeError as error:
+            failed.append((name, error))
+    return graphs, failed
+
+
 def _peak(case: Case, module: nn.Module, inputs: Inputs) -> int:
     """Bytes beyond x, y, dy and dx at the peak of forward + backward. Gradients of parameters
     count."""
-    call = _both(module, inputs)
+    call = both(module, inputs)
     call()
     for leaf in (inputs.x, *module.parameters()):
         leaf.grad = None
     return max(memory.peak(call, case.device) - case.y_bytes - case.x_bytes, 0)
 
 
-def _expected(case: Case, inputs: Inputs) -> list[Tensor]:
+def expected(case: Case, inputs: Inputs) -> list[Tensor]:
     """y and the gradients of x, w1, b1, w2, b2, ws, bs in float64."""
     leaves = [t.detach().double().requires_grad_() for t in (inputs.x, *inputs.parameters)]
     y = reference.scse(*leaves, combine=case.combine)
     return [y.detach(), *torch.autograd.grad(y, leaves, inputs.dy.double())]
 
 
-def _disagreement(
+def disagreement(
     case: Case, module: nn.Module, inputs: Inputs, expected: list[Tensor]
 ) -> str | None:
     """None if output and gradients agree with `expected`, else how they don't."""
-    y = _both(module, inputs)()
+    y = both(module, inputs)()
     got = [y, inputs.x.grad, *(p.grad for p in module.parameters())]
     names = ("y", "dx", "dw1", "db1", "dw2", "db2", "dws", "dbs")
     for name, actual, right in zip(names, got, expected, strict=True):

@@ -38,7 +38,7 @@ class Measurement:
 
     case: Case
     direction: str
-    cache: str
+    way: str
     provider: str
     timing: Timing
     least_bytes: int
@@ -102,11 +102,11 @@ def caption(environment: dict[str, str]) -> str:
 
 
 def _key(m: Measurement) -> tuple:
-    return m.case, m.direction, m.cache
+    return m.case, m.direction, m.way
 
 
 def _medians(measurements: Iterable[Measurement]) -> dict[tuple, dict[str, float]]:
-    """Median seconds by provider, for each case, direction and cache."""
+    """Median seconds by provider, for each case, direction and way."""
     medians: dict[tuple, dict[str, float]] = {}
     for m in measurements:
         medians.setdefault(_key(m), {})[m.provider] = m.timing.median
@@ -122,21 +122,21 @@ LEGEND = (
     "ms, IQR: median of the rounds and interquartile range, milliseconds. x NAME: how many times as"
     " fast as NAME. clones: time in units of x.clone(). GB/s: least bytes over the median. of copy:"
     " that over the bandwidth of x.clone(). peak: of forward + backward beyond x, y, dy, dx, in"
-    " units of x."
+    " units of x. host: milliseconds to queue the work on a GPU, which other columns are without."
 )
 
 
 def print_case(case: Case, measurements: list[Measurement]) -> None:
-    """One case's table: a row per provider, for each direction (and state of the cache)."""
+    """One case's table: a row per provider, for each direction (and way to time)."""
+    several = len({m.way for m in measurements}) > 1
     grid = table(f"{case} ({case.x_bytes / 2**20:.3g} MiB)")
     grid.add_column("pass", no_wrap=True)
     grid.add_column("provider", no_wrap=True)
     for name in ("ms", "IQR", *(f"x {name}" for name in COMPETITORS), "clones"):
         grid.add_column(name, justify="right")
-    for name in ("GB/s", "of copy", "peak"):
+    for name in ("GB/s", "of copy", "peak", *(["host"] if several else [])):
         grid.add_column(name, justify="right")
     medians, copy = _medians(measurements), _copy_bandwidth(measurements)
-    several = len({m.cache for m in measurements}) > 1
     previous = None
     for m in measurements:
         here = medians[_key(m)]
@@ -150,7 +150,7 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
         )
         peak = "" if m.peak_bytes is None else f"{m.peak_bytes / case.x_bytes:.3f}"
         grid.add_row(
-            _label(m.direction, m.cache, several) if first else "",
+            _label(m.direction, m.way, several) if first else "",
             m.provider,
             f"{m.timing.median * 1e3:.3f}",
             f"{m.timing.iqr * 1e3:.3f}",
@@ -159,6 +159,7 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
             f"{m.bandwidth / 1e9:.1f}",
             f"{m.bandwidth / copy[_key(m)]:.0%}",
             peak,
+            *([] if m.timing.host is None else [f"{m.timing.host * 1e3:.3f}"]),
         )
     console.print(grid)
 
@@ -168,27 +169,27 @@ def table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
-def _label(direction: str, cache: str, several: bool) -> str:
-    return f"{direction}, {cache} L2" if several else direction
+def _label(direction: str, way: str, several: bool) -> str:
+    return f"{direction}, {way}" if several else direction
 
 
 def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
     """Over all cases of a combine: the geometric mean and the worst of how each fused backend
     stands against the others. Against clone it is the time's multiple: less is better."""
     medians = _medians(measurements)
-    several = len({m.cache for m in measurements}) > 1
+    several = len({m.way for m in measurements}) > 1
     grid = table("Over all shapes and reductions: geometric mean (worst)")
     for name in ("backend", "combine", "pass"):
         grid.add_column(name)
     for name in (*(f"x {name}" for name in COMPETITORS), "clones"):
         grid.add_column(name, justify="right")
-    groups = dict.fromkeys((m.case.combine, m.direction, m.cache) for m in measurements)
+    groups = dict.fromkeys((m.case.combine, m.direction, m.way) for m in measurements)
     for backend in fused:
-        for combine, direction, cache in groups:
+        for combine, direction, way in groups:
             rows = [
                 here
                 for (case, *key), here in medians.items()
-                if [case.combine, *key] == [combine, direction, cache] and backend in here
+                if [case.combine, *key] == [combine, direction, way] and backend in here
             ]
             cells = []
             for name in _YARDSTICKS:
@@ -201,7 +202,7 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
                     if ratios
                     else ""
                 )
-            grid.add_row(backend, combine, _label(direction, cache, several), *cells)
+            grid.add_row(backend, combine, _label(direction, way, several), *cells)
     console.print(grid)
 
 
@@ -219,12 +220,13 @@ def write_csv(path: Path, measurements: list[Measurement], environment: dict[str
                 "reduction": case.reduction,
                 "combine": case.combine,
                 "pass": m.direction,
-                "cache": m.cache,
+                "way": m.way,
                 "provider": m.provider,
                 "median_s": f"{m.timing.median:.4e}",
                 "iqr_s": f"{m.timing.iqr:.4e}",
                 "rounds": m.timing.rounds,
                 "calls_per_round": m.timing.calls,
+                "host_s": "" if m.timing.host is None else f"{m.timing.host:.4e}",
                 **{
                     f"{name}_over_this": f"{here[name] / m.timing.median:.4g}"
                     if name in here
@@ -247,8 +249,8 @@ def write_csv(path: Path, measurements: list[Measurement], environment: dict[str
 def plot(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
     """Bandwidth against the size of x: a row of panels for each combine, a column for each pass, a
     line per provider through the geometric means over shapes of one size; the dots are shapes."""
-    several = len({m.cache for m in measurements}) > 1
-    columns = list(dict.fromkeys((m.direction, m.cache) for m in measurements))
+    several = len({m.way for m in measurements}) > 1
+    columns = list(dict.fromkeys((m.direction, m.way) for m in measurements))
     rows = list(dict.fromkeys(m.case.combine for m in measurements))
     names = [n for n in dict.fromkeys(m.provider for m in measurements) if n != CLONE]
     colors = dict(zip(names, _COLORS, strict=False))
@@ -256,17 +258,19 @@ def plot(path: Path, measurements: list[Measurement], environment: dict[str, str
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True)
     for i, combine in enumerate(rows):
-        for j, (direction, cache) in enumerate(columns):
+        for j, (direction, way) in enumerate(columns):
             panel = panels[i, j]
             here = [
                 m
                 for m in measurements
-                if (m.case.combine, m.direction, m.cache) == (combine, direction, cache)
+                if (m.case.combine, m.direction, m.way) == (combine, direction, way)
             ]
             for name in (CLONE, *names):
                 style = {"color": colors.get(name, "0.4"), "ls": "--" if name == CLONE else "-"}
                 points = [(m.case.x_bytes / 2**20, m.bandwidth / 1e9) for m in here]
                 points = [p for p, m in zip(points, here, strict=True) if m.provider == name]
+                if not points:
+                    continue
                 sizes = sorted({size for size, _ in points})
                 means = [statistics.geometric_mean(b for s, b in points if s == z) for z in sizes]
                 label = "copy (x.clone())" if name == CLONE else name
@@ -276,7 +280,7 @@ def plot(path: Path, measurements: list[Measurement], environment: dict[str, str
             panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
-            panel.set_title(f"{combine}, {_label(direction, cache, several)}")
+            panel.set_title(f"{combine}, {_label(direction, way, several)}")
     for panel in panels[-1]:
         panel.set_xlabel("size of x, MiB")
     for panel in panels[:, 0]:

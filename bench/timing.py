@@ -5,9 +5,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+#: Ways to time: on a GPU with L2 as the last call left it, with L2 flushed before each call, and as
+#: CUDA graphs, which spare the host and the GPU the launches.
+WARM, COLD, GRAPH = "warm L2", "cold L2", "CUDA graph"
 #: A sample lasts about this long (seconds): long against the clock, short against the disturbances.
 _SAMPLE = {"cpu": 10e-3, "cuda": 1e-3}
 #: Bounds of the calls in a sample. A CUDA launch queue holds about a thousand kernels.
@@ -16,47 +20,72 @@ _CALLS = (2, 20)
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median over the rounds and the interquartile range."""
+    """Seconds per call: the median over the rounds and the interquartile range. `host`: how long
+    the host takes to queue the call on a GPU; work that takes less than that waits for it."""
 
     median: float
     iqr: float
     rounds: int
     calls: int
+    host: float | None = None
 
 
-def summarize(samples: list[float], calls: int = 1) -> Timing:
+def summarize(samples: list[float], calls: int = 1, host: float | None = None) -> Timing:
     """Median and spread of samples (seconds per call), each of them the mean of `calls` calls."""
     spread = samples if len(samples) > 1 else 2 * samples  # quantiles() wants two
     low, middle, high = statistics.quantiles(spread, n=4, method="inclusive")
-    return Timing(middle, high - low, len(samples), calls)
+    return Timing(middle, high - low, len(samples), calls, host)
 
 
-def caches(device: torch.device) -> tuple[str, ...]:
-    """The states of the cache that are timed: on a GPU with L2 flushed before each call, too."""
-    return ("warm", "cold") if device.type == "cuda" else ("warm",)
+def ways(device: torch.device) -> tuple[str, ...]:
+    """The ways to time on `device`."""
+    return (WARM, COLD, GRAPH) if device.type == "cuda" else (WARM,)
+
+
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """A call that replays the kernels of `call`, recorded once as a CUDA graph.
+
+    What `call` allocates lies in the graph's own memory and is written anew by each replay. It must
+    not touch `.grad`: AccumulateGrad would run on the stream on which a leaf was first used.
+    """
+    with torch.cuda.device(device):
+        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):  # what is set up at first use can't be captured
+            for _ in range(3):
+                call()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
 
 
 def interleaved(
     calls: dict[str, Callable[[], object]],
     device: torch.device,
     rounds: int,
-    cache: str = "warm",
+    way: str = WARM,
     on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time each of `calls`, already warmed up, once a round, in an order that rotates.
+    """Time each of `calls`, already warmed up, once a round, in an order that rotates. (For GRAPH
+    they are `captured` ones.)
 
     Whatever disturbs the machine for a while disturbs all of them alike.
     """
-    clock = _CudaClock(device, cold=cache == "cold") if device.type == "cuda" else _CpuClock()
+    clock = _CudaClock(device, way == COLD) if device.type == "cuda" else _CpuClock()
     names = list(calls)
-    repeats = {name: clock.prepare(calls[name]) for name in names}
+    repeats = {name: clock.prepare(name, calls[name]) for name in names}
     samples = {name: [] for name in names}
     for i in range(rounds):
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(clock.sample(calls[name], repeats[name]))
+            samples[name].append(clock.sample(name, calls[name], repeats[name]))
         on_round()
-    return {name: summarize(samples[name], repeats[name]) for name in names}
+    return {
+        name: summarize(samples[name], repeats[name], clock.host_seconds.get(name))
+        for name in names
+    }
 
 
 def _repeats(seconds: float, kind: str) -> int:
@@ -65,11 +94,13 @@ def _repeats(seconds: float, kind: str) -> int:
 
 
 class _CpuClock:
-    def prepare(self, call):
-        """How many calls make a sample."""
-        return _repeats(min(self.sample(call, 1) for _ in range(3)), "cpu")
+    host_seconds: ClassVar[dict[str, float]] = {}  # the calls' own time is the host's
 
-    def sample(self, call, repeats):
+    def prepare(self, name, call):
+        """How many calls make a sample."""
+        return _repeats(min(self.sample(name, call, 1) for _ in range(3)), "cpu")
+
+    def sample(self, name, call, repeats):
         start = time.perf_counter()
         for _ in range(repeats):
             call()
@@ -81,27 +112,27 @@ class _CudaClock:
     that no time of the host is in the result."""
 
     def __init__(self, device, cold):
-        self.device, self.cold = device, cold
+        self.device, self.cold = device, cold  # the current device: events and kernels go there
         properties = torch.cuda.get_device_properties(device)
         self.flush = torch.empty(
             2 * properties.L2_cache_size if cold else 0, dtype=torch.uint8, device=device
         )
         self.host_seconds = {}
 
-    def prepare(self, call):
-        self.host_seconds[call] = 0.0
-        seconds = min(self.sample(call, 1) for _ in range(3))
+    def prepare(self, name, call):
+        self.host_seconds[name] = 0.0
+        seconds = min(self.sample(name, call, 1) for _ in range(3))
         return _repeats(seconds, "cuda")
 
-    def sample(self, call, repeats):
+    def sample(self, name, call, repeats):
         # The GPU spins for longer than the host took to queue these calls last time (at most two
         # cycles a nanosecond), and waits again for the next sample if it took longer this time.
         torch.cuda.synchronize(self.device)
-        torch.cuda._sleep(int(2e9 * (100e-6 + 1.5 * repeats * self.host_seconds[call])))
+        torch.cuda._sleep(int(2e9 * (100e-6 + 1.5 * repeats * self.host_seconds[name])))
         start = time.perf_counter()
         events = [self._timed(call, 1) for _ in range(repeats)] if self.cold else None
         events = events or [self._timed(call, repeats)]
-        self.host_seconds[call] = (time.perf_counter() - start) / repeats
+        self.host_seconds[name] = (time.perf_counter() - start) / repeats
         torch.cuda.synchronize(self.device)
         return 1e-3 * sum(begin.elapsed_time(end) for begin, end in events) / repeats
 

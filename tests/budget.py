@@ -168,13 +168,19 @@ def plain_module(variant, x, w1, b1, w2, b2, ws, bs) -> Tensor:
     return _combined(variant, by_channel, by_position)
 
 
+def moved(t: Tensor, device: str) -> Tensor:
+    """t on the device with the same strides and offset, and with all that lies around it."""
+    around = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    return around.to(device).as_strided(t.size(), t.stride(), t.storage_offset())
+
+
 def output_and_gradients(function, case: Case, device="cpu") -> dict[str, Tensor]:
     """y and d<name> for each argument that is there; asserts that no argument was changed."""
     arguments = {
-        name: None if t is None else t.detach().to(device).requires_grad_()
+        name: None if t is None else moved(t.detach(), device).requires_grad_()
         for name, t in zip(NAMES, (case.x, *case.parameters), strict=True)
     }
-    dy = case.dy.to(device)
+    dy = moved(case.dy, device)
     present = {name: t for name, t in arguments.items() if t is not None}
     given = {"dy": dy, **present}
     before = {name: t.detach().clone() for name, t in given.items()}

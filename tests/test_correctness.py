@@ -117,7 +117,8 @@ def test_parameters_with_strides(target):
     check(type(case)(case.variant, case.x, parameters, case.dy), target)
 
 
-def test_fresh_memory_is_poisoned():
-    assert torch.empty(1000).isnan().all()
-    assert torch.empty_like(torch.ones(10, dtype=torch.bfloat16)).isnan().all()
-    assert torch.ones(3).new_empty(5, dtype=torch.float64).isnan().all()
+def test_fresh_memory_is_poisoned(target):
+    assert torch.empty(1000, device=target.device).isnan().all()
+    ones = torch.ones(10, dtype=torch.bfloat16, device=target.device)
+    assert torch.empty_like(ones).isnan().all()
+    assert ones.new_empty(5, dtype=torch.float64).isnan().all()

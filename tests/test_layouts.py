@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import call, check, make_case, output_and_gradients
+from budget import call, check, make_case, moved, output_and_gradients
 
 SHAPES = ((3, 12, 45), (3, 12, 9, 7), (2, 12, 5, 3, 4))
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -133,6 +133,6 @@ def test_output_has_the_memory_format_of_x(target, variant, memory_format):
 def test_output_of_a_map_with_other_strides_is_contiguous(target):
     case = make_case((2, 4, 3, 5))
     for strides in ("every second column", "batch innermost", "spatial axes swapped"):
-        x = STRIDES[strides](case.x).to(target.device)
+        x = moved(STRIDES[strides](case.x), target.device)
         parameters = [p.to(target.device) for p in case.parameters]
         assert call("add", x, *parameters, backend=target.backend).is_contiguous()

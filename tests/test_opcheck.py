@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import make_case
+from budget import make_case, moved
 
 from scse_kernels import ops
 
@@ -18,7 +18,7 @@ VARIANTS = ("cse", "sse", *ops.COMBINE)
 def _arguments(device, variant, dtype=torch.float32, layout="contiguous", shape=(2, 6, 5, 7), **kw):
     case = make_case(shape, variant, dtype, **kw).arranged(LAYOUTS[layout], LAYOUTS[layout])
     parameters = [None if p is None else p.to(device) for p in case.parameters]
-    return case.x.to(device), parameters, case.dy.to(device), ops.COMBINE.get(variant, 0)
+    return moved(case.x, device), parameters, moved(case.dy, device), ops.COMBINE.get(variant, 0)
 
 
 def _operators(backend):

@@ -31,7 +31,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
 }
-SHAPE = (2, 64, 16, 16)
+SHAPE = (2, 64, 64, 64)
 # What leaves an SM of 65536 registers with 64 KiB on their way: 128 bytes of each map that a thread
 # reads (see heuristics.py), eight warps that read two maps or more, sixteen that read one.
 REGISTERS = {
@@ -216,13 +216,48 @@ def test_sizes_that_no_large_power_of_two_divides(alignment, launches):
     assert max(int(n or 1) * int(bits) // 8 for n, bits in found) == max(chunk, 4)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(8, 256, 16, 16), (1, 64, 16, 16), (1, 768, 16, 16)], ids=str)
+def test_small_maps(shape, channels_last, launches):
+    noted = launches("add", torch.float16, channels_last, shape)
+    check(noted, "add", torch.float16, nvidia(90))
+
+
+def programs(tile, samples, positions):
+    return samples * -(-positions // (tile.block_s * tile.tiles))
+
+
 def test_a_tile_keeps_the_promises_of_its_choice():
-    for channels in (1, 3, 16, 64, 100, 256, 512, 513, 2000):
+    for channels in (1, 3, 16, 64, 100, 256, 512, 513, 1024, 2000):
         for positions in (1, 49, 1024, 65536, 10**7):
             for itemsize in (2, 4, 8):
                 for channels_last in (False, True):
-                    tile = heuristics.tile(channels, positions, itemsize, 32, channels_last)
+                    arguments = (channels, positions, itemsize, 32, channels_last)
+                    tile = heuristics.tile(1, *arguments, 132)
                     assert tile.hold == (tile.block_c >= channels)
                     assert tile.hold or tile.tiles == 1
                     strips = -(-positions // (tile.block_s * tile.tiles))
                     assert strips <= 512 or not tile.hold
+                    # 16 bytes to a thread, 128 at most
+                    size = tile.block_c * tile.block_s * itemsize
+                    assert size <= 128 * 32 * tile.warps <= 128 * 32 * 8
+                    assert size >= 16 * 32 * tile.warps or tile.warps == 1
+                    more = heuristics.tile(1, *arguments, 10 * 132)
+                    assert programs(more, 1, positions) >= programs(tile, 1, positions)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("samples, channels, side", [(8, 256, 16), (8, 384, 32), (2, 768, 32)])
+def test_small_maps_keep_most_multiprocessors_busy(samples, channels, side, channels_last):
+    for processors in (108, 128, 132, 148):
+        arguments = (samples, channels, side**2, 2, 32, channels_last, processors)
+        tile = heuristics.tile(*arguments)
+        assert programs(tile, samples, side**2) >= 3 * processors // 4
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_rows_of_a_contiguous_tile_are_whole_sectors(itemsize):
+    for channels in (1, 16, 64, 256, 512, 1024, 2048):
+        for positions in (64, 256, 4096):
+            tile = heuristics.tile(1, channels, positions, itemsize, 32, False, 132)
+            assert tile.block_s * itemsize >= 32

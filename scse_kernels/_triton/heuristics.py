@@ -1,9 +1,15 @@
-"""Tile sizes and warps from shape, dtype and layout: the one place where they are chosen.
+"""Tile sizes and warps from shape, dtype, layout and the device's multiprocessors: the one place
+where they are chosen, unless a file of timings says better (`tuning.py`).
 
-Never from the device or the number of samples, so that a sum has the same order everywhere.
+The order of a sum follows from them: it may change with the shape and the model of the device, but
+not from run to run. Software pipelining (num_stages) is no choice here: Triton pipelines loops of
+matrix products, and no other where it isn't asked to.
 """
 
 from dataclasses import dataclass
+from functools import cache
+
+import torch
 
 # Bytes of the map that a thread holds of one tile. With 128 and two maps (x and dy) a thread has 16
 # loads of 16 bytes on their way and needs nearly all 255 registers for their floats. So eight warps
@@ -12,11 +18,21 @@ _BYTES = 128
 # Rows of partial sums per sample, each channels floats that are written and read again by one
 # program. With more strips than this each takes several tiles.
 _STRIPS = 512
-# Positions of a strip, at least, where a tile can be short.
+# Positions of a strip, at most, where a tile can be short: a row of partial sums for each.
 _STRIP = 32
-# More channels than this are walked in several tiles: a tile of all would not fit eight warps with
-# rows of 64 bytes.
-_CHANNELS = 512
+# Bytes of x on their way to each multiprocessor, where strips of several tiles leave the choice; as
+# many of dy join them. 3.35 TB/s and 0.7 us from memory make 18 KB for each of an H100's.
+_IN_FLIGHT = 16384
+# A tile's row in a contiguous map has so many bytes at least: what memory is read by, a sector.
+_SECTOR = 32
+# More channels than this are walked in several tiles: with rows of a sector it takes eight warps to
+# hold so many, and more warps would only wait for each other.
+_CHANNELS = 1024
+# Warps that an SM can issue from at once.
+_SCHEDULERS = 4
+# Multiprocessors where there is no device to ask (the interpreter, tests of compiled code): those
+# of an H100.
+_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -42,30 +58,69 @@ class Excitation:
     warps: int
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; asked once, and the driver answers without waiting for kernels."""
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def power_of_two(size: int) -> int:
     """The smallest power of two that isn't less than `size`."""
     return 1 << max(size - 1, 0).bit_length()
 
 
-def tile(channels: int, positions: int, itemsize: int, lanes: int, channels_last: bool) -> Tile:
+def tile(
+    samples: int,
+    channels: int,
+    positions: int,
+    itemsize: int,
+    lanes: int,
+    channels_last: bool,
+    processors: int,
+) -> Tile:
     """The tile of every pass over the map. `lanes`: threads to a warp.
 
     A tile has all channels where they fit: then it finishes its positions' sums. It has as few
     warps as possible, since sums across warps go through shared memory. In contiguous maps its rows
-    have 128 bytes, 64 where channels are many. In channels_last ones a single warp can sum alone if
-    it has all of a position's channels; then strips take several tiles, for fewer partial sums.
+    have 128 bytes, less where channels are many. In channels_last ones a single warp can sum alone
+    if a position's channels fill it; then strips take several tiles, for fewer partial sums.
+
+    Small maps get shorter strips, then smaller tiles, until most `processors` have a program.
     """
-    per_thread = _BYTES // itemsize
+    filled = 16 * lanes // itemsize  # elements with which a warp is full: 16 bytes to a thread
+    size = _BYTES // 16 * filled  # a warp's part of a tile
     block_c = min(power_of_two(channels), _CHANNELS)
-    alone = channels_last and 16 * lanes <= block_c * itemsize and channels <= block_c
-    warps = 1 if alone else 2
-    while not alone and warps < 8 and block_c * (128 // itemsize) > warps * lanes * per_thread:
-        warps *= 2
-    block_s = min(warps * lanes * per_thread // block_c, max(16, power_of_two(positions)))
-    while warps > 1 and block_c * block_s < warps * lanes * per_thread:
-        warps //= 2  # a small map
     hold = channels <= block_c
-    tiles = max(1, _STRIP // block_s) if alone else 1
+    alone = channels_last and block_c >= filled
+    if alone and not hold:
+        block_c = filled
+    warps = max(1, block_c // size) if alone else 2
+    while not alone and warps < 8 and block_c * (128 // itemsize) > warps * size:
+        warps *= 2
+    block_s = min(warps * size // block_c, max(16, power_of_two(positions)))
+    while warps > 1 and block_c * block_s < warps * size:
+        warps //= 2  # a small map
+    tiles = max(1, _STRIP // block_s) if alone and hold else 1
+
+    def programs() -> int:
+        return samples * -(-positions // (block_s * tiles))
+
+    def in_flight() -> int:
+        return programs() * block_c * block_s * itemsize
+
+    enough = processors * 3 // 4  # programs; twice as many of half the size would not be better
+    # Of a small map half: each strip is a row of partial sums more for the excitation to add.
+    wanted = min(enough * _IN_FLIGHT, samples * block_c * positions * itemsize // 2)
+    while tiles > 1 and (programs() < enough or in_flight() < wanted):
+        tiles //= 2
+    while programs() < enough:
+        if alone or block_s * itemsize <= _SECTOR or block_c * block_s <= filled:
+            break
+        block_s //= 2
+        if warps > _SCHEDULERS or block_c * block_s < warps * filled:
+            warps //= 2  # else half the bytes to a thread, and all schedulers stay busy
     while hold and positions > tiles * block_s * _STRIPS:
         tiles *= 2
     return Tile(block_c, block_s, warps, tiles, hold)

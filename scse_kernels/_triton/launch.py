@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..reference import accumulation_dtype
-from . import heuristics
+from . import heuristics, tuning
 from .apply import apply_backward_kernel, apply_kernel
 from .combine import CHANNEL, SPATIAL
 from .excite import excite_backward_kernel, excite_kernel
@@ -34,6 +34,7 @@ class Problem:
     combine: int
     channels_last: bool
     tile: heuristics.Tile
+    launches: int
 
     @property
     def strips(self) -> int:
@@ -112,9 +113,8 @@ def _describe(
         combine = CHANNEL.value
     elif w1 is None:
         combine = SPATIAL.value
-    lanes = 64 if torch.version.hip else 32
     channels_last = memory_format != torch.contiguous_format
-    tile = heuristics.tile(channels, positions, x.element_size(), lanes, channels_last)
+    choice = tuning.choice(x.device, samples, channels, positions, x.dtype, channels_last, combine)
     return Problem(
         samples,
         channels,
@@ -122,7 +122,8 @@ def _describe(
         positions,
         combine,
         channels_last,
-        tile,
+        choice.tile(channels),
+        choice.launches,
     )
 
 

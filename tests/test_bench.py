@@ -1,0 +1,206 @@
+"""The benchmarks' way through CUDA events and graphs, with stand-ins for what only a GPU has."""
+
+import argparse
+import contextlib
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+timing = pytest.importorskip("bench.timing", reason="only a checkout has bench")
+
+from bench import ops  # noqa: E402
+from bench.__main__ import _parser  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+class Gpu:
+    """Notes what is asked of torch.cuda; its clock ticks a millisecond at each call on a stream."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.now, self.capturing = [], 0.0, None
+        gpu = self
+
+        class Stream:
+            def wait_stream(self, other):
+                assert isinstance(other, Stream) and other is not self
+                gpu.log.append("wait")
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing is True
+
+            def record(self):
+                self.time = gpu.now
+
+            def elapsed_time(self, end):
+                return end.time - self.time
+
+        class Graph:
+            def replay(self):
+                gpu.log.append("replay")
+                gpu.now += self.duration
+
+        here = Stream()
+
+        @contextlib.contextmanager
+        def stream(stream):
+            assert isinstance(stream, Stream) and stream is not here
+            gpu.log.append("aside")
+            yield
+            gpu.log.append("back")
+
+        @contextlib.contextmanager
+        def graph(cuda_graph):
+            gpu.log.append("capture")
+            before = gpu.now
+            yield
+            cuda_graph.duration = gpu.now - before
+            gpu.log.append("captured")
+
+        def sleep(cycles):
+            assert type(cycles) is int and cycles >= 2e5
+            gpu.log.append("sleep")
+
+        for name, stand_in in {
+            "Stream": Stream,
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "stream": stream,
+            "graph": graph,
+            "current_stream": lambda: here,
+            "device": lambda device: contextlib.nullcontext(),
+            "synchronize": lambda device: None,
+            "_sleep": sleep,
+            "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1000),
+        }.items():
+            assert hasattr(torch.cuda, name)
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def call(self, milliseconds, name="call"):
+        def call():
+            self.log.append(name)
+            self.now += milliseconds
+
+        return call
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return Gpu(monkeypatch)
+
+
+def test_ways():
+    assert timing.ways(CPU) == (timing.WARM,)
+    assert timing.ways(torch.device("cuda")) == (timing.WARM, timing.COLD, timing.GRAPH)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_clock_gives_the_seconds_between_events(gpu, cold):
+    clock = timing._CudaClock(CPU, cold)
+    assert clock.flush.numel() == (2000 if cold else 0)
+    call = gpu.call(0.25)
+    assert clock.prepare("it", call) == 4  # a millisecond's worth
+    gpu.log.clear()
+    assert clock.sample("it", call, 4) == pytest.approx(0.25e-3)
+    assert gpu.log == ["sleep", *["call"] * 4]
+    assert 0 < clock.host_seconds["it"] < 1
+
+
+def test_cold_calls_come_after_a_flush(gpu):
+    clock = timing._CudaClock(CPU, True)
+    clock.flush.fill_(7)
+    seen = []
+    clock.host_seconds["it"] = 0.0
+
+    def call():
+        seen.append(int(clock.flush.max()))
+        clock.flush.fill_(7)
+
+    clock.sample("it", call, 3)
+    assert seen == [0, 0, 0]
+
+
+def test_capture_warms_up_aside_and_replays(gpu):
+    replay = timing.captured(gpu.call(0.5), CPU)
+    warm_up = ["wait", "aside", "call", "call", "call", "back", "wait"]
+    assert gpu.log == [*warm_up, "capture", "call", "captured"]
+    gpu.log.clear()
+    replay()
+    assert gpu.log == ["replay"]
+
+
+def test_interleaved_on_a_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(timing, "_CpuClock", lambda: timing._CudaClock(CPU, False))
+    calls = {"a": gpu.call(2.0, "a"), "b": gpu.call(0.125, "b")}
+    found = timing.interleaved(calls, CPU, 3)
+    assert found["a"].median == pytest.approx(2e-3) and found["b"].median == pytest.approx(1.25e-4)
+    assert (found["a"].calls, found["b"].calls) == (2, 8)
+    assert found["a"].host > 0
+
+
+@pytest.fixture
+def options(tmp_path):
+    """A function: the options of a command line, as `python -m bench` hands them on."""
+
+    def parse(*words) -> argparse.Namespace:
+        args = _parser().parse_args([*words, "--output", str(tmp_path), "--device", "cpu"])
+        args.device = torch.device(args.device)
+        return args
+
+    return parse
+
+
+def test_ops_times_all_ways(gpu, options, monkeypatch, tmp_path, capsys):
+    """The whole benchmark, with the ways and the clock of a GPU."""
+    monkeypatch.setattr(timing, "ways", lambda device: (timing.WARM, timing.COLD, timing.GRAPH))
+
+    def interleaved(calls, device, rounds, way, on_round):
+        for call in calls.values():
+            call()
+        for _ in range(rounds):
+            on_round()
+        return {n: timing.summarize([1e-3 * (1 + i)], 1, 1e-5) for i, n in enumerate(calls)}
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    large = "1x8x33x33"
+    monkeypatch.setattr(ops, "_LAUNCH_BOUND", 4 * 8 * 33 * 33 - 1)
+    args = options(
+        "ops", "--shape", "2x8x6x5", large, "--providers", "eager", "reference",
+        "--reduction", "2", "--combine", "add", "--rounds", "2",
+    )  # fmt: skip
+    assert args.run(args) == 0
+    with (tmp_path / "ops.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    directions = ("forward", "forward + backward")
+    providers = ("clone", "eager", "reference")
+    assert [(r["shape"], r["pass"], r["way"], r["provider"]) for r in rows] == [
+        (shape, direction, way, provider)
+        for shape in ("2x8x6x5", large)
+        for direction in directions
+        for way in (timing.WARM, timing.COLD, timing.GRAPH)
+        if way != timing.GRAPH or shape != large
+        for provider in providers
+    ]
+    assert gpu.log.count("capture") == gpu.log.count("replay") == 2 * len(providers)
+    assert all(float(row["host_s"]) == 1e-5 for row in rows)
+    assert (tmp_path / "ops.png").exists()
+    out = capsys.readouterr().out
+    assert "forward + backward, CUDA graph" in out and "of copy" in out
+
+
+def test_a_graph_that_cannot_be_captured_is_told(gpu):
+    def refused():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs, failed = ops._graphs({"a": refused, "b": gpu.call(1.0)}, CPU)
+    assert list(graphs) == ["b"]
+    assert [(name, "not permitted" in str(error)) for name, error in failed] == [("a", True)]
+
+
+def test_tune_is_for_gpus(options):
+    args = options("tune")
+    with pytest.raises(SystemExit, match="tune is for GPUs, got --device cpu"):
+        args.run(args)
