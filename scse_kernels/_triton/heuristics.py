@@ -3,6 +3,7 @@
 Never from the device or the number of samples, so that a sum has the same order everywhere.
 """
 
+import os
 from dataclasses import dataclass
 
 # Bytes of the map that a thread holds of one tile. With 128 and two maps (x and dy) a thread has 16
@@ -81,3 +82,46 @@ def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excita
     block_strips = min((128 if strips > 128 else 32) // share, power_of_two(strips))
     warps = min(8, max(1, block_c * max(block_j, block_strips) * share // 2048))
     return Excitation(block_c, block_j, block_strips, warps)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """How the kernels of one launch take their items: `programs` of them do, and a strip's second
+    pass comes `lead` strips after its sample's first pass was handed out."""
+
+    programs: int
+    lead: int
+
+
+def launches() -> int:
+    """Kernel launches each way: 3, a kernel for each step, or 1, all steps in one.
+
+    One launch makes programs wait for each other, which was never timed nor run on a GPU: so it is
+    used only where SCSE_TRITON_LAUNCHES asks for it.
+    """
+    asked = os.environ.get("SCSE_TRITON_LAUNCHES", "3")
+    if asked not in ("1", "3"):
+        raise ValueError(f"SCSE_TRITON_LAUNCHES must be 1 or 3, got {asked!r}")
+    return int(asked)
+
+
+def excitation_tile(warps: int, itemsize: int) -> int:
+    """Elements of the excitation's tiles in a kernel of so many warps: 256 bytes of a thread's
+    registers for sums of `itemsize` bytes."""
+    return warps * 32 * 256 // itemsize
+
+
+def queue(strips: int, kept: int, warps: int, resident: int, processors: int, l2: int) -> Queue:
+    """The queue of `strips` strips in all, of which `kept` bytes each wait in L2 to be read again.
+
+    Programs of `warps` warps fill the device's multiprocessors with `resident` warps each. Between
+    the two readings of a strip pass its sample, `lead` strips and what the programs have in hand,
+    twice their number. `lead` is one strip for each program, so that all have work while a sample
+    is excited. They get three eighths of L2 for that; the rest is for the sample and for y. On an
+    H100 (132 multiprocessors, 50 MB of L2) the map may then have samples of 15 MB and more:
+    [8, 256, 64, 64] float16 has 64 strips of 32 KB to a sample, 200 programs of eight warps and so
+    a window of 64 + 3 * 200 strips, 21 MB or ten samples.
+    """
+    programs = processors * max(1, resident // warps)
+    programs = max(1, min(programs, strips, l2 // (8 * kept)))
+    return Queue(programs, programs)
