@@ -35,8 +35,9 @@ def excite_kernel(
     TILE: tl.constexpr,
     n=None,
 ):
-    """A program for each sample, or this one does sample n. Reads its partial sums and the parameters once; writes pooled,
-    hidden and the gate, and reads the first two again (all threads need all of them)."""
+    """A program for each sample, or this one does sample n. Reads its partial sums and the
+    parameters once; writes pooled, hidden and the gate, and reads the first two again (all threads
+    need all of them). TILE: elements of what is added at once, at most."""
     ACC: tl.constexpr = accumulator(pooled_ptr.dtype.element_ty)
     SUMS: tl.constexpr = at_once(BLOCK_C, BLOCK_STRIPS, TILE)
     HIDDEN: tl.constexpr = at_once(BLOCK_J, BLOCK_C, TILE)

@@ -180,7 +180,8 @@ def forward(
     bs: Tensor | None,
     combine: int,
 ) -> None:
-    """Fills y, pooled, hidden, channel_gate: one launch, or three (two without the channel branch)."""
+    """Fills y, pooled, hidden, channel_gate: three launches (two without the channel branch), or
+    one."""
     p = _describe(memory_format, x, w1, ws, combine)
     y, pooled, hidden, channel_gate = results
     if p.samples == 0:
@@ -194,7 +195,7 @@ def forward(
     with torch.cuda.device_of(x):
         if heuristics.launches() == 1:
             queue = p.queue(x, 16, x)
-            lag = min(p.strips + queue.lead, n * p.strips)
+            lag = p.strips + queue.lead
             forward_kernel[(queue.programs,)](
                 x, w1, b1, w2, b2, ws, bs, partial, spatial_gate,
                 pooled, hidden, channel_gate, y, _counters(x, 1 + n),
@@ -242,7 +243,8 @@ def backward(
     need_channel: bool,
     need_spatial: bool,
 ) -> None:
-    """Fills dx and the gradients of the six parameters, except those not needed: one launch, or three."""
+    """Fills dx and the gradients of the six parameters, except those not needed: three launches,
+    or one."""
     dx = results[0]
     written = (
         None if p is None or not needed else g
@@ -281,8 +283,7 @@ def backward(
     with torch.cuda.device_of(x):
         if n and heuristics.launches() == 1:
             queue = p.queue(x, 8, dy, *([x] if reads_x(p.combine) else []))
-            first = n * strips + tasks
-            lag = min(strips + queue.lead, first) if need_dx else first
+            lag = strips + queue.lead
             backward_kernel[(queue.programs,)](
                 dy, x, w1, w2, ws, bs, pooled, hidden, channel_gate,
                 partial, partial_ws, partial_bs, spatial_gate, dq,

@@ -1,22 +1,26 @@
 """All steps in one launch: a sample's second pass follows its first while the map is still in L2.
 
-A grid of a few programs, about as many as the device runs at once, takes its work from a queue. Its
-first half are the strips of the first pass, its second half those of the second pass, `lag` strips
-later: one of each in turn, so that a strip is read again when only its own sample and a few more
-strips have passed through L2. A program draws the number of its next item, the ticket, from a
-counter. Whoever finishes a sample's last strip of the first pass forms the sample's gates (in
-the backward: gradients before the gates).
+A grid of a few programs, about as many as the device runs at once, takes its work from a queue. A
+program draws a number from a counter, the ticket t, and does strip t of the first pass, then strip
+t - lag of the second. So a strip is read again when only its own sample and a few more strips have
+passed through L2. Who finishes the last strip of a sample's first pass forms the sample's gates
+(in the backward: the gradients before them). The parameters' gradients follow the first pass.
 
-Nothing deadlocks, however few programs run at once: an item waits only for items of lower tickets.
-Those were drawn by programs that run already, and the lowest of them waits for none.
+Nothing deadlocks, however few programs run at once. A strip of the second pass waits for its
+sample, whose strips of the first pass all have lower tickets, or this very one, as lag is a
+sample's strips at least. Lower tickets were drawn by programs that run already, and the lowest
+unfinished one waits for nobody.
 
 Nothing depends on who does what: the partial sums are the strips', added in their fixed order. So
 results are those of three launches to the last bit.
 
 `counters` must be zeros: tickets drawn; then for each sample its strips of the first pass that are
-finished, plus one when its excitation is; in the backward at last the samples so far. Between the
+finished, plus one when its excitation is; in the backward at last the finished samples. Between the
 stores of a program's threads and the atomic operation that announces them stands a barrier, and
 another one between seeing an announcement and reading, as Triton sets none.
+
+The loop over tickets keeps loop-invariant code inside (`disable_licm`): the addresses of all steps
+would else wait in registers during each.
 """
 
 import triton
@@ -32,25 +36,20 @@ from .squeeze import squeeze_kernel
 # For the last time that a map is read, and for what is written: it need not stay in L2.
 LAST = tl.constexpr("evict_first")
 
+if triton.knobs.runtime.interpret:
+
+    def condition(more, disable_licm):
+        """The interpreter's `while` is Python's, for which every tl.condition is true."""
+        return more
+
+else:
+    condition = tl.condition
+
 
 @triton.jit
 def draw(tickets_ptr):
-    """The number of this program's next item."""
+    """This program's next ticket."""
     return tl.atomic_add(tickets_ptr, 1, sem="relaxed")
-
-
-@triton.jit
-def turn(ticket, first, lag):
-    """Which half of the queue an item is of, and its place there. `first`: items of the first half.
-
-    `lag` of the first half, then both in turn while the first lasts, then what is left.
-    """
-    pairs = first - lag
-    u = ticket - lag
-    alternating = u < 2 * pairs
-    is_second = (u >= 0) & ((u % 2 == 1) | ~alternating)
-    place = tl.where(u < 0, ticket, tl.where(alternating, u // 2 + (1 - u % 2) * lag, u - pairs))
-    return is_second, place
 
 
 @triton.jit
@@ -115,14 +114,30 @@ def forward_kernel(
     items = N * strips
     rows = tl.cdiv(S, BLOCK_S)
     blocks = tl.cdiv(C, BLOCK_C)
+    done_ptr = counters_ptr + 1
     ticket = draw(counters_ptr)
-    while ticket < 2 * items:
-        is_second, item = turn(ticket, items, lag)
-        n = item // strips
-        strip = item % strips
-        done_ptr = counters_ptr + 1 + n
-        if is_second:
-            wait(done_ptr, strips + HAS_CHANNEL)
+    while condition(ticket < items + lag, disable_licm=True):
+        if ticket < items:
+            n = ticket // strips
+            squeeze_kernel(
+                x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr,
+                C, S, strips, stride_xn, pitch_x,
+                COMBINE, CHANNELS_LAST, ALIGN, WIDE, HOLD, TILES, BLOCK_C, BLOCK_S, ticket,
+            )  # fmt: skip
+            before = announce(done_ptr + n)
+            if HAS_CHANNEL:  # noqa: SIM102 (one is known when compiling, the other when running)
+                if before == strips - 1:
+                    excite_kernel(
+                        partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
+                        pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
+                        EXCITE_C, EXCITE_J, EXCITE_STRIPS, EXCITE_TILE, n,
+                    )  # fmt: skip
+                    announce(done_ptr + n)
+        item = ticket - lag
+        if item >= 0:
+            n = item // strips
+            strip = item % strips
+            wait(done_ptr + n, strips + HAS_CHANNEL)
             begin = (n * rows + strip * TILES) * blocks
             end = (n * rows + tl.minimum((strip + 1) * TILES, rows)) * blocks
             for tile in range(begin, end):
@@ -131,21 +146,6 @@ def forward_kernel(
                     C, S, rows, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
                     COMBINE, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, LAST, tile,
                 )  # fmt: skip
-        else:
-            squeeze_kernel(
-                x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr,
-                C, S, strips, stride_xn, pitch_x,
-                COMBINE, CHANNELS_LAST, ALIGN, WIDE, HOLD, TILES, BLOCK_C, BLOCK_S, item,
-            )  # fmt: skip
-            before = announce(done_ptr)
-            if HAS_CHANNEL:  # noqa: SIM102 (one is known when compiling, the other when running)
-                if before == strips - 1:
-                    excite_kernel(
-                        partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
-                        pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
-                        EXCITE_C, EXCITE_J, EXCITE_STRIPS, EXCITE_TILE, n,
-                    )  # fmt: skip
-                    announce(done_ptr)
         ticket = draw(counters_ptr)
 
 
@@ -217,17 +217,42 @@ def backward_kernel(
     items = N * strips
     rows = tl.cdiv(S, BLOCK_S)
     blocks = tl.cdiv(C, BLOCK_C)
-    samples_ptr = counters_ptr + 1 + N
-    first = items + tasks
+    done_ptr = counters_ptr + 1
+    samples_ptr = done_ptr + N
+    tickets = items + tl.maximum(tasks, lag * NEED_DX)
     ticket = draw(counters_ptr)
-    while ticket < first + items * NEED_DX:
-        is_second, item = turn(ticket, first, lag)
-        n = item // strips
-        strip = item % strips
-        done_ptr = counters_ptr + 1 + n
-        if is_second:
-            if NEED_DX:
-                wait(done_ptr, strips + 1)
+    while condition(ticket < tickets, disable_licm=True):
+        if ticket < items:
+            n = ticket // strips
+            reduce_kernel(
+                dy_ptr, x_ptr, ws_ptr, bs_ptr, channel_gate_ptr,
+                partial_ptr, partial_ws_ptr, partial_bs_ptr, spatial_gate_ptr, dq_ptr,
+                C, S, strips, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x,
+                COMBINE, CHANNELS_LAST, ALIGN, WIDE, SUM_CHANNEL, SUM_SPATIAL, WEIGH, STORE_GATES,
+                HOLD, TILES, BLOCK_C, BLOCK_S, POLICY_X, ticket,
+            )  # fmt: skip
+            if announce(done_ptr + n) == strips - 1:
+                excite_backward_kernel(
+                    partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
+                    hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr,
+                    sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
+                    EXCITE_C, EXCITE_J, EXCITE_STRIPS, EXCITE_TILE, n,
+                )  # fmt: skip
+                announce(done_ptr + n)
+                announce(samples_ptr)
+        elif ticket < items + tasks:
+            wait(samples_ptr, N)
+            parameter_gradients(
+                ticket - items, d_excited_ptr, d_hidden_ptr, pooled_ptr, hidden_ptr,
+                sample_ws_ptr, sample_bs_ptr,
+                dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, dws_ptr, dbs_ptr, N, C, Cr, BLOCK,
+            )  # fmt: skip
+        if NEED_DX:
+            item = ticket - lag
+            if (item >= 0) & (item < items):
+                n = item // strips
+                strip = item % strips
+                wait(done_ptr + n, strips + 1)
                 begin = (n * rows + strip * TILES) * blocks
                 end = (n * rows + tl.minimum((strip + 1) * TILES, rows)) * blocks
                 for tile in range(begin, end):
@@ -239,28 +264,4 @@ def backward_kernel(
                         stride_dxn, pitch_dx, COMBINE, CHANNELS_LAST, ALIGN, WIDE, True, False,
                         BLOCK_C, BLOCK_S, BLOCK, LAST, tile,
                     )  # fmt: skip
-        elif item < items:
-            reduce_kernel(
-                dy_ptr, x_ptr, ws_ptr, bs_ptr, channel_gate_ptr,
-                partial_ptr, partial_ws_ptr, partial_bs_ptr, spatial_gate_ptr, dq_ptr,
-                C, S, strips, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x,
-                COMBINE, CHANNELS_LAST, ALIGN, WIDE, SUM_CHANNEL, SUM_SPATIAL, WEIGH, STORE_GATES,
-                HOLD, TILES, BLOCK_C, BLOCK_S, POLICY_X, item,
-            )  # fmt: skip
-            if announce(done_ptr) == strips - 1:
-                excite_backward_kernel(
-                    partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
-                    hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr,
-                    sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-                    EXCITE_C, EXCITE_J, EXCITE_STRIPS, EXCITE_TILE, n,
-                )  # fmt: skip
-                announce(done_ptr)
-                announce(samples_ptr)
-        else:
-            wait(samples_ptr, N)
-            parameter_gradients(
-                item - items, d_excited_ptr, d_hidden_ptr, pooled_ptr, hidden_ptr,
-                sample_ws_ptr, sample_bs_ptr,
-                dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, dws_ptr, dbs_ptr, N, C, Cr, BLOCK,
-            )  # fmt: skip
         ticket = draw(counters_ptr)

@@ -53,7 +53,7 @@ def inside(c, s, C, S, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def load(ptr, mask, ACC: tl.constexpr, POLICY: tl.constexpr = ""):
-    """Elements in the accumulator's dtype, 0 outside of the mask. POLICY: the caches' (eviction)."""
+    """Elements in the accumulator's dtype, 0 outside of the mask. POLICY: of eviction."""
     return tl.load(ptr, mask=mask, other=0.0, eviction_policy=POLICY).to(ACC)
 
 

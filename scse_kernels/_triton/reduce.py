@@ -62,8 +62,8 @@ def reduce_kernel(
     item=None,
 ):
     """A program for each sample and strip (TILES tiles), or this one does the strip `item`. Reads x
-    and dy once from memory; writes what is asked for: the sums for the channel gate (SUM_CHANNEL), those for ws and bs (WEIGH), the
-    spatial gate and dq (STORE_GATES).
+    and dy once from memory; writes what is asked for: the sums for the channel gate (SUM_CHANNEL),
+    those for ws and bs (WEIGH), the spatial gate and dq (STORE_GATES).
 
     HOLD: BLOCK_C covers all channels, and x waits in registers for its later uses. Without, TILES
     is 1 and x is read again for each, from a cache, as a strip is narrow. POLICY: the caches' for
