@@ -126,7 +126,8 @@ def registers_and_spills(compiled, target):
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         find = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
-        return find("vgpr_count"), find("vgpr_spill_count") + find("sgpr_spill_count")
+        # scalar registers spill to lanes of vector registers, not to memory
+        return find("vgpr_count"), find("vgpr_spill_count")
     ptxas = triton.knobs.nvidia.ptxas_blackwell if target.arch >= 100 else triton.knobs.nvidia.ptxas
     ptx = compiled.asm["ptx"]
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]
@@ -211,8 +212,9 @@ def one_launch(monkeypatch, launches):
     return launches
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("variant", ["sse", "add", "max", "concat"])
+@pytest.mark.parametrize(
+    ("variant", "channels_last"), [("add", False), ("max", True), ("sse", True), ("concat", False)]
+)
 def test_one_launch_on_sm_90(variant, channels_last, one_launch):
     noted = one_launch(variant, torch.float16, channels_last)
     assert tuple(noted) == ONE_LAUNCH
@@ -226,9 +228,9 @@ def test_one_launch_on_other_architectures(target, one_launch, monkeypatch):
     check(one_launch("add", torch.bfloat16), "add", torch.bfloat16, target)
 
 
-@pytest.mark.parametrize("channels", [256, 1024])
+@pytest.mark.parametrize("channels", [128, 512])
 def test_one_launch_of_many_channels(channels, one_launch):
-    noted = one_launch("max", torch.float16, channels == 256, (1, channels, 8, 8))
+    noted = one_launch("max", torch.float16, channels == 128, (1, channels, 16, 16))
     check(noted, "max", torch.float16, nvidia(90))
 
 
