@@ -86,8 +86,8 @@ def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excita
 
 @dataclass(frozen=True)
 class Queue:
-    """How the kernels of one launch take their items: `programs` of them do, and a strip's second
-    pass comes `lead` strips after its sample's first pass was handed out."""
+    """For the kernels of one launch: `programs` of them take strips, and the second pass over a
+    sample begins `lead` strips after the end of the first."""
 
     programs: int
     lead: int
@@ -114,14 +114,18 @@ def excitation_tile(warps: int, itemsize: int) -> int:
 def queue(strips: int, kept: int, warps: int, resident: int, processors: int, l2: int) -> Queue:
     """The queue of `strips` strips in all, of which `kept` bytes each wait in L2 to be read again.
 
-    Programs of `warps` warps fill the device's multiprocessors with `resident` warps each. Between
-    the two readings of a strip pass its sample, `lead` strips and what the programs have in hand,
-    twice their number. `lead` is one strip for each program, so that all have work while a sample
-    is excited. They get three eighths of L2 for that; the rest is for the sample and for y. On an
-    H100 (132 multiprocessors, 50 MB of L2) the map may then have samples of 15 MB and more:
-    [8, 256, 64, 64] float16 has 64 strips of 32 KB to a sample, 200 programs of eight warps and so
-    a window of 64 + 3 * 200 strips, 21 MB or ten samples.
+    Programs of `warps` warps fill the device's multiprocessors with `resident` warps each, if L2 is
+    large enough for that: between the two readings of a strip pass the rest of its sample, `lead`
+    strips and what the programs have in hand, twice their number. `lead` is a strip for every
+    second program, so that there is work while a sample is excited. In all that may be half of L2;
+    the other half is for the sample and what is written. On an H100 (132 multiprocessors, 50 MiB):
+
+    [8, 64, 256, 256] float16: 512 strips of 16 KiB, 640 programs of two warps, ten warps to a
+        multiprocessor; 512 + 2.5 * 640 strips pass, 33 MiB or four samples
+    [8, 256, 64, 64] float16: 64 strips of 32 KiB, 264 programs of eight warps (sixteen warps);
+        64 + 2.5 * 264 strips, 23 MiB, more than the map has
+    the same in channels_last: 128 strips of 16 KiB, 640 programs of one warp, which is few
     """
     programs = processors * max(1, resident // warps)
-    programs = max(1, min(programs, strips, l2 // (8 * kept)))
-    return Queue(programs, programs)
+    programs = max(1, min(programs, strips, l2 // (5 * kept)))
+    return Queue(programs, programs // 2)
