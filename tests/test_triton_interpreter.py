@@ -202,3 +202,62 @@ def test_operators_are_well_behaved():
     torch.library.opcheck(
         torch.ops.scse_kernels.triton_forward.default, (case.x, *case.parameters, 0)
     )
+
+
+def in_both(case: Case, monkeypatch, *need):
+    """The operators' results in three launches each way and in one: asserts that they are equal."""
+    combine = ops.COMBINE.get(case.variant, 0)
+    namespace = torch.ops.scse_kernels
+    results = []
+    for launches in ("3", "1"):
+        monkeypatch.setenv("SCSE_TRITON_LAUNCHES", launches)
+        y, *small = namespace.triton_forward(case.x, *case.parameters, combine)
+        gradients = namespace.triton_backward(
+            case.dy, case.x, *case.parameters, *small, combine, *(need or (True,) * 3)
+        )
+        results.append((y, *small, *gradients))
+    assert not results[0][0].isnan().any()
+    for index, (three, one) in enumerate(zip(*results, strict=True)):
+        assert same_bits(three, one), index
+
+
+@interpreted
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_launch_gives_the_bits_of_three(variant, monkeypatch):
+    in_both(make_case((2, 19, 5, 29), variant), monkeypatch)
+    in_both(channels_last(make_case((3, 33, 3, 23), variant, torch.float16)), monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("lead", [0, 100])
+def test_one_launch_by_several_programs(lead, monkeypatch):
+    from scse_kernels._triton import heuristics
+
+    monkeypatch.setattr(heuristics, "queue", lambda *_: heuristics.Queue(3, lead))
+    in_both(make_case((2, 5, 10, 13), "max"), monkeypatch)
+    in_both(make_case((1, 5, 3), "add"), monkeypatch)
+
+
+@interpreted
+def test_one_launch_of_more_channels_than_a_tile_and_strips_of_several(monkeypatch):
+    from scse_kernels._triton import heuristics
+
+    in_both(make_case((2, 600, 2, 5), "max", reduction=60), monkeypatch)
+    monkeypatch.setattr(heuristics, "_STRIPS", 2)
+    in_both(channels_last(make_case((1, 33, 11, 13), "concat")), monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", ["cse", "sse", "add"])
+def test_one_launch_of_what_is_needed(variant, monkeypatch):
+    case = make_case((2, 10, 6, 17), variant)
+    for mask in range(7) if variant == "add" else (1, 6):
+        in_both(case, monkeypatch, *(bool(mask >> bit & 1) for bit in range(3)))
+
+
+@interpreted
+def test_number_of_launches_is_checked(monkeypatch):
+    monkeypatch.setenv("SCSE_TRITON_LAUNCHES", "2")
+    case = make_case((2, 4, 3, 3))
+    with pytest.raises(ValueError, match="SCSE_TRITON_LAUNCHES must be 1 or 3, got '2'"):
+        call("add", case.x, *case.parameters, backend="triton")

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .combine import CHANNEL, CONCAT, SPATIAL, direct, reads_x, value
 from .parameters import parameter_gradients
-from .primitives import accumulator, index, inside, load, offsets, shown
+from .primitives import accumulator, index, inside, load, offsets, shown, store
 
 
 @triton.jit
@@ -28,20 +28,24 @@ def apply_kernel(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    POLICY: tl.constexpr = "",
+    tile=None,
 ):
-    """A program for each tile. Reads x and the gates once, writes y.
+    """A program for each tile, or this one does `tile`. Reads x and the gates once, writes y.
 
-    From the last tile to the first, as the end of x is what the squeeze left in L2.
+    From the last tile to the first, as the end of x is what the squeeze left in L2. POLICY: the
+    caches' for x and y.
     """
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    if tile is None:
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
     n = index(tile // (strips * blocks), WIDE)
     s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
     c = (tile % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
-    x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC)
+    x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
     channel_gate = 0.0
     spatial_gate = 0.0
     if COMBINE != SPATIAL:
@@ -52,15 +56,10 @@ def apply_kernel(
     y_ptr += n * shown(stride_yn, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_y, CHANNELS_LAST, ALIGN)
     if COMBINE == CONCAT:
-        tl.store(y_ptr + at, (x * channel_gate).to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(
-            y_ptr + shown(half_y, ALIGN) + at,
-            (x * spatial_gate).to(y_ptr.dtype.element_ty),
-            mask=mask,
-        )
+        store(y_ptr + at, x * channel_gate, mask, POLICY)
+        store(y_ptr + shown(half_y, ALIGN) + at, x * spatial_gate, mask, POLICY)
     else:
-        y = value(x, channel_gate, spatial_gate, COMBINE)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+        store(y_ptr + at, value(x, channel_gate, spatial_gate, COMBINE), mask, POLICY)
 
 
 @triton.jit
@@ -107,10 +106,14 @@ def apply_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
+    POLICY: tl.constexpr = "",
+    tile=None,
 ):
-    """A program for each tile of dx. Reads dy and the small tensors once, and x where the formula
-    needs it; writes dx. Programs of their own form the parameters' gradients meanwhile."""
-    tile = tiles - 1 - tl.program_id(0)  # backwards, as in `apply_kernel`
+    """A program for each tile of dx, or this one does `tile`. Reads dy and the small tensors once,
+    and x where the formula needs it; writes dx. Programs of their own form the parameters'
+    gradients meanwhile. POLICY: the caches' for the maps."""
+    if tile is None:
+        tile = tiles - 1 - tl.program_id(0)  # backwards, as in `apply_kernel`
     if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
         if tile < 0:
             parameter_gradients(
@@ -142,14 +145,14 @@ def apply_backward_kernel(
         mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
         dy_ptr += n * shown(stride_dyn, ALIGN)
         at = offsets(index(c, WIDE), index(s, WIDE), pitch_dy, CHANNELS_LAST, ALIGN)
-        dy = load(dy_ptr + at, mask, ACC)
+        dy = load(dy_ptr + at, mask, ACC, POLICY)
         dy2 = 0.0
         if COMBINE == CONCAT:
-            dy2 = load(dy_ptr + shown(half_dy, ALIGN) + at, mask, ACC)
+            dy2 = load(dy_ptr + shown(half_dy, ALIGN) + at, mask, ACC, POLICY)
         x = 0.0
         if reads_x(COMBINE):
             at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
-            x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC)
+            x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
         channel_gate = 0.0
         spatial_gate = 0.0
         if COMBINE != SPATIAL:
@@ -164,4 +167,4 @@ def apply_backward_kernel(
             dx += ws[:, None] * load(dq_ptr + n * S + s, s < S, ACC)[None, :]
         at = offsets(index(c, WIDE), index(s, WIDE), pitch_dx, CHANNELS_LAST, ALIGN)
         dx_ptr += n * shown(stride_dxn, ALIGN)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        store(dx_ptr + at, dx, mask, POLICY)

@@ -6,6 +6,15 @@ import triton.language as tl
 from .primitives import accumulator, load, matvec, sum_rows
 
 
+@triton.constexpr_function
+def at_once(block, terms, tile):
+    """How many of `block` sums of so many terms are formed at once: a tile of them at most.
+
+    The sums' own order depends on `terms` alone, not on this.
+    """
+    return max(1, min(block, tile // terms))
+
+
 @triton.jit
 def excite_kernel(
     partial_ptr,  # [N, strips, C]: sums of x
@@ -23,31 +32,37 @@ def excite_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_STRIPS: tl.constexpr,
+    TILE: tl.constexpr,
+    n=None,
 ):
-    """A program for each sample. Reads its partial sums and the parameters once; writes pooled,
-    hidden and the gate, and reads the first two again (all threads need all of them)."""
+    """A program for each sample, or this one does sample n. Reads its partial sums and the
+    parameters once; writes pooled, hidden and the gate, and reads the first two again (all threads
+    need all of them). TILE: elements of what is added at once, at most."""
     ACC: tl.constexpr = accumulator(pooled_ptr.dtype.element_ty)
-    n = tl.program_id(0).to(tl.int64)
+    SUMS: tl.constexpr = at_once(BLOCK_C, BLOCK_STRIPS, TILE)
+    HIDDEN: tl.constexpr = at_once(BLOCK_J, BLOCK_C, TILE)
+    GATES: tl.constexpr = at_once(BLOCK_C, BLOCK_J, TILE)
+    n = (tl.program_id(0) if n is None else n).to(tl.int64)
     partial_ptr += n * strips * C
     pooled_ptr += n * C
     hidden_ptr += n * Cr
     channel_gate_ptr += n * C
 
-    for begin in range(0, C, BLOCK_C):
-        c = begin + tl.arange(0, BLOCK_C)
-        total = sum_rows(partial_ptr, strips, C, c, ACC, BLOCK_STRIPS, BLOCK_C)
+    for begin in range(0, C, SUMS):
+        c = begin + tl.arange(0, SUMS)
+        total = sum_rows(partial_ptr, strips, C, c, ACC, BLOCK_STRIPS, SUMS)
         tl.store(pooled_ptr + c, total / S, mask=c < C)
     tl.debug_barrier()
-    for begin in range(0, Cr, BLOCK_J):
-        j = begin + tl.arange(0, BLOCK_J)
-        h = matvec(w1_ptr, pooled_ptr, j, Cr, C, C, 1, ACC, BLOCK_J, BLOCK_C)
+    for begin in range(0, Cr, HIDDEN):
+        j = begin + tl.arange(0, HIDDEN)
+        h = matvec(w1_ptr, pooled_ptr, j, Cr, C, C, 1, ACC, HIDDEN, BLOCK_C)
         if b1_ptr is not None:
             h += load(b1_ptr + j, j < Cr, ACC)
         tl.store(hidden_ptr + j, tl.where(h < 0, 0.0, h), mask=j < Cr)  # NaN stays
     tl.debug_barrier()
-    for begin in range(0, C, BLOCK_C):
-        c = begin + tl.arange(0, BLOCK_C)
-        excited = matvec(w2_ptr, hidden_ptr, c, C, Cr, Cr, 1, ACC, BLOCK_C, BLOCK_J)
+    for begin in range(0, C, GATES):
+        c = begin + tl.arange(0, GATES)
+        excited = matvec(w2_ptr, hidden_ptr, c, C, Cr, Cr, 1, ACC, GATES, BLOCK_J)
         if b2_ptr is not None:
             excited += load(b2_ptr + c, c < C, ACC)
         tl.store(channel_gate_ptr + c, tl.sigmoid(excited), mask=c < C)
@@ -74,38 +89,51 @@ def excite_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_STRIPS: tl.constexpr,
+    TILE: tl.constexpr,
+    n=None,
 ):
-    """A program for each sample and branch. Reads its partial sums once, and the weights."""
-    n = tl.program_id(0).to(tl.int64)
+    """A program for each sample and branch, or this one does both of sample n. Reads its partial
+    sums once, and the weights."""
+    SUMS: tl.constexpr = at_once(BLOCK_C, BLOCK_STRIPS, TILE)
+    HIDDEN: tl.constexpr = at_once(BLOCK_J, BLOCK_C, TILE)
+    MEANS: tl.constexpr = at_once(BLOCK_C, BLOCK_J, TILE)
+    if n is None:
+        do_spatial = tl.program_id(1) == 0
+        do_channel = tl.program_id(1) == tl.num_programs(1) - 1
+        n = tl.program_id(0)
+    else:
+        do_spatial = True
+        do_channel = True
+    n = n.to(tl.int64)
     row = n * strips
     ACC: tl.constexpr = accumulator(hidden_ptr.dtype.element_ty)
 
-    if partial_ws_ptr is not None and tl.program_id(1) == 0:
-        for begin in range(0, C, BLOCK_C):
-            c = begin + tl.arange(0, BLOCK_C)
-            total = sum_rows(partial_ws_ptr + row * C, strips, C, c, ACC, BLOCK_STRIPS, BLOCK_C)
+    if partial_ws_ptr is not None and do_spatial:
+        for begin in range(0, C, SUMS):
+            c = begin + tl.arange(0, SUMS)
+            total = sum_rows(partial_ws_ptr + row * C, strips, C, c, ACC, BLOCK_STRIPS, SUMS)
             tl.store(sample_ws_ptr + n * C + c, total, mask=c < C)
         one = tl.arange(0, 1)
         total = sum_rows(partial_bs_ptr + row, strips, 1, one, ACC, BLOCK_STRIPS, 1)
         tl.store(sample_bs_ptr + n + one, total)
 
-    if partial_ptr is not None and tl.program_id(1) == tl.num_programs(1) - 1:
+    if partial_ptr is not None and do_channel:
         d_excited_ptr += n * C
         d_hidden_ptr += n * Cr
-        for begin in range(0, C, BLOCK_C):
-            c = begin + tl.arange(0, BLOCK_C)
-            d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, BLOCK_STRIPS, BLOCK_C)
+        for begin in range(0, C, SUMS):
+            c = begin + tl.arange(0, SUMS)
+            d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, BLOCK_STRIPS, SUMS)
             gate = load(channel_gate_ptr + n * C + c, c < C, ACC)
             tl.store(d_excited_ptr + c, d * gate * (1.0 - gate), mask=c < C)
         tl.debug_barrier()
-        for begin in range(0, Cr, BLOCK_J):
-            j = begin + tl.arange(0, BLOCK_J)
-            d = matvec(w2_ptr, d_excited_ptr, j, Cr, C, 1, Cr, ACC, BLOCK_J, BLOCK_C)
+        for begin in range(0, Cr, HIDDEN):
+            j = begin + tl.arange(0, HIDDEN)
+            d = matvec(w2_ptr, d_excited_ptr, j, Cr, C, 1, Cr, ACC, HIDDEN, BLOCK_C)
             hidden = load(hidden_ptr + n * Cr + j, j < Cr, ACC)
             tl.store(d_hidden_ptr + j, tl.where(hidden <= 0, 0.0, d), mask=j < Cr)
         if d_mean_ptr is not None:
             tl.debug_barrier()
-            for begin in range(0, C, BLOCK_C):
-                c = begin + tl.arange(0, BLOCK_C)
-                d = matvec(w1_ptr, d_hidden_ptr, c, C, Cr, 1, C, ACC, BLOCK_C, BLOCK_J)
+            for begin in range(0, C, MEANS):
+                c = begin + tl.arange(0, MEANS)
+                d = matvec(w1_ptr, d_hidden_ptr, c, C, Cr, 1, C, ACC, MEANS, BLOCK_J)
                 tl.store(d_mean_ptr + n * C + c, d / S, mask=c < C)

@@ -6,6 +6,7 @@ not from run to run. Software pipelining (num_stages) is no choice here: Triton 
 matrix products, and no other where it isn't asked to.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -136,3 +137,50 @@ def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excita
     block_strips = min((128 if strips > 128 else 32) // share, power_of_two(strips))
     warps = min(8, max(1, block_c * max(block_j, block_strips) * share // 2048))
     return Excitation(block_c, block_j, block_strips, warps)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """For the kernels of one launch: `programs` of them take strips, and the second pass over a
+    sample begins `lead` strips after the end of the first."""
+
+    programs: int
+    lead: int
+
+
+def launches() -> int:
+    """Kernel launches each way: 3, a kernel for each step, or 1, all steps in one.
+
+    One launch makes programs wait for each other, which was never timed nor run on a GPU: so it is
+    used only where SCSE_TRITON_LAUNCHES asks for it.
+    """
+    asked = os.environ.get("SCSE_TRITON_LAUNCHES", "3")
+    if asked not in ("1", "3"):
+        raise ValueError(f"SCSE_TRITON_LAUNCHES must be 1 or 3, got {asked!r}")
+    return int(asked)
+
+
+def excitation_tile(warps: int, itemsize: int) -> int:
+    """Elements of the excitation's tiles in a kernel of so many warps: 256 bytes of a thread's
+    registers for sums of `itemsize` bytes."""
+    return warps * 32 * 256 // itemsize
+
+
+def queue(strips: int, kept: int, warps: int, resident: int, processors: int, l2: int) -> Queue:
+    """The queue of `strips` strips in all, of which `kept` bytes each wait in L2 to be read again.
+
+    Programs of `warps` warps fill the device's multiprocessors with `resident` warps each, if L2 is
+    large enough for that: between the two readings of a strip pass the rest of its sample, `lead`
+    strips and what the programs have in hand, twice their number. `lead` is a strip for every
+    second program, so that there is work while a sample is excited. In all that may be half of L2;
+    the other half is for the sample and what is written. On an H100 (132 multiprocessors, 50 MiB):
+
+    [8, 64, 256, 256] float16: 512 strips of 16 KiB, 640 programs of two warps, ten warps to a
+        multiprocessor; 512 + 2.5 * 640 strips pass, 33 MiB or four samples
+    [8, 256, 64, 64] float16: 64 strips of 32 KiB, 264 programs of eight warps (sixteen warps);
+        64 + 2.5 * 264 strips, 23 MiB, more than the map has
+    the same in channels_last: 128 strips of 16 KiB, 640 programs of one warp, which is few
+    """
+    programs = processors * max(1, resident // warps)
+    programs = max(1, min(programs, strips, l2 // (5 * kept)))
+    return Queue(programs, programs // 2)

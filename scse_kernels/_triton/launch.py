@@ -14,8 +14,9 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from . import heuristics, tuning
 from .apply import apply_backward_kernel, apply_kernel
-from .combine import CHANNEL, SPATIAL
+from .combine import CHANNEL, SPATIAL, reads_x
 from .excite import excite_backward_kernel, excite_kernel
+from .one_launch import backward_kernel, forward_kernel
 from .reduce import reduce_kernel
 from .squeeze import squeeze_kernel
 
@@ -74,9 +75,36 @@ class Problem:
             "BLOCK_C": e.block_c,
             "BLOCK_J": e.block_j,
             "BLOCK_STRIPS": e.block_strips,
+            "TILE": e.block_c * max(e.block_j, e.block_strips),
             "num_warps": e.warps,
             "num_stages": 1,
         }
+
+    def excitation_within(self, sums: torch.dtype) -> dict:
+        """The same for a kernel of the tile's warps: the same sums, fewer of them at once."""
+        e = heuristics.excitation(self.channels, self.hidden, self.strips, sums.itemsize)
+        return {
+            "EXCITE_C": e.block_c,
+            "EXCITE_J": e.block_j,
+            "EXCITE_STRIPS": e.block_strips,
+            "EXCITE_TILE": heuristics.excitation_tile(self.tile.warps, sums.itemsize),
+        }
+
+    def queue(self, x: Tensor, resident: int, *kept: Tensor) -> heuristics.Queue:
+        """The queue of one launch in which the maps `kept` are read twice."""
+        processors, l2 = 1, 0  # the interpreter runs one program after the other
+        if x.is_cuda:
+            device = torch.cuda.get_device_properties(x.device)
+            processors, l2 = device.multi_processor_count, device.L2_cache_size
+        strip = self.tile.block_s * self.tile.tiles * x.element_size()
+        return heuristics.queue(
+            self.samples * self.strips,
+            strip * sum(map.shape[1] for map in kept),
+            self.tile.warps,
+            resident,
+            processors,
+            l2,
+        )
 
     def pitch(self, map: Tensor) -> int:
         """Elements between rows: from one position to the next, or from channel to channel."""
@@ -127,6 +155,16 @@ def _describe(
     )
 
 
+def _counters(x: Tensor, size: int) -> Tensor:
+    """Zeros for a kernel of one launch.
+
+    Filling them is a second, tiny node for the device. A buffer that each launch leaves as zeros
+    would save it, but it would be shared by all graphs captured on a stream, whose replays may
+    overlap, and would live on in a memory pool of theirs.
+    """
+    return x.new_zeros((size,), dtype=torch.int32)
+
+
 def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
     return [None if p is None else p.contiguous() for p in parameters]
 
@@ -143,7 +181,8 @@ def forward(
     bs: Tensor | None,
     combine: int,
 ) -> None:
-    """Fills y, pooled, hidden, channel_gate: three launches, two without the channel branch."""
+    """Fills y, pooled, hidden, channel_gate: three launches (two without the channel branch), or
+    one."""
     p = _describe(memory_format, x, w1, ws, combine)
     y, pooled, hidden, channel_gate = results
     if p.samples == 0:
@@ -155,6 +194,18 @@ def forward(
     partial = pooled.new_empty((n, p.strips, c)) if p.has_channel else None
     spatial_gate = pooled.new_empty((n, s)) if p.has_spatial else None
     with torch.cuda.device_of(x):
+        if heuristics.launches() == 1:
+            queue = p.queue(x, 16, x)
+            lag = p.strips + queue.lead
+            forward_kernel[(queue.programs,)](
+                x, w1, b1, w2, b2, ws, bs, partial, spatial_gate,
+                pooled, hidden, channel_gate, y, _counters(x, 1 + n),
+                n, c, p.hidden, s, p.strips, lag,
+                _sample(x), p.pitch(x), _sample(y), p.pitch(y), p.half(y),
+                HOLD=p.tile.hold, TILES=p.tile.tiles,
+                **p.constants(x, y), **p.excitation_within(pooled.dtype),
+            )  # fmt: skip
+            return
         squeeze_kernel[(n * p.strips,)](
             x, ws, bs, partial, spatial_gate,
             c, s, p.strips, _sample(x), p.pitch(x),
@@ -193,7 +244,8 @@ def backward(
     need_channel: bool,
     need_spatial: bool,
 ) -> None:
-    """Fills dx and the gradients of the six parameters, except those not needed: three launches."""
+    """Fills dx and the gradients of the six parameters, except those not needed: three launches,
+    or one."""
     dx = results[0]
     written = (
         None if p is None or not needed else g
@@ -226,7 +278,26 @@ def backward(
     d_mean = scratch(sum_channel and need_dx, n, c)
     sample_ws, sample_bs = scratch(need_spatial, n, c), scratch(need_spatial, n)
 
+    blocks = triton.cdiv(c, _BLOCK)
+    tasks = 2 * blocks * triton.cdiv(p.hidden, _BLOCK) * need_channel + blocks * need_spatial
+    maps = [x, dy, *([dx] if need_dx else [])]
     with torch.cuda.device_of(x):
+        if n and heuristics.launches() == 1:
+            queue = p.queue(x, 8, dy, *([x] if reads_x(p.combine) else []))
+            lag = strips + queue.lead
+            backward_kernel[(queue.programs,)](
+                dy, x, w1, w2, ws, bs, pooled, hidden, channel_gate,
+                partial, partial_ws, partial_bs, spatial_gate, dq,
+                d_excited, d_hidden, d_mean, sample_ws, sample_bs,
+                dx if need_dx else None, dw1, db1, dw2, db2, dws, dbs, _counters(x, 2 + n),
+                n, c, p.hidden, s, strips, lag, tasks,
+                _sample(dy), p.pitch(dy), p.half(dy), _sample(x), p.pitch(x),
+                _sample(dx) if need_dx else 0, p.pitch(x),
+                SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
+                STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
+                BLOCK=_BLOCK, **p.constants(*maps), **p.excitation_within(pooled.dtype),
+            )  # fmt: skip
+            return
         if n:
             reduce_kernel[(n * strips,)](
                 dy, x, ws, bs, channel_gate, partial, partial_ws, partial_bs, spatial_gate, dq,
@@ -244,8 +315,6 @@ def backward(
                 )  # fmt: skip
         row_strips = triton.cdiv(s, p.tile.block_s)
         tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_dx else 0
-        blocks = triton.cdiv(c, _BLOCK)
-        tasks = 2 * blocks * triton.cdiv(p.hidden, _BLOCK) * need_channel + blocks * need_spatial
         if tiles + tasks:
             apply_backward_kernel[(tiles + tasks,)](
                 dy, x, channel_gate, spatial_gate, dq, d_mean, ws, dx,
@@ -255,5 +324,5 @@ def backward(
                 _sample(dy), p.pitch(dy), p.half(dy), _sample(x), p.pitch(x),
                 _sample(dx) if need_dx else 0, p.pitch(x),
                 NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=_BLOCK,
-                **p.constants(x, dy, *([dx] if need_dx else [])),
+                **p.constants(*maps),
             )  # fmt: skip

@@ -15,6 +15,12 @@ def accumulator(dtype):
     return tl.float64 if dtype == tl.float64 else tl.float32
 
 
+@triton.constexpr_function
+def halvings(size):
+    """How often a power of two can be halved."""
+    return size.bit_length() - 1
+
+
 @triton.jit
 def shown(size, ALIGN: tl.constexpr):
     """`size`, in a form from which the compiler sees that ALIGN divides it, for wide accesses."""
@@ -46,9 +52,31 @@ def inside(c, s, C, S, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, mask, ACC: tl.constexpr):
-    """Elements in the accumulator's dtype, 0 outside of the mask."""
-    return tl.load(ptr, mask=mask, other=0.0).to(ACC)
+def load(ptr, mask, ACC: tl.constexpr, POLICY: tl.constexpr = ""):
+    """Elements in the accumulator's dtype, 0 outside of the mask. POLICY: of eviction."""
+    return tl.load(ptr, mask=mask, other=0.0, eviction_policy=POLICY).to(ACC)
+
+
+@triton.jit
+def store(ptr, elements, mask, POLICY: tl.constexpr):
+    """Elements in the tensor's own dtype."""
+    tl.store(ptr, elements.to(ptr.dtype.element_ty), mask=mask, eviction_policy=POLICY)
+
+
+@triton.jit
+def sum_in_pairs(x, axis: tl.constexpr):
+    """The sum of x [rows, columns] over one axis, always two neighbours at a time.
+
+    a + b is b + a: so the result is the same to the last bit however a compiler lays x out over
+    threads, and for any number of warps. (In `tl.sum` the order of the terms follows the layout.)
+    """
+    if axis == 0:
+        for _ in tl.static_range(halvings(x.shape[0])):
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), 1)
+    else:
+        for _ in tl.static_range(halvings(x.shape[1])):
+            x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
+    return tl.reshape(x, (x.shape[1 - axis],))
 
 
 @triton.jit
@@ -59,7 +87,7 @@ def sum_rows(ptr, rows, size, i, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr, BL
         r = begin + tl.arange(0, BLOCK_ROWS)
         at = r[:, None] * size + i[None, :]
         total += load(ptr + at, (r[:, None] < rows) & (i[None, :] < size), ACC)
-    return tl.sum(total, 0)
+    return sum_in_pairs(total, 0)
 
 
 @triton.jit
@@ -83,4 +111,4 @@ def matvec(
         mask = (i[:, None] < rows) & (k[None, :] < columns)
         v = load(vector_ptr + k, k < columns, ACC)
         total += load(matrix_ptr + at, mask, ACC) * v[None, :]
-    return tl.sum(total, 1)
+    return sum_in_pairs(total, 1)

@@ -17,12 +17,13 @@ from .primitives import accumulator, index, inside, load, offsets, shown
 @triton.jit
 def load_tile(
     ptr, begin, s, C, S, pitch, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, POLICY: tl.constexpr = "",
 ):  # fmt: skip
     """The tile [BLOCK_C, BLOCK_S] of one sample, in its own dtype."""
     c = begin + tl.arange(0, BLOCK_C)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch, CHANNELS_LAST, ALIGN)
-    return tl.load(ptr + at, mask=inside(c, s, C, S, CHANNELS_LAST, ALIGN), other=0.0)
+    mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
+    return tl.load(ptr + at, mask=mask, other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -57,22 +58,26 @@ def reduce_kernel(
     TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    POLICY: tl.constexpr = "",
+    item=None,
 ):
-    """A program for each sample and strip (TILES tiles). Reads x and dy once from memory; writes
-    what is asked for: the sums for the channel gate (SUM_CHANNEL), those for ws and bs (WEIGH), the
-    spatial gate and dq (STORE_GATES).
+    """A program for each sample and strip (TILES tiles), or this one does the strip `item`. Reads x
+    and dy once from memory; writes what is asked for: the sums for the channel gate (SUM_CHANNEL),
+    those for ws and bs (WEIGH), the spatial gate and dq (STORE_GATES).
 
     HOLD: BLOCK_C covers all channels, and x waits in registers for its later uses. Without, TILES
-    is 1 and x is read again for each, from a cache, as a strip is narrow.
+    is 1 and x is read again for each, from a cache, as a strip is narrow. POLICY: the caches' for
+    the last read of x.
     """
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
     GATE_FIRST: tl.constexpr = by_gates(COMBINE)
-    pid = tl.program_id(0)
-    n = index(pid // strips, WIDE)
-    strip = pid % strips
+    if item is None:
+        item = tl.program_id(0)
+    n = index(item // strips, WIDE)
+    strip = item % strips
     x_ptr += n * shown(stride_xn, ALIGN)
     dy_ptr += n * shown(stride_dyn, ALIGN)
-    row = index(pid, WIDE) * C
+    row = index(item, WIDE) * C
     bs = 0.0
     if bs_ptr is not None:
         bs = tl.load(bs_ptr).to(ACC)
@@ -83,7 +88,7 @@ def reduce_kernel(
     for tile in range(TILES):
         s = (strip * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S)
         if HOLD:
-            x = load_tile(x_ptr, 0, s, C, S, pitch_x, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
+            x = load_tile(x_ptr, 0, s, C, S, pitch_x, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, POLICY)
         q = tl.zeros([BLOCK_S], ACC) + bs
         gate = tl.zeros([BLOCK_S], ACC)
         d_gate = tl.zeros([BLOCK_S], ACC)
@@ -139,8 +144,9 @@ def reduce_kernel(
                         ws_sum += tl.sum(x.to(ACC) * dq[None, :], 1)
                     else:
                         x = load_tile(
-                            x_ptr, begin, s, C, S, pitch_x, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C
-                        )
+                            x_ptr, begin, s, C, S, pitch_x, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C,
+                            POLICY,
+                        )  # fmt: skip
                         c = begin + tl.arange(0, BLOCK_C)
                         sums = tl.sum(x.to(ACC) * dq[None, :], 1)
                         tl.store(partial_ws_ptr + row + c, sums, mask=c < C)
@@ -151,4 +157,4 @@ def reduce_kernel(
     if WEIGH:
         if HOLD:
             tl.store(partial_ws_ptr + row + c, ws_sum, mask=c < C)
-        tl.store(partial_bs_ptr + pid, tl.sum(bs_sum, 0))
+        tl.store(partial_bs_ptr + item, tl.sum(bs_sum, 0))

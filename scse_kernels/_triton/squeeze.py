@@ -27,18 +27,21 @@ def squeeze_kernel(
     TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    item=None,
 ):
-    """A program for each sample and strip (TILES tiles). Reads x once; writes channel sums and
-    spatial gates. HOLD: BLOCK_C covers all channels; TILES is 1 without."""
+    """A program for each sample and strip (TILES tiles), or this one does the strip `item`. Reads x
+    once; writes channel sums and spatial gates. HOLD: BLOCK_C covers all channels; TILES is 1
+    without."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
-    pid = tl.program_id(0)
-    n = index(pid // strips, WIDE)
-    strip = pid % strips
+    if item is None:
+        item = tl.program_id(0)
+    n = index(item // strips, WIDE)
+    strip = item % strips
     x_ptr += n * shown(stride_xn, ALIGN)
     if HAS_CHANNEL:
-        partial_ptr += index(pid, WIDE) * C
+        partial_ptr += index(item, WIDE) * C
 
     channel_sum = tl.zeros([BLOCK_C], ACC)
     for tile in range(TILES):
