@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit(f"tune is for GPUs, got --device {args.device}")
     if reason := functional.why_not("triton", args.device):
         raise SystemExit(f"backend triton: {reason}")
+    if "SCSE_TRITON_LAUNCHES" in os.environ:
+        raise SystemExit("SCSE_TRITON_LAUNCHES is set, which goes before any choice of the tuner")
     cases = [
         Case(shape, getattr(torch, dtype), layout, args.reduction, combine, args.device)
         for combine in args.combine

@@ -7,6 +7,7 @@ Triton specialises them at a launch, and compiled.
 import os
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from scse_kernels._triton import heuristics, launch  # noqa: E402
+from scse_kernels._triton import heuristics, launch, tuning  # noqa: E402
 
 FORWARD = ("squeeze_kernel", "excite_kernel", "apply_kernel")
 BACKWARD = ("reduce_kernel", "excite_backward_kernel", "apply_backward_kernel")
@@ -226,6 +227,15 @@ def test_one_launch_on_other_architectures(target, one_launch, monkeypatch):
     if target is AMD:
         monkeypatch.setattr(torch.version, "hip", "7.0")
     check(one_launch("add", torch.bfloat16), "add", torch.bfloat16, target)
+
+
+def test_one_launch_by_a_file_of_timings(launches, monkeypatch):
+    """What it says goes, unless SCSE_TRITON_LAUNCHES says something else."""
+    own = tuning.choice
+    monkeypatch.setattr(tuning, "choice", lambda *map_: replace(own(*map_), launches=1))
+    assert tuple(launches("add", torch.float16)) == ONE_LAUNCH
+    monkeypatch.setenv("SCSE_TRITON_LAUNCHES", "3")
+    assert tuple(launches("add", torch.float16)) == FORWARD + BACKWARD
 
 
 @pytest.mark.parametrize("channels", [128, 512])

@@ -148,13 +148,14 @@ class Queue:
     lead: int
 
 
-def launches() -> int:
+def launches(chosen: int) -> int:
     """Kernel launches each way: 3, a kernel for each step, or 1, all steps in one.
 
     One launch makes programs wait for each other, which was never timed nor run on a GPU: so it is
-    used only where SCSE_TRITON_LAUNCHES asks for it.
+    used only where a file of timings chose it, or where SCSE_TRITON_LAUNCHES, which goes before any
+    choice, asks for it.
     """
-    asked = os.environ.get("SCSE_TRITON_LAUNCHES", "3")
+    asked = os.environ.get("SCSE_TRITON_LAUNCHES", str(chosen))
     if asked not in ("1", "3"):
         raise ValueError(f"SCSE_TRITON_LAUNCHES must be 1 or 3, got {asked!r}")
     return int(asked)

@@ -151,7 +151,7 @@ def _describe(
         combine,
         channels_last,
         choice.tile(channels),
-        choice.launches,
+        heuristics.launches(choice.launches),
     )
 
 
@@ -194,7 +194,7 @@ def forward(
     partial = pooled.new_empty((n, p.strips, c)) if p.has_channel else None
     spatial_gate = pooled.new_empty((n, s)) if p.has_spatial else None
     with torch.cuda.device_of(x):
-        if heuristics.launches() == 1:
+        if p.launches == 1:
             queue = p.queue(x, 16, x)
             lag = p.strips + queue.lead
             forward_kernel[(queue.programs,)](
@@ -282,7 +282,7 @@ def backward(
     tasks = 2 * blocks * triton.cdiv(p.hidden, _BLOCK) * need_channel + blocks * need_spatial
     maps = [x, dy, *([dx] if need_dx else [])]
     with torch.cuda.device_of(x):
-        if n and heuristics.launches() == 1:
+        if n and p.launches == 1:
             queue = p.queue(x, 8, dy, *([x] if reads_x(p.combine) else []))
             lag = strips + queue.lead
             backward_kernel[(queue.programs,)](
