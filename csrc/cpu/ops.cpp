@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "problem.h"
 
 namespace scse {
@@ -28,11 +29,6 @@ SCSE_DECLARE_KERNELS(avx2)
 SCSE_DECLARE_KERNELS(avx512)
 
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
 // --- instruction sets ---
 
@@ -93,48 +89,7 @@ SCSE_SELECT(double)
 SCSE_SELECT(half)
 SCSE_SELECT(bfloat16)
 
-// --- layouts ---
-
-// Whether axes `order` (outermost first) lie densely one inside the other.
-template <typename Order>
-bool dense(const Tensor& t, const Order& order) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  int64_t expected = 1;
-  for (auto axis = order.rbegin(); axis != order.rend(); ++axis) {
-    if (sizes[*axis] != 1 && strides[*axis] != expected) return false;
-    expected *= sizes[*axis];
-  }
-  return true;
-}
-
-std::vector<int64_t> axes_channels_last(const Tensor& t) {
-  std::vector<int64_t> order{0};
-  for (int64_t axis = 2; axis < t.dim(); ++axis) order.push_back(axis);
-  order.push_back(1);
-  return order;
-}
-
-bool is_channels_last(const Tensor& t) {
-  return t.dim() >= 4 && !t.is_contiguous() && dense(t, axes_channels_last(t));
-}
-
-// Every sample is dense; samples may lie further apart, as in a slice of a concatenation.
-bool has_dense_planes(const Tensor& t) {
-  std::vector<int64_t> inner;
-  for (int64_t axis = 1; axis < t.dim(); ++axis) inner.push_back(axis);
-  return dense(t, inner);
-}
-
-MemoryFormat format_of(bool channels_last, int64_t dim) {
-  if (!channels_last) return MemoryFormat::Contiguous;
-  return dim == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-}
-
-// `t` itself where the kernels can read it in the given layout, else a copy.
-Tensor in_layout(const Tensor& t, bool channels_last) {
-  const bool fits = channels_last ? dense(t, axes_channels_last(t)) : has_dense_planes(t);
-  return fits ? t : torch::stable::contiguous(t, format_of(channels_last, t.dim()));
-}
+// --- the problem ---
 
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
              MemoryFormat format = MemoryFormat::Contiguous) {
@@ -143,8 +98,6 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty({sizes.begin(), sizes.size()}, dtype);
 }
-
-// --- the problem ---
 
 template <typename T>
 constexpr ScalarType kAccumulator =
@@ -252,9 +205,6 @@ Optional set_parking(Problem<T>& p, T* map, int64_t channels, int slots, ScalarT
 }
 
 // --- forward and backward ---
-
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
 ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional& b1,

@@ -15,7 +15,7 @@ using Vec = A;
 
 SCSE_DEVICE float sigmoid(float v) { return 1.f / (1.f + expf(-v)); }
 
-constexpr bool has_channel(Combine k) { return k != Combine::spatial; }
-constexpr bool has_spatial(Combine k) { return k != Combine::channel; }
+__host__ __device__ constexpr bool has_channel(Combine k) { return k != Combine::spatial; }
+__host__ __device__ constexpr bool has_spatial(Combine k) { return k != Combine::channel; }
 
 }  // namespace scse::cuda

@@ -31,14 +31,19 @@ SCSE_DEVICE void typed(Void* p, Dtype dtype, const Body& body) {
 
 SCSE_DEVICE float load_parameter(const void* p, Dtype dtype, int64_t i) {
   float value;
-  typed(p, dtype, [&](auto* elements) { value = static_cast<float>(elements[i]); });
+  typed(p, dtype, [&](auto* elements) { value = to_float(elements[i]); });
   return value;
 }
 
+// Elements i, i + 1, ..., of which the first `inside` exist; 0 for the others.
+template <int count>
+SCSE_DEVICE void load_parameters(const void* p, Dtype dtype, int64_t i, int64_t inside,
+                                 float (&v)[count]) {
+  typed(p, dtype, [&](auto* elements) { load_some(elements + i, inside, v); });
+}
+
 SCSE_DEVICE void store_parameter(void* p, Dtype dtype, int64_t i, float value) {
-  typed(p, dtype, [&](auto* elements) {
-    elements[i] = static_cast<std::remove_reference_t<decltype(*elements)>>(value);
-  });
+  typed(p, dtype, [&](auto* elements) { from_float(elements[i], value); });
 }
 
 }  // namespace scse::cuda

@@ -99,4 +99,49 @@ SCSE_DEVICE Bits<T, W> narrow(const Floats<W>& f) {
   }
 }
 
+// --- single elements (torch's headers and flags switch the conversion operators off) ---
+
+SCSE_DEVICE float to_float(float v) { return v; }
+SCSE_DEVICE float to_float(double v) { return static_cast<float>(v); }
+SCSE_DEVICE float to_float(__half v) { return __half2float(v); }
+SCSE_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+SCSE_DEVICE void from_float(float& to, float v) { to = v; }
+SCSE_DEVICE void from_float(double& to, float v) { to = v; }
+SCSE_DEVICE void from_float(__half& to, float v) { to = __float2half_rn(v); }
+SCSE_DEVICE void from_float(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
+
+// --- some neighbours, of which the first `inside` exist ---
+
+// In the fewest accesses that p's alignment allows; 0 for what doesn't exist.
+template <int count, typename T>
+SCSE_DEVICE void load_some(const T* p, int64_t inside, float (&v)[count]) {
+  constexpr int bytes = count * sizeof(T) < 16 ? count * sizeof(T) : 16;
+  struct alignas(bytes) Pack {
+    T of[bytes / sizeof(T)];
+  };
+  constexpr int n = bytes / sizeof(T);
+  if (inside >= count && reinterpret_cast<uintptr_t>(p) % bytes == 0) {
+#pragma unroll
+    for (int k = 0; k < count / n; ++k) {
+      const Pack pack = reinterpret_cast<const Pack*>(p)[k];
+#pragma unroll
+      for (int i = 0; i < n; ++i) v[k * n + i] = to_float(pack.of[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) v[i] = i < inside ? to_float(p[i]) : 0.f;
+  }
+}
+
+SCSE_DEVICE void store_four(float* p, int64_t inside, const float (&v)[4]) {
+  if (inside >= 4 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+    *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < inside) p[i] = v[i];
+    }
+  }
+}
+
 }  // namespace scse::cuda
