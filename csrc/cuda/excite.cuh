@@ -1,6 +1,6 @@
 // The channel excitation, two small dense layers per sample, and its backward. A block for each
-// sample; it reads the weights once, with 32 KiB on their way. Vectors between the steps are in
-// global memory, which a block reads back as it wrote it.
+// sample; it reads the weights once, with up to 32 KiB on their way. Vectors between the steps are
+// in global memory, which a block reads back as it wrote it.
 #pragma once
 
 #include "block.cuh"
@@ -9,8 +9,6 @@
 #include "parameters.cuh"
 
 namespace scse::cuda {
-
-constexpr int kExciteThreads = 512;
 
 // Four neighbours of a row, 0 beyond its end. WHOLE: rows are multiples of four, aligned to them.
 template <bool WHOLE, typename T>
@@ -150,7 +148,7 @@ SCSE_DEVICE void multiply_transposed(const void* matrix, Dtype dtype, const floa
 }
 
 // A block for each sample.
-__global__ void __launch_bounds__(kExciteThreads)
+__global__ void __launch_bounds__(kExciteThreads, 1)
     excite(const float* partial,  // [N, strips, C]: sums of x
            const void* w1,        // [Cr, C]
            const void* b1,        // [Cr] or null
@@ -185,7 +183,7 @@ __global__ void __launch_bounds__(kExciteThreads)
 }
 
 // A block for each sample and branch that has sums to be added up.
-__global__ void __launch_bounds__(kExciteThreads)
+__global__ void __launch_bounds__(kExciteThreads, 1)
     excite_backward(const float* partial,       // [N, strips, C]: for the channel gate, or null
                     const float* partial_ws,    // [N, strips, C]: sums of dq * x, or null
                     const float* partial_bs,    // [N, strips]: sums of dq

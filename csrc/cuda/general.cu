@@ -59,7 +59,7 @@ void forward(const Problem& p, float* scratch) {
   with_passes(p, [&](auto passes) {
     passes.squeeze(p, f);
     if (p.has_channel()) {
-      Grid grid{p.samples, kExciteThreads};
+      Grid grid{p.samples, excite_threads(p.channels, p.hidden_channels, f.tile.strips)};
       grid.overlap = true;
       launch("excite", excite, grid, p, f.partial, p.w1, p.b1, p.w2, p.b2, p.dtypes, p.pooled,
              p.hidden, p.channel_gate, p.channels, p.hidden_channels, p.positions, f.tile.strips);
@@ -75,7 +75,7 @@ void backward(const Problem& p, float* scratch) {
     if (p.samples > 0 && (sums || b.dq != nullptr)) passes.reduce(p, b);
     if (p.samples > 0 && sums) {
       const int branches = (b.partial != nullptr) + (b.partial_ws != nullptr);
-      Grid grid{p.samples * branches, kExciteThreads};
+      Grid grid{p.samples * branches, excite_threads(p.channels, p.hidden_channels, b.tile.strips)};
       grid.overlap = true;
       launch("excite_backward", excite_backward, grid, p, b.partial, b.partial_ws, b.partial_bs,
              p.w1, p.w2, p.dtypes, p.hidden, p.channel_gate, b.d_excited, b.d_hidden, b.d_mean,

@@ -7,8 +7,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../tensors.h"
+#include "choose.h"
 #include "general.h"
 #include "launch.h"
+#include "on_chip.h"
 
 namespace scse::cuda {
 namespace {
@@ -94,6 +96,15 @@ Problem describe(const Tensor& x, const Optional& w1, const Optional& ws, int64_
   return p;
 }
 
+// The kernels of one call, forward or backward.
+const Launcher& kernels(const Problem& p, bool fits, int passes) {
+  const int64_t itemsize = p.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t bytes = p.samples * p.channels * p.positions * itemsize;
+  const int64_t blocks = fits ? on_chip_blocks(p) : 0;
+  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, p.device);
+  return prefer_on_chip(bytes, blocks, passes, multiprocessors) ? on_chip_kernels : general;
+}
+
 Tensor scratch(int64_t floats, const Tensor& x) { return empty({floats}, ScalarType::Float, x); }
 
 ForwardResult cuda_forward(const Tensor& given_x, const Optional& w1, const Optional& b1,
@@ -122,8 +133,9 @@ ForwardResult cuda_forward(const Tensor& given_x, const Optional& w1, const Opti
   p.w2 = parameters.add(p, Parameter::w2, w2), p.b2 = parameters.add(p, Parameter::b2, b2);
   p.ws = parameters.add(p, Parameter::ws, ws), p.bs = parameters.add(p, Parameter::bs, bs);
 
-  const Tensor memory = scratch(general.forward_scratch(p), x);
-  general.forward(p, static_cast<float*>(memory.mutable_data_ptr()));
+  const Launcher& chosen = kernels(p, on_chip_forward_fits(p), 3);
+  const Tensor memory = scratch(chosen.forward_scratch(p), x);
+  chosen.forward(p, static_cast<float*>(memory.mutable_data_ptr()));
   return {y, pooled, hidden, channel_gate};
 }
 
@@ -161,8 +173,11 @@ BackwardResult cuda_backward(const Tensor& given_dy, const Tensor& given_x, cons
     p.dx = dx.mutable_data_ptr();
   }
 
-  const Tensor memory = scratch(general.backward_scratch(p), x);
-  general.backward(p, static_cast<float*>(memory.mutable_data_ptr()));
+  // Those formulas that need the gates read x twice.
+  const bool by_gates = p.combine == Combine::max || p.combine == Combine::mul;
+  const Launcher& chosen = kernels(p, on_chip_backward_fits(p), by_gates ? 5 : 4);
+  const Tensor memory = scratch(chosen.backward_scratch(p), x);
+  chosen.backward(p, static_cast<float*>(memory.mutable_data_ptr()));
   return {dx, dw1, db1, dw2, db2, dws, dbs};
 }
 

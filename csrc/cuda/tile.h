@@ -84,4 +84,12 @@ inline int64_t gradient_tasks(int64_t channels, int64_t hidden_channels, int thr
   return (need_channel ? 2 * pieces : 0) + (need_spatial ? ceil_div(channels, threads) : 0);
 }
 
+// Threads of a sample's excitation: 16 elements of the largest matrix for each, four loads of 16
+// bytes, as fewer cost more in sums across warps than they save.
+constexpr int kExciteThreads = 512;
+inline int excite_threads(int64_t channels, int64_t hidden_channels, int64_t strips) {
+  const int64_t largest = channels * std::max(hidden_channels, strips);
+  return static_cast<int>(std::clamp<int64_t>(power_of_two(largest / 16), 64, kExciteThreads));
+}
+
 }  // namespace scse::cuda
