@@ -1,5 +1,5 @@
-# `make test` and `make bench` do all their own set-up, in the virtual environment .venv; they need
-# Python 3.11, a C++ compiler and make.
+# `make test`, `make bench` and `make check-cuda` do all their own set-up, in the virtual environment
+# .venv; they need Python 3.11, a C++ compiler and make.
 
 # What development is done with. `make test TORCH=torch==2.14.1 TRITON=` takes another pair. Without
 # a version pip would take the newest torch, with several GB of CUDA libraries.
@@ -24,7 +24,7 @@ WHEEL := $(VENV)/wheel
 # Busy-waiting threads of two processes slow each other tenfold on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test lint test-pure test-wheel bench wheel clean
+.PHONY: test lint test-pure test-wheel check-cuda bench wheel clean
 .DELETE_ON_ERROR:
 # Two of the steps build the package in the same folder.
 .NOTPARALLEL:
@@ -45,6 +45,16 @@ test-wheel: wheel
 	rm -rf $(WHEEL)
 	$(PIP) --quiet --no-deps --target $(WHEEL) dist/*.whl
 	cd tests && PYTHONPATH=../$(WHEEL) ../$(BIN)/python -m scse_kernels
+
+# Builds the CUDA kernels and tests what can be tested without a GPU. It needs a CUDA toolkit of the
+# same major version as the torch (CUDA_HOME names its folder):
+#   make check-cuda TORCH=torch==2.14.1 TRITON=
+# One architecture is built in a fraction of the time: TORCH_CUDA_ARCH_LIST=9.0.
+check-cuda: $(TOOLS)
+	SCSE_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m pytest -q tests/test_cuda_extension.py tests/test_stable_abi.py \
+	    tests/test_build_choice.py
+	$(BIN)/python -m scse_kernels
 
 bench: $(KERNELS)
 	$(BIN)/python -m scse_kernels

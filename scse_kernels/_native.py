@@ -15,7 +15,7 @@ def _load(module: str) -> str | None:
 
 # Loading registers a module's kernels with torch. It is done with the package, not on first use, so
 # that a compiled or exported program that calls the operators finds them.
-_WHY_NOT = {module: _load(module) for module in ("_C",)}
+_WHY_NOT = {module: _load(module) for module in ("_C", "_C_cuda")}
 
 
 def why_not(module: str) -> str | None:

@@ -43,8 +43,8 @@ def scse(
         w2, b2: exciting layer, [C, Cr] and [C] (None: no bias).
         ws, bs: channel squeeze, [C] or [1, C], and one element (None: no bias).
         combine: "add", "max", "mul" or "concat".
-        backend: "auto", "eager", "cpu" or "triton". A named backend is used or raises; "auto"
-            takes the fastest one for x's device.
+        backend: "auto", "eager", "cpu", "cuda" or "triton". A named backend is used or raises;
+            "auto" takes the fastest one for x's device. "cuda" has no kernels for float64.
 
     Weights may have trailing axes of size one, as those of 1x1 convolutions do, and any of the
     four dtypes; each gradient has the dtype of its tensor.
@@ -104,17 +104,50 @@ def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
     return sse(x, weights.mean(0).flatten(), None)
 
 
-def why_not(backend: str, device: torch.device) -> str | None:
-    """None if `backend` (any but "auto") can run tensors on `device`, else the reason."""
+def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """None if `backend` (any but "auto") can run tensors on `device`, else the reason.
+
+    With a `dtype`, of tensors of that dtype: one of the four that the functions take.
+    """
     if backend == "eager":
         return None
     if backend == "triton":
         from . import _triton  # not with the package: only who asks for Triton pays for it
 
         return _triton.why_not(device)
+    if backend == "cuda":
+        return _why_not_cuda(device, dtype)
     if device.type != "cpu":
         return f"it runs on cpu tensors, got {device.type}"
     return _native.why_not("_C")
+
+
+def _why_not_cuda(device, dtype):
+    if reason := _native.why_not("_C_cuda"):
+        return reason
+    if not torch.cuda.is_available():
+        return "built, no device: torch finds no CUDA device"
+    if device.type != "cuda":
+        return f"it runs on cuda tensors, got {device.type}"
+    if torch.cuda.get_device_properties(device).major < 8:
+        return "it needs a device of compute capability 8.0 or more"
+    if dtype == torch.float64:
+        return "it has no kernels for float64"
+    return None
+
+
+def _fastest(device, dtype):
+    """What "auto" takes. Estimates from launches and passes over the map; no GPU was timed.
+
+    `cuda` before `triton`: as many passes in the same number of launches, but each takes a few
+    microseconds of host time instead of tens, and small maps are launch-bound. Where a sample fits
+    on chip, `cuda` passes over the map fewer times still (it chooses by itself, see
+    csrc/cuda/ops.cpp). `triton` has float64 and AMD devices, and needs nothing to be built.
+    """
+    for backend in ("cuda", "triton") if device.type == "cuda" else ("cpu",):
+        if why_not(backend, device, dtype) is None:
+            return backend
+    return "eager"
 
 
 def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, backend):
@@ -126,11 +159,10 @@ def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, backend):
             )
         return reference.scse(x, w1, b1, w2, b2, ws, bs, combine)
     if backend == "auto":
-        fused = "triton" if x.device.type == "cuda" else "cpu"
-        backend = "eager" if why_not(fused, x.device) else fused
+        backend = _fastest(x.device, x.dtype)
     else:
         _check_name(name, "backend", backend, ("auto", "eager", *BACKENDS))
-        if reason := why_not(backend, x.device):
+        if reason := why_not(backend, x.device, x.dtype):
             raise RuntimeError(f"{name}(): backend '{backend}' is not available: {reason}")
     if backend == "eager":
         return reference.scse(x, w1, b1, w2, b2, ws, bs, combine).contiguous(

@@ -2,7 +2,7 @@
 
 Each kernel backend has one operator for the forward and one for the backward, all with the same
 two signatures: `torch.ops.scse_kernels.<backend>_forward` and `..._backward`. The kernels
-themselves are registered where they live (for `cpu`, in csrc/cpu) or below (for `triton`).
+themselves are registered where they live (`cpu` and `cuda` in csrc) or below (`triton`).
 
 A missing branch is a missing w1 (and b1, w2, b2) or ws (and bs). Parameters keep the shape their
 module gave them: w1 [Cr, C, ...], w2 [C, Cr, ...], ws C elements, bs one element.
@@ -16,7 +16,7 @@ from .reference import accumulation_dtype
 #: combine -> the code that operators take (an integer crosses into C++ for nothing).
 COMBINE = {"add": 0, "max": 1, "mul": 2, "concat": 3}
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "cuda", "triton")
 
 _FORWARD = (
     "(Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"

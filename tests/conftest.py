@@ -39,16 +39,26 @@ def _targets(backends):
     ]
 
 
+def _for_dtype(request):
+    """The target of a test, which is skipped if it can't work in the test's dtype: its parameter
+    `dtype`, or its module's DTYPE."""
+    target = request.param
+    dtype = request.node.callspec.params.get("dtype", getattr(request.module, "DTYPE", None))
+    if reason := why_not(target.backend, torch.device(target.device), dtype):
+        pytest.skip(f"{target.backend}: {reason}")
+    return target
+
+
 @pytest.fixture(params=_targets(("eager", *ops.BACKENDS)))
 def target(request):
     """Every usable backend, `eager` among them."""
-    return request.param
+    return _for_dtype(request)
 
 
 @pytest.fixture(params=_targets(ops.BACKENDS))
 def fused(request):
     """Every usable backend with kernels of its own."""
-    return request.param
+    return _for_dtype(request)
 
 
 @pytest.fixture(autouse=True)

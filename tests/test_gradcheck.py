@@ -7,12 +7,13 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import scse_kernels
 
+DTYPE = torch.float64
 SHAPES = ((2, 4, 5), (2, 4, 3, 2), (1, 3, 2, 2, 3))
 
 
 def _problem(target, variant, shape, **options):
     """The call as a function of its tensors, and those tensors."""
-    case = make_case(shape, variant, torch.float64, **options)
+    case = make_case(shape, variant, DTYPE, **options)
     arguments = (case.x, *case.parameters)
     present = [i for i, t in enumerate(arguments) if t is not None]
 
@@ -48,15 +49,15 @@ def test_second_derivatives(target, variant, shape):
 
 def test_few_shot_weights():
     layer = scse_kernels.SpatialSELayer(3).double()
-    x = make_case((2, 3, 3, 2), dtype=torch.float64).x.requires_grad_()
-    weights = torch.randn(2, 3, 1, 1, dtype=torch.float64, requires_grad=True)
+    x = make_case((2, 3, 3, 2), dtype=DTYPE).x.requires_grad_()
+    weights = torch.randn(2, 3, 1, 1, dtype=DTYPE, requires_grad=True)
     assert gradcheck(layer, (x, weights))
     assert gradgradcheck(layer, (x, weights))
 
 
 def _check_both_orders(target, names, build):
     """The call on build(*leaves): gradients with and without create_graph, and their own."""
-    case = make_case((2, 4, 3, 2), "add", torch.float64, reduction=1)
+    case = make_case((2, 4, 3, 2), "add", DTYPE, reduction=1)
     tensors = dict(zip(NAMES, (case.x, *case.parameters), strict=True))
     leaves = [tensors[name].to(target.device).requires_grad_() for name in names]
 
@@ -90,7 +91,7 @@ def test_parameters_computed_from_x(target):
 
 def test_gradient_penalty(target):
     """A loss on the gradient itself, as in WGAN-GP, against the same in plain operations."""
-    case = make_case((2, 6, 5, 4), "max", torch.float64)
+    case = make_case((2, 6, 5, 4), "max", DTYPE)
     results = []
     for backend in ("eager", target.backend):
         tensors = [t.to(target.device).requires_grad_() for t in (case.x, *case.parameters)]
@@ -102,7 +103,7 @@ def test_gradient_penalty(target):
 
 
 def test_second_derivatives_of_one_branch_frozen(target):
-    case = make_case((2, 4, 3, 2), "add", torch.float64)
+    case = make_case((2, 4, 3, 2), "add", DTYPE)
     x, *parameters = (t.to(target.device) for t in (case.x, *case.parameters))
     channel = [p.requires_grad_() for p in parameters[:4]]
     assert gradgradcheck(

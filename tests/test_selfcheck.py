@@ -32,7 +32,9 @@ def small(monkeypatch):
 
 def test_says_why_a_backend_is_missing(small, monkeypatch, capsys):
     monkeypatch.setattr(
-        functional, "why_not", lambda backend, device: None if backend == "eager" else "no such CPU"
+        functional,
+        "why_not",
+        lambda backend, *_: None if backend == "eager" else "no such CPU",
     )
     assert main([]) == 0
     assert "not usable: no such CPU" in capsys.readouterr().out

@@ -7,7 +7,7 @@ namespace scse {
 namespace SCSE_ISA {
 
 #include "vec.h"
-#include "combine.h"
+#include "../formulas.h"
 #include "strip.h"
 #include "planes.h"
 #include "channels_last.h"

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "problem.h"
 
 namespace scse {
@@ -29,11 +30,6 @@ SCSE_DECLARE_KERNELS(avx2)
 SCSE_DECLARE_KERNELS(avx512)
 
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
 // --- instruction sets ---
 
@@ -94,46 +90,7 @@ SCSE_SELECT(double)
 SCSE_SELECT(half)
 SCSE_SELECT(bfloat16)
 
-// --- layouts ---
-
-// Whether axes `order` (outermost first) lie densely one inside the other.
-template <typename Order>
-bool dense(const Tensor& t, const Order& order) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  int64_t expected = 1;
-  for (auto axis = order.rbegin(); axis != order.rend(); ++axis) {
-    if (sizes[*axis] != 1 && strides[*axis] != expected) return false;
-    expected *= sizes[*axis];
-  }
-  return true;
-}
-
-std::vector<int64_t> axes_channels_last(const Tensor& t) {
-  std::vector<int64_t> order{0};
-  for (int64_t axis = 2; axis < t.dim(); ++axis) order.push_back(axis);
-  order.push_back(1);
-  return order;
-}
-
-bool is_channels_last(const Tensor& t) {
-  return t.dim() >= 4 && !t.is_contiguous() && dense(t, axes_channels_last(t));
-}
-
-// Every sample is dense; samples may lie further apart, as in a slice of a concatenation.
-bool has_dense_planes(const Tensor& t) {
-  std::vector<int64_t> inner;
-  for (int64_t axis = 1; axis < t.dim(); ++axis) inner.push_back(axis);
-  return dense(t, inner);
-}
-
-// `t` itself where the kernels can read it in the given layout, else a copy.
-Tensor in_layout(const Tensor& t, bool channels_last) {
-  const bool fits = channels_last ? dense(t, axes_channels_last(t)) : has_dense_planes(t);
-  if (fits) return t;
-  return torch::stable::contiguous(t, !channels_last ? MemoryFormat::Contiguous
-                                      : t.dim() == 4 ? MemoryFormat::ChannelsLast
-                                                     : MemoryFormat::ChannelsLast3d);
-}
+// --- the problem ---
 
 // Memory for a tensor, not through the dispatcher: a call makes up to ten of them.
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
@@ -160,8 +117,6 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty({sizes.begin(), sizes.size()}, dtype);
 }
-
-// --- the problem ---
 
 template <typename T>
 constexpr ScalarType kAccumulator =
@@ -281,9 +236,6 @@ Optional set_parking(Problem<T>& p, T* map, int64_t channels, int slots, ScalarT
 }
 
 // --- forward and backward ---
-
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
 ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional& b1,

@@ -8,6 +8,8 @@
 #include <thread>
 #include <tuple>
 
+#include "../combine.h"
+
 namespace scse {
 
 // Storage of the half types; arithmetic happens in float, see vec.h.
@@ -29,9 +31,6 @@ struct AccumulatorOf<double> {
 };
 template <typename T>
 using Accumulator = typename AccumulatorOf<T>::type;
-
-// The first four are the codes of scse_kernels.ops.COMBINE; then the branches alone.
-enum class Combine { add, max, mul, concat, channel, spatial };
 
 // torch's thread pool: splits [begin, end) into one range per thread.
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain,

@@ -1,5 +1,6 @@
 // The combinations of the two branches, element by element: the one place with their formulas.
-// Included once per instruction set, after vec.h.
+// Included inside a namespace that has defined Vec<A>, some A's that are worked on at once (on a
+// GPU one, as each thread has its own), and SCSE_INLINE.
 //
 // value:      y from x, the channel gate c and the spatial gate s.
 // gradient:   shares of dy in dL/dc (summed over positions) and in dL/ds (summed over channels).

@@ -1,0 +1,172 @@
+// The second pass over the map, forward (y) and backward (dx, with the parameters' gradients). A
+// block for each tile, from the last to the first: the end of x is what the pass before left in L2.
+// These kernels overlap: what they read of the map is on its way while the excitation still works.
+#pragma once
+
+#include "block.cuh"
+#include "combine.cuh"
+#include "gradients.cuh"
+#include "overlap.cuh"
+#include "parameters.cuh"
+
+namespace scse::cuda {
+
+// Where a thread's part of a tile begins. A sample has inner_tiles * outer_tiles tiles.
+struct Corner {
+  int64_t n, inner, outer;
+  SCSE_DEVICE Corner(int64_t tile, int lanes, int width, int inner_tiles, int outer_tiles) {
+    const Place me(lanes);
+    n = tile / outer_tiles / inner_tiles;
+    inner = (tile / outer_tiles % inner_tiles * lanes + me.lane) * width;
+    outer = (tile % outer_tiles * me.rows + me.row) * kOuter;
+  }
+};
+
+// Values over one axis for a thread's part of a tile: over the inner axis, W of them, or over the
+// outer one. of(u, i) is that of element i of access u.
+template <int W, bool INNER>
+struct Along {
+  float v[INNER ? W : kOuter] = {};
+  SCSE_DEVICE float of(int u, int i) const { return v[INNER ? i : u]; }
+  SCSE_DEVICE void load(const float* p, const Corner& at, int64_t size) {
+    const int64_t begin = INNER ? at.inner : at.outer;
+    load_some(p + begin, size - begin, v);
+  }
+  SCSE_DEVICE void load(const void* p, Dtype dtype, const Corner& at, int64_t size) {
+    const int64_t begin = INNER ? at.inner : at.outer;
+    load_parameters(p, dtype, begin, size - begin, v);
+  }
+};
+
+// Reads x and the gates once, writes y.
+template <typename T, int W, Combine K, bool LAST>
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    apply(const T* __restrict__ x,    // [N, C, S] or [N, S, C]
+          const float* channel_gate,  // [N, C]
+          const float* spatial_gate,  // [N, S]
+          T* __restrict__ y,          // as x; concat: with 2 * C channels
+          int64_t x_sample,           // from one sample to the next
+          int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles) {
+  let_next_start();
+  const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
+  const int64_t pitch = LAST ? channels : positions;
+  const int64_t inside = at.inner < pitch ? (LAST ? positions : channels) - at.outer : 0;
+  x += at.n * x_sample + at.outer * pitch + at.inner;
+  const Accesses<T, W> in = load_accesses<W>(x, pitch, inside);
+
+  wait_for_previous();
+  Along<W, LAST> c;
+  Along<W, !LAST> s;
+  if (has_channel(K)) c.load(channel_gate + at.n * channels, at, channels);
+  if (has_spatial(K)) s.load(spatial_gate + at.n * positions, at, positions);
+
+  constexpr int halves = K == Combine::concat ? 2 : 1;
+  const int64_t y_pitch = LAST ? halves * channels : positions;
+  y += at.n * halves * channels * positions + at.outer * y_pitch + at.inner;
+#pragma unroll
+  for (int u = 0; u < kOuter; ++u) {
+    if (u >= inside) break;
+    const Floats<W> f = widen<T, W>(in.at[u]);
+    Floats<W> out;
+    if constexpr (K == Combine::concat) {
+      Floats<W> second;
+#pragma unroll
+      for (int i = 0; i < W; ++i) out[i] = f[i] * c.of(u, i), second[i] = f[i] * s.of(u, i);
+      store<W>(y + channels * (LAST ? 1 : positions) + u * y_pitch, narrow<T, W>(second));
+    } else {
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        out[i] = Formula<float, K>::value(f[i], c.of(u, i), s.of(u, i));
+      }
+    }
+    store<W>(y + u * y_pitch, narrow<T, W>(out));
+  }
+}
+
+// Reads dy and the small tensors once, and x where the formula needs it; writes dx. The blocks
+// after those of dx form the parameters' gradients meanwhile.
+template <typename T, int W, Combine K, bool LAST>
+__global__ void __launch_bounds__(kMaxThreads, 3)
+    apply_backward(const T* __restrict__ dy,   // as y
+                   const T* __restrict__ x,    // [N, C, S] or [N, S, C]
+                   const float* channel_gate,  // [N, C]
+                   const float* spatial_gate,  // [N, S]
+                   const float* dq,            // [N, S]: gradient before the gate's sigmoid
+                   const float* d_mean,        // [N, C]
+                   const void* ws,             // [C]
+                   int dtypes,                 // of the parameters, see dtypes.h
+                   T* __restrict__ dx,         // as x
+                   int64_t dy_sample, int64_t x_sample, int64_t channels, int64_t positions,
+                   int lanes, int inner_tiles, int outer_tiles,
+                   int64_t tiles,  // blocks for dx
+                   // From here on: see ParameterGradients.
+                   const float* d_excited, const float* d_hidden, const float* pooled,
+                   const float* hidden, const float* sample_ws, const float* sample_bs, void* dw1,
+                   void* db1, void* dw2, void* db2, void* dws, void* dbs, int samples,
+                   int hidden_channels) {
+  using F = Formula<float, K>;
+  constexpr bool reads_x = F::by_gates;
+  if (blockIdx.x >= tiles) {
+    wait_for_previous();
+    ParameterGradients{d_excited,
+                       d_hidden,
+                       pooled,
+                       hidden,
+                       sample_ws,
+                       sample_bs,
+                       dw1,
+                       db1,
+                       dw2,
+                       db2,
+                       dws,
+                       dbs,
+                       dtypes,
+                       samples,
+                       static_cast<int>(channels),
+                       hidden_channels}
+        .compute(blockIdx.x - tiles);
+    return;
+  }
+  const Corner at(tiles - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
+  const int64_t pitch = LAST ? channels : positions;
+  const int64_t inside = at.inner < pitch ? (LAST ? positions : channels) - at.outer : 0;
+  const int64_t dy_pitch = LAST && K == Combine::concat ? 2 * channels : pitch;
+  dy += at.n * dy_sample + at.outer * dy_pitch + at.inner;
+  const Accesses<T, W> d_in = load_accesses<W>(dy, dy_pitch, inside);
+  Accesses<T, W> d2_in{}, in{};
+  if (K == Combine::concat) {
+    d2_in = load_accesses<W>(dy + channels * (LAST ? 1 : positions), dy_pitch, inside);
+  }
+  const int64_t offset = at.outer * pitch + at.inner;
+  if (reads_x) in = load_accesses<W>(x + at.n * x_sample + offset, pitch, inside);
+  Along<W, LAST> c, mean, weight;
+  Along<W, !LAST> s, d;
+  if (has_spatial(K)) weight.load(ws, dtype_of(dtypes, Parameter::ws), at, channels);
+
+  wait_for_previous();
+  if (has_channel(K)) {
+    c.load(channel_gate + at.n * channels, at, channels);
+    mean.load(d_mean + at.n * channels, at, channels);
+  }
+  if (has_spatial(K)) {
+    s.load(spatial_gate + at.n * positions, at, positions);
+    d.load(dq + at.n * positions, at, positions);
+  }
+  dx += at.n * channels * positions + offset;
+#pragma unroll
+  for (int u = 0; u < kOuter; ++u) {
+    if (u >= inside) break;
+    const Floats<W> f = widen<T, W>(in.at[u]), g = widen<T, W>(d_in.at[u]),
+                    g2 = widen<T, W>(d2_in.at[u]);
+    Floats<W> out;
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      out[i] = F::direct(f[i], g[i], g2[i], c.of(u, i), s.of(u, i));
+      if (has_channel(K)) out[i] += mean.of(u, i);
+      if (has_spatial(K)) out[i] += weight.of(u, i) * d.of(u, i);
+    }
+    store<W>(dx + u * pitch, narrow<T, W>(out));
+  }
+}
+
+}  // namespace scse::cuda

@@ -1,0 +1,125 @@
+// What the general kernels share: how a block's threads lie on a map, see tile.h, and its sums.
+#pragma once
+
+#include "sums.cuh"
+#include "tile.h"
+#include "vector.cuh"
+
+namespace scse::cuda {
+
+// A thread's place in its block, `lanes` threads to a row.
+struct Place {
+  int lane, row, rows;
+  SCSE_DEVICE explicit Place(int lanes)
+      : lane(threadIdx.x % lanes), row(threadIdx.x / lanes), rows(blockDim.x / lanes) {}
+};
+
+// A thread's part of a step: an access at each of kOuter neighbours, 0 outside of the map.
+template <typename T, int W>
+struct Accesses {
+  Bits<T, W> at[kOuter];
+};
+
+// `inside`: how many of the neighbours are in the map; none or less: no access.
+template <int W, typename T>
+SCSE_DEVICE Accesses<T, W> load_accesses(const T* p, int64_t pitch, int64_t inside) {
+  Accesses<T, W> in;
+#pragma unroll
+  for (int u = 0; u < kOuter; ++u) in.at[u] = u < inside ? load<W>(p + u * pitch) : Bits<T, W>{};
+  return in;
+}
+
+// --- vectors over a step's inner elements, in shared memory ---
+//
+// Threads hold them in pieces of W, one thread its own. Pieces of 8 are kept as two of 4, apart, so
+// that neighbouring lanes touch neighbouring 16 bytes: no bank conflicts.
+
+constexpr int kApart = 16;
+template <int W>
+constexpr int kInner = W < 4 ? 32 * W : W / 4 * (32 * 4 + kApart);  // floats, at most
+
+template <int W>
+SCSE_DEVICE int inner_size(int lanes) {
+  return W < 4 ? lanes * W : W / 4 * (lanes * 4 + kApart);
+}
+template <int W>
+SCSE_DEVICE int inner_index(int i, int lanes) {
+  if constexpr (W < 8) return i;
+  return i % W / 4 * (lanes * 4 + kApart) + i / W * 4 + i % 4;
+}
+template <int W>
+SCSE_DEVICE void store_inner(float* shared, int lane, int lanes, const Floats<W>& f) {
+  if constexpr (W < 4) {
+    shared[lane] = f[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; i += 4) {
+      reinterpret_cast<float4*>(shared + inner_index<W>(lane * W + i, lanes))[0] =
+          make_float4(f[i], f[i + 1], f[i + 2], f[i + 3]);
+    }
+  }
+}
+template <int W>
+SCSE_DEVICE Floats<W> load_inner(const float* shared, int lane, int lanes) {
+  Floats<W> f;
+  if constexpr (W < 4) {
+    f[0] = shared[lane];
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; i += 4) {
+      const float4 four =
+          reinterpret_cast<const float4*>(shared + inner_index<W>(lane * W + i, lanes))[0];
+      f[i] = four.x, f[i + 1] = four.y, f[i + 2] = four.z, f[i + 3] = four.w;
+    }
+  }
+  return f;
+}
+
+// --- sums over the whole block ---
+
+// Shared memory of the sums below, in floats.
+template <int W>
+constexpr int kSumRows = kMaxThreads / 32 * kInner<W>;
+
+// Sums f over the rows; then one thread, always the same, calls body(i, sum) for each of the step's
+// inner elements i. All threads of the block call this.
+template <int W, typename Body>
+SCSE_DEVICE void sum_rows(Floats<W> f, int lanes, float* shared, const Body& body) {
+  sum_groups(f.of, lanes);
+  const int lane = threadIdx.x % 32, size = inner_size<W>(lanes), warps = blockDim.x / 32;
+  __syncthreads();  // the last sums have been read
+  if (lane < lanes) store_inner(shared + threadIdx.x / 32 * size, lane, lanes, f);
+  __syncthreads();
+  for (int i = threadIdx.x; i < lanes * W; i += blockDim.x) {
+    float sum = 0;
+    for (int warp = 0; warp < warps; ++warp) {
+      sum += shared[warp * size + inner_index<W>(i, lanes)];
+    }
+    body(i, sum);
+  }
+}
+
+// The sum of v over the block, in thread 0.
+SCSE_DEVICE float sum_block(float v, float* shared) {
+  float sum[1] = {v};
+  sum_lanes(sum, 32);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum[0];
+  __syncthreads();
+  float total = 0;
+  for (int warp = 0; warp < blockDim.x / 32; ++warp) total += shared[warp];
+  return total;
+}
+
+// Adds a step's sums to four neighbouring partial sums, or begins them. Always the same thread.
+SCSE_DEVICE void add_four(float* p, int64_t inside, float (&sum)[kOuter], bool begin) {
+  if (!begin) {
+    float before[kOuter];
+    load_some(p, inside, before);
+#pragma unroll
+    for (int u = 0; u < kOuter; ++u) sum[u] += before[u];
+  }
+  store_four(p, inside, sum);
+}
+
+}  // namespace scse::cuda

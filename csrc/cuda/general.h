@@ -1,0 +1,48 @@
+// The general kernels' host side: three launches forward, three backward, for any map and sm_80 or
+// later. Plain arithmetic on sizes, and pointers into the scratch memory.
+#pragma once
+
+#include "problem.h"
+#include "tile.h"
+
+namespace scse::cuda {
+
+// Memory for sums and per-position values, and how the maps are walked. Pointers are null where
+// nobody asks for what they would hold.
+struct Forward {
+  Tile tile;
+  int64_t floats;       // of scratch memory
+  float* partial;       // [N, strips, C]: sums of x
+  float* spatial_gate;  // [N, S]
+};
+struct Backward {
+  Tile tile;
+  int64_t floats;
+  float* partial;       // [N, strips, C]: sums for the channel gate's gradient
+  float* partial_ws;    // [N, strips, C]: sums of dq * x
+  float* partial_bs;    // [N, strips]: sums of dq
+  float* spatial_gate;  // [N, S]
+  float* dq;            // [N, S]: gradient before the spatial gate's sigmoid
+  float* d_excited;     // [N, C]: gradient before the second sigmoid
+  float* d_hidden;      // [N, Cr]: gradient before the ReLU
+  float* d_mean;        // [N, C]: gradient of the pooled value, divided by S
+  float* sample_ws;     // [N, C]: a sample's part of dws
+  float* sample_bs;     // [N]
+  int64_t tasks;        // blocks that form the parameters' gradients
+};
+
+Forward plan_forward(const Problem& p, float* scratch);
+Backward plan_backward(const Problem& p, float* scratch);
+
+// The passes over the map, for one element type.
+template <typename T>
+struct Passes {
+  static void squeeze(const Problem& p, const Forward& f);
+  static void apply(const Problem& p, const Forward& f);
+  static void reduce(const Problem& p, const Backward& b);
+  static void apply_backward(const Problem& p, const Backward& b);
+};
+
+extern const Launcher general;
+
+}  // namespace scse::cuda

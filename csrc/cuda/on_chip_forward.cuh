@@ -1,0 +1,161 @@
+// The forward in one launch, a cluster to a sample. Reads x once and writes y once.
+#pragma once
+
+#include "combine.cuh"
+#include "on_chip.cuh"
+
+namespace scse::cuda::on_chip {
+
+// Block b of a cluster has the positions [b * slice, (b + 1) * slice) of its sample.
+template <typename T, Combine K, bool channels_last>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    forward_kernel(const T* x,           // [N, C, S]
+                   const void* w1,       // [Cr, C]
+                   const void* b1,       // [Cr] or null
+                   const void* w2,       // [C, Cr]
+                   const void* b2,       // [C] or null
+                   const void* ws,       // [C]
+                   const void* bs,       // [1] or null
+                   T* y,                 // [N, C, S]; concat: [N, 2 * C, S]
+                   float* pooled,        // [N, C]
+                   float* hidden,        // [N, Cr]
+                   float* channel_gate,  // [N, C]
+                   int dtypes, int C, int Cr, int S, int slice,
+                   int64_t x_sample,  // elements from one sample to the next
+                   int x_bytes,       // that can be read at once
+                   int y_bytes) {     // that can be written at once: 16 or one element's
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  constexpr int W = wide<T>;
+  constexpr bool by_channel = has_channel(K), by_position = has_spatial(K);
+  constexpr int halves = K == Combine::concat ? 2 : 1;
+  const Cluster cluster = cooperative_groups::this_cluster();
+  const int rank = cluster.block_rank(), blocks = cluster.num_blocks();
+  const int64_t n = blockIdx.x / blocks;
+  const int position = min(S, rank * slice);
+  const Slice<T, channels_last> here(C, min(S, position + slice) - position);
+
+  extern __shared__ uint4 memory[];
+  char* const base = reinterpret_cast<char*>(memory);
+  const ForwardMemory at({sizeof(T), C, Cr, slice, blocks, threads(), channels_last, halves == 2});
+  const auto floats = [&](int offset) { return reinterpret_cast<float*>(base + offset); };
+  T* const slice_x = reinterpret_cast<T*>(base + at.x);
+  float *const slice_ws = floats(at.ws), *const gate_s = floats(at.spatial_gate);
+  float *const channel_sum = floats(at.channel_sum), *const gate_c = floats(at.channel_gate);
+
+  const int pitch = channels_last ? C : S;
+  const int64_t first = channels_last ? int64_t{position} * C : position;
+#pragma unroll 1
+  for (int part = 0; part < kParts; ++part) {
+    const int begin = part_end(here.rows, part - 1), end = part_end(here.rows, part);
+    here.request(slice_x, x + n * x_sample + first, pitch, begin, end, x_bytes);
+    __pipeline_commit();
+  }
+  if constexpr (by_position) {
+    fill<W>(slice_ws, C,
+            [&](int c) { return load_parameter(ws, dtype_of(dtypes, Parameter::ws), c); });
+  }
+  if constexpr (by_channel) {  // its padding, that is, since the cluster writes the rest
+    for (int c = C + thread(); c < padded(C, W); c += threads()) gate_c[c] = 0.f;
+  }
+  const float bias = bs ? load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0) : 0.f;
+
+  // Squeeze.
+  OverPositions<T, channels_last, 1> sums_c(here.vectors);
+  const auto pool = [&](int vector) {
+    return [&, vector](int row, auto& sum) {
+      const Floats<W> xs = here.read(slice_x, row, vector);
+#pragma unroll
+      for (int i = 0; i < W; ++i) sum.add(0, i, xs[i]);
+    };
+  };
+  const auto take_channel = [&](int, int c, float sum) { channel_sum[c] = sum; };
+  OverChannels<T, channels_last, 1> sums_s(here.vectors);
+  const auto weigh = [&](int vector) {
+    const Values<channels_last, W> w(slice_ws, vector);
+    return [&, vector, w](int row, auto& sum) {
+      const Floats<W> xs = here.read(slice_x, row, vector);
+#pragma unroll
+      for (int i = 0; i < W; ++i) sum.add(0, i, w.at(row, i) * xs[i]);
+    };
+  };
+  const auto take_position = [&](int, int s, float sum) { gate_s[s] = sigmoid(sum + bias); };
+#pragma unroll 1
+  for (int part = 0; part < kParts; ++part) {
+    wait_for_part(part);
+    const int begin = part_end(here.rows, part - 1), end = part_end(here.rows, part);
+    if constexpr (by_position) sums_s.advance(begin, end, weigh, take_position);
+    if constexpr (by_channel) sums_c.advance(begin, end, pool, take_channel);
+  }
+  float* const partial = floats(at.partial);
+  if constexpr (by_position) sums_s.finish(partial, take_position);
+  if constexpr (by_channel) sums_c.finish(partial, take_channel);
+
+  // Excite. Each block has its share of the channels: it adds up their sums over the cluster, and
+  // forms their part of the hidden layer and, of all parts, their gates.
+  if constexpr (by_channel) {
+    const Share own(cluster, C);
+    float *const own_pooled = floats(at.pooled), *const own_gate = floats(at.own_gate);
+    float* const part = floats(at.hidden_part);
+    float* const all_hidden = floats(at.hidden);
+    cluster.sync();
+    for (int i = thread(); i < own.size(); i += threads()) {
+      const float mean = sum_over_blocks(cluster, channel_sum, own.begin + i) / S;
+      own_pooled[i] = mean;
+      pooled[n * C + own.begin + i] = mean;
+    }
+    __syncthreads();
+    matvec({w1, dtype_of(dtypes, Parameter::w1), own.begin, C, Cr, own.size()}, own_pooled, part);
+    cluster.sync();
+    for (int j = thread(); j < Cr; j += threads()) {
+      float h = sum_over_blocks(cluster, part, j);
+      if (b1) h += load_parameter(b1, dtype_of(dtypes, Parameter::b1), j);
+      h = h < 0.f ? 0.f : h;  // NaN stays
+      all_hidden[j] = h;
+      if (j % blocks == rank) hidden[n * Cr + j] = h;
+    }
+    __syncthreads();
+    matvec({w2, dtype_of(dtypes, Parameter::w2), int64_t{own.begin} * Cr, Cr, own.size(), Cr},
+           all_hidden, own_gate);
+    __syncthreads();
+    for (int i = thread(); i < own.size(); i += threads()) {
+      float excited = own_gate[i];
+      if (b2) excited += load_parameter(b2, dtype_of(dtypes, Parameter::b2), own.begin + i);
+      const float gate = sigmoid(excited);
+      own_gate[i] = gate;
+      channel_gate[n * C + own.begin + i] = gate;
+    }
+    share_with_blocks(cluster, own_gate, own.size(), gate_c, own.begin);
+    cluster.sync();
+  } else {
+    __syncthreads();
+  }
+
+  // Recalibrate.
+  using F = Formula<float, K>;
+  T* const out =
+      y + n * halves * C * S + (channels_last ? int64_t{position} * halves * C : position);
+  const int64_t half = channels_last ? C : int64_t{C} * S;
+  here.write(out, channels_last ? halves * C : S, y_bytes, [&](int vector) {
+    const Values<channels_last, W> c(gate_c, vector);
+    const Values<!channels_last, W> s(gate_s, vector);
+    return [&, vector, c, s](int row, const auto& put) {
+      const Floats<W> xs = here.read(slice_x, row, vector);
+      Floats<W> ys;
+      if constexpr (K == Combine::concat) {
+#pragma unroll
+        for (int i = 0; i < W; ++i) ys[i] = xs[i] * c.at(row, i);
+        put(0, ys);
+#pragma unroll
+        for (int i = 0; i < W; ++i) ys[i] = xs[i] * s.at(row, i);
+        put(half, ys);
+      } else {
+#pragma unroll
+        for (int i = 0; i < W; ++i) ys[i] = F::value(xs[i], c.at(row, i), s.at(row, i));
+        put(0, ys);
+      }
+    };
+  });
+#endif
+}
+
+}  // namespace scse::cuda::on_chip

@@ -1,0 +1,3 @@
+#include "on_chip_passes.cuh"
+
+template struct scse::cuda::on_chip::Kernels<__half>;

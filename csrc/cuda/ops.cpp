@@ -1,0 +1,197 @@
+// The operators scse_kernels::cuda_forward and cuda_backward (schemas: scse_kernels/ops.py):
+// checks, layout, memory, and the choice of the kernels. LibTorch's stable ABI only.
+
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../tensors.h"
+#include "choose.h"
+#include "general.h"
+#include "launch.h"
+#include "on_chip.h"
+
+namespace scse::cuda {
+namespace {
+
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like,
+             MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
+}
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return empty({sizes.begin(), sizes.size()}, dtype, like);
+}
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "scse_kernels: expected float32, float64, float16 or bfloat16");
+  }
+}
+
+// The parameters as the kernels take them. Holds copies of those that aren't dense.
+class Parameters {
+ public:
+  const void* add(Problem& p, Parameter which, const Optional& parameter) {
+    if (!parameter) return nullptr;
+    const Tensor dense =
+        parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
+    held_.push_back(dense);
+    p.dtypes |= packed(which, dtype_of(dense));
+    return dense.const_data_ptr();
+  }
+
+ private:
+  std::vector<Tensor> held_;
+};
+
+Tensor gradient(const Optional& parameter, bool needed, const Tensor& x, void*& data) {
+  if (!parameter || !needed) return empty({0}, x.scalar_type(), x);
+  Tensor t = empty(parameter->sizes(), parameter->scalar_type(), x);
+  data = t.mutable_data_ptr();
+  return t;
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// What forward and backward have in common, without the parameters.
+Problem describe(const Tensor& x, const Optional& w1, const Optional& ws, int64_t combine,
+                 bool channels_last) {
+  STD_TORCH_CHECK(w1 || ws, "scse_kernels: w1 and ws are both missing, expected at least one");
+  STD_TORCH_CHECK(0 <= combine && combine <= 3, "scse_kernels: combine must be 0 to 3, got ",
+                  combine);
+  Problem p{};
+  p.dtype = dtype_of(x);
+  STD_TORCH_CHECK(p.dtype != Dtype::float64,
+                  "scse_kernels: backend 'cuda' has no kernels for float64, got x in float64;"
+                  " 'triton' and 'eager' take it");
+  p.samples = x.size(0);
+  p.channels = x.size(1);
+  p.hidden_channels = w1 ? w1->size(0) : 0;
+  p.positions = 1;
+  for (int64_t axis = 2; axis < x.dim(); ++axis) p.positions *= x.size(axis);
+  p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
+  p.channels_last = channels_last;
+  p.x = x.const_data_ptr();
+  p.x_sample = p.samples > 1 ? x.stride(0) : p.channels * p.positions;
+  p.device = x.get_device();
+  p.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, p.device) +
+                 attribute(cudaDevAttrComputeCapabilityMinor, p.device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(p.device, &stream));
+  p.stream = static_cast<cudaStream_t>(stream);
+  return p;
+}
+
+// The kernels of one call, forward or backward.
+const Launcher& kernels(const Problem& p, bool fits, int passes) {
+  const int64_t itemsize = p.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t bytes = p.samples * p.channels * p.positions * itemsize;
+  const int64_t blocks = fits ? on_chip_blocks(p) : 0;
+  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, p.device);
+  return prefer_on_chip(bytes, blocks, passes, multiprocessors) ? on_chip_kernels : general;
+}
+
+Tensor scratch(int64_t floats, const Tensor& x) { return empty({floats}, ScalarType::Float, x); }
+
+ForwardResult cuda_forward(const Tensor& given_x, const Optional& w1, const Optional& b1,
+                           const Optional& w2, const Optional& b2, const Optional& ws,
+                           const Optional& bs, int64_t combine) {
+  const torch::stable::accelerator::DeviceGuard guard(given_x.get_device());
+  const bool channels_last = is_channels_last(given_x);
+  const Tensor x = in_layout(given_x, channels_last);
+  Problem p = describe(x, w1, ws, combine, channels_last);
+
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[1] = p.out_channels();
+  const Tensor y =
+      empty({sizes.data(), sizes.size()}, x.scalar_type(), x, format_of(channels_last, x.dim()));
+  const int64_t channels = w1 ? p.channels : 0;
+  const Tensor pooled = empty({p.samples, channels}, ScalarType::Float, x);
+  const Tensor hidden = empty({p.samples, p.hidden_channels}, ScalarType::Float, x);
+  const Tensor channel_gate = empty({p.samples, channels}, ScalarType::Float, x);
+  p.y = y.mutable_data_ptr();
+  p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
+  p.hidden = static_cast<float*>(hidden.mutable_data_ptr());
+  p.channel_gate = static_cast<float*>(channel_gate.mutable_data_ptr());
+
+  Parameters parameters;
+  p.w1 = parameters.add(p, Parameter::w1, w1), p.b1 = parameters.add(p, Parameter::b1, b1);
+  p.w2 = parameters.add(p, Parameter::w2, w2), p.b2 = parameters.add(p, Parameter::b2, b2);
+  p.ws = parameters.add(p, Parameter::ws, ws), p.bs = parameters.add(p, Parameter::bs, bs);
+
+  const Launcher& chosen = kernels(p, on_chip_forward_fits(p), 3);
+  const Tensor memory = scratch(chosen.forward_scratch(p), x);
+  chosen.forward(p, static_cast<float*>(memory.mutable_data_ptr()));
+  return {y, pooled, hidden, channel_gate};
+}
+
+BackwardResult cuda_backward(const Tensor& given_dy, const Tensor& given_x, const Optional& w1,
+                             const Optional& b1, const Optional& w2, const Optional& b2,
+                             const Optional& ws, const Optional& bs, const Tensor& pooled,
+                             const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
+                             bool need_dx, bool need_channel, bool need_spatial) {
+  const torch::stable::accelerator::DeviceGuard guard(given_x.get_device());
+  const bool channels_last = is_channels_last(given_x);
+  const Tensor x = in_layout(given_x, channels_last), dy = in_layout(given_dy, channels_last);
+  Problem p = describe(x, w1, ws, combine, channels_last);
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
+                      dy.numel() == p.samples * p.out_channels() * p.positions,
+                  "scse_kernels: dy must have y's shape and dtype");
+  p.dy = dy.const_data_ptr();
+  p.dy_sample = p.samples > 1 ? dy.stride(0) : p.out_channels() * p.positions;
+  p.pooled = static_cast<float*>(pooled.data_ptr());
+  p.hidden = static_cast<float*>(hidden.data_ptr());
+  p.channel_gate = static_cast<float*>(channel_gate.data_ptr());
+
+  Parameters parameters;
+  p.w1 = parameters.add(p, Parameter::w1, w1), parameters.add(p, Parameter::b1, b1);
+  p.w2 = parameters.add(p, Parameter::w2, w2), parameters.add(p, Parameter::b2, b2);
+  p.ws = parameters.add(p, Parameter::ws, ws), p.bs = parameters.add(p, Parameter::bs, bs);
+  const Tensor dw1 = gradient(w1, need_channel, x, p.dw1),
+               db1 = gradient(b1, need_channel, x, p.db1),
+               dw2 = gradient(w2, need_channel, x, p.dw2),
+               db2 = gradient(b2, need_channel, x, p.db2),
+               dws = gradient(ws, need_spatial, x, p.dws),
+               dbs = gradient(bs, need_spatial, x, p.dbs);
+  Tensor dx = empty({0}, x.scalar_type(), x);
+  if (need_dx) {
+    dx = empty(x.sizes(), x.scalar_type(), x, format_of(channels_last, x.dim()));
+    p.dx = dx.mutable_data_ptr();
+  }
+
+  // Those formulas that need the gates read x twice.
+  const bool by_gates = p.combine == Combine::max || p.combine == Combine::mul;
+  const Launcher& chosen = kernels(p, on_chip_backward_fits(p), by_gates ? 5 : 4);
+  const Tensor memory = scratch(chosen.backward_scratch(p), x);
+  chosen.backward(p, static_cast<float*>(memory.mutable_data_ptr()));
+  return {dx, dw1, db1, dw2, db2, dws, dbs};
+}
+
+}  // namespace
+}  // namespace scse::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(scse_kernels, CUDA, m) {
+  m.impl("cuda_forward", TORCH_BOX(&scse::cuda::cuda_forward));
+  m.impl("cuda_backward", TORCH_BOX(&scse::cuda::cuda_backward));
+}
+
+// An empty Python module: importing it registers the operators above.
+PyMODINIT_FUNC PyInit__C_cuda() {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

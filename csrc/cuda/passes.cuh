@@ -1,0 +1,132 @@
+// Launches the passes over the map: from what is known when running to the kernel compiled for it.
+#pragma once
+
+#include <type_traits>
+
+#include "apply.cuh"
+#include "general.h"
+#include "launch.h"
+#include "reduce.cuh"
+#include "squeeze.cuh"
+
+namespace scse::cuda {
+
+// Calls body(std::integral_constant<Combine, k>).
+template <typename Body>
+void with_combine(Combine k, const Body& body) {
+  switch (k) {
+    case Combine::add:
+      return body(std::integral_constant<Combine, Combine::add>());
+    case Combine::max:
+      return body(std::integral_constant<Combine, Combine::max>());
+    case Combine::mul:
+      return body(std::integral_constant<Combine, Combine::mul>());
+    case Combine::concat:
+      return body(std::integral_constant<Combine, Combine::concat>());
+    case Combine::channel:
+      return body(std::integral_constant<Combine, Combine::channel>());
+    case Combine::spatial:
+      return body(std::integral_constant<Combine, Combine::spatial>());
+  }
+}
+
+template <typename Body>
+void with_bool(bool value, const Body& body) {
+  value ? body(std::true_type()) : body(std::false_type());
+}
+
+// Calls body(std::integral_constant<int, W>).
+template <typename T, typename Body>
+void with_width(int width, const Body& body) {
+  width == 1 ? body(std::integral_constant<int, 1>())
+             : body(std::integral_constant<int, wide<T>>());
+}
+
+template <typename T>
+void Passes<T>::squeeze(const Problem& p, const Forward& f) {
+  const Tile& t = f.tile;
+  with_width<T>(t.width, [&](auto width) {
+    constexpr int W = decltype(width)::value;
+    const auto run = [&](auto channel, auto spatial) {
+      constexpr bool CHANNEL = decltype(channel)::value, SPATIAL = decltype(spatial)::value;
+      launch("squeeze",
+             p.channels_last ? squeeze_channels_last<T, W, CHANNEL, SPATIAL>
+                             : squeeze_planes<T, W, CHANNEL, SPATIAL>,
+             Grid{p.samples * t.strips, t.threads()}, p, static_cast<const T*>(p.x), p.ws, p.bs,
+             p.dtypes, f.partial, f.spatial_gate, p.x_sample, p.channels, p.positions, t.lanes,
+             t.tiles, t.strips);
+    };
+    if (!p.has_channel()) return run(std::false_type(), std::true_type());
+    with_bool(p.has_spatial(), [&](auto spatial) { run(std::true_type(), spatial); });
+  });
+}
+
+template <typename T>
+void Passes<T>::apply(const Problem& p, const Forward& f) {
+  const Tile& t = f.tile;
+  Grid grid{p.samples * t.inner_tiles * t.outer_tiles, t.threads()};
+  grid.overlap = true;
+  with_width<T>(t.width, [&](auto width) {
+    with_combine(p.combine, [&](auto combine) {
+      with_bool(p.channels_last, [&](auto last) {
+        launch(
+            "apply",
+            cuda::apply<T, decltype(width)::value, decltype(combine)::value, decltype(last)::value>,
+            grid, p, static_cast<const T*>(p.x), p.channel_gate, f.spatial_gate,
+            static_cast<T*>(p.y), p.x_sample, p.channels, p.positions, t.lanes, t.inner_tiles,
+            t.outer_tiles);
+      });
+    });
+  });
+}
+
+template <typename T>
+void Passes<T>::reduce(const Problem& p, const Backward& b) {
+  const Tile& t = b.tile;
+  // A branch alone has the same shares of dy as the sum.
+  const bool alone = p.combine == Combine::channel || p.combine == Combine::spatial;
+  with_combine(alone ? Combine::add : p.combine, [&](auto combine) {
+    constexpr Combine K = decltype(combine)::value;
+    if constexpr (K != Combine::channel && K != Combine::spatial) {
+      // x is used again where the gates must be known first, and for dws.
+      const bool again = Formula<float, K>::by_gates || b.partial_ws != nullptr;
+      const int64_t access = static_cast<int64_t>(sizeof(T)) * t.width * t.threads();
+      const int64_t steps = p.channels_last ? t.inner_tiles : t.outer_tiles;
+      const int64_t kept = again ? std::min(steps, kKeptBytes / access / kOuter) * kOuter : 0;
+      const Grid grid{p.samples * t.strips, t.threads(), kept * access};
+      with_width<T>(t.width, [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        launch("reduce", p.channels_last ? reduce_channels_last<T, W, K> : reduce_planes<T, W, K>,
+               grid, p, static_cast<const T*>(p.dy), static_cast<const T*>(p.x), p.ws, p.bs,
+               p.dtypes, p.channel_gate, b.partial, b.partial_ws, b.partial_bs, b.spatial_gate,
+               b.dq, p.dy_sample, p.x_sample, p.channels, p.positions, t.lanes, t.tiles, t.strips,
+               kept);
+      });
+    }
+  });
+}
+
+template <typename T>
+void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
+  const Tile& t = b.tile;
+  const int64_t tiles = p.dx == nullptr ? 0 : p.samples * t.inner_tiles * t.outer_tiles;
+  if (tiles + b.tasks == 0) return;
+  Grid grid{tiles + b.tasks, t.threads()};
+  grid.overlap = true;
+  with_width<T>(t.width, [&](auto width) {
+    with_combine(p.combine, [&](auto combine) {
+      with_bool(p.channels_last, [&](auto last) {
+        launch("apply_backward",
+               cuda::apply_backward<T, decltype(width)::value, decltype(combine)::value,
+                                    decltype(last)::value>,
+               grid, p, static_cast<const T*>(p.dy), static_cast<const T*>(p.x), p.channel_gate,
+               b.spatial_gate, b.dq, b.d_mean, p.ws, p.dtypes, static_cast<T*>(p.dx), p.dy_sample,
+               p.x_sample, p.channels, p.positions, t.lanes, t.inner_tiles, t.outer_tiles, tiles,
+               b.d_excited, b.d_hidden, p.pooled, p.hidden, b.sample_ws, b.sample_bs, p.dw1, p.db1,
+               p.dw2, p.db2, p.dws, p.dbs, p.samples, p.hidden_channels);
+      });
+    });
+  });
+}
+
+}  // namespace scse::cuda

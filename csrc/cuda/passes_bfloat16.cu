@@ -1,0 +1,3 @@
+#include "passes.cuh"
+
+template struct scse::cuda::Passes<__nv_bfloat16>;

@@ -1,0 +1,56 @@
+// What one call works on. Plain data, shared by the operators (ops.cpp) and by the launchers, which
+// know nothing of torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../combine.h"
+#include "dtypes.h"
+
+namespace scse::cuda {
+
+struct Problem {
+  Dtype dtype;  // of the maps; float64 is not served
+  int64_t samples, channels, hidden_channels, positions;
+  Combine combine;
+  bool channels_last;
+  int device;
+  int capability;  // 80 for 8.0
+  cudaStream_t stream;
+
+  // Feature maps: [N, C, S] or [N, S, C]; y and dy hold 2 * C channels for concat. Samples are
+  // dense; those of the inputs may lie further apart.
+  const void *x, *dy;
+  void *y, *dx;                 // dx: null unless it is needed
+  int64_t x_sample, dy_sample;  // elements from one sample to the next
+
+  // Parameters, dense, null where absent; their dtypes as in dtypes.h.
+  const void *w1, *b1, *w2, *b2, *ws, *bs;
+  int dtypes;
+
+  // [N, C], [N, Cr], [N, C]; outputs of the forward, inputs of the backward.
+  float *pooled, *hidden, *channel_gate;
+
+  // The parameters' gradients, each in its parameter's dtype; null unless needed.
+  void *dw1, *db1, *dw2, *db2, *dws, *dbs;
+
+  int64_t out_channels() const { return combine == Combine::concat ? 2 * channels : channels; }
+  bool has_channel() const { return combine != Combine::spatial; }
+  bool has_spatial() const { return combine != Combine::channel; }
+  bool need_channel() const { return dw1 != nullptr; }
+  bool need_spatial() const { return dws != nullptr; }
+  // Elements from one row to the next: positions in channels_last maps, else channels. Of x and dx.
+  int64_t pitch() const { return channels_last ? channels : positions; }
+};
+
+// A way to compute it. `scratch`: floats of memory that the launcher wants, aligned to 256 bytes.
+struct Launcher {
+  int64_t (*forward_scratch)(const Problem&);
+  void (*forward)(const Problem&, float* scratch);
+  int64_t (*backward_scratch)(const Problem&);
+  void (*backward)(const Problem&, float* scratch);
+};
+
+}  // namespace scse::cuda

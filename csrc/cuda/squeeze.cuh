@@ -1,0 +1,120 @@
+// The forward's first pass: both squeezes of x. A block for each sample and strip of positions.
+// Reads x once; writes the strip's sums over positions and its spatial gates.
+#pragma once
+
+#include "block.cuh"
+#include "combine.cuh"
+#include "overlap.cuh"
+#include "parameters.cuh"
+
+namespace scse::cuda {
+
+#define SCSE_SQUEEZE_ARGUMENTS                                       \
+  const T *__restrict__ x,         /* [N, C, S] or [N, S, C] */      \
+      const void *__restrict__ ws, /* [C] */                         \
+      const void *__restrict__ bs, /* [1] or null */                 \
+      int dtypes,                  /* of ws and bs, see dtypes.h */  \
+      float *partial,              /* [N, strips, C]: sums of x */   \
+      float *spatial_gate,         /* [N, S] */                      \
+      int64_t x_sample,            /* from one sample to the next */ \
+      int channels, int64_t positions, int lanes, int tiles, int strips
+
+template <typename T, int W, bool CHANNEL, bool SPATIAL>
+__global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_ARGUMENTS) {
+  __shared__ __align__(16) float shared[kSumRows<W>];
+  let_next_start();
+  const Place me(lanes);
+  x += blockIdx.x / strips * x_sample;
+  spatial_gate += blockIdx.x / strips * positions;
+  partial += int64_t(blockIdx.x) * channels;
+  float bias = 0;
+  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0);
+
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int64_t begin = (int64_t(blockIdx.x % strips) * tiles + tile) * (lanes * W);
+    const int64_t s = begin + me.lane * W;
+    Floats<W> squeezed{};
+    for (int first = 0; first < channels; first += me.rows * kOuter) {
+      const int c = first + me.row * kOuter;
+      const Accesses<T, W> in =
+          load_accesses<W>(x + c * positions + s, positions, s < positions ? channels - c : 0);
+      float weight[kOuter], sum[kOuter] = {};
+      if (SPATIAL) {
+        load_parameters(ws, dtype_of(dtypes, Parameter::ws), c, channels - c, weight);
+      }
+#pragma unroll
+      for (int u = 0; u < kOuter; ++u) {
+        const Floats<W> f = widen<T, W>(in.at[u]);
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          if (CHANNEL) sum[u] += f[i];
+          if (SPATIAL) squeezed[i] += f[i] * weight[u];
+        }
+      }
+      if (CHANNEL) {
+        sum_lanes(sum, lanes);
+        if (me.lane == 0) add_four(partial + c, channels - c, sum, tile == 0);
+      }
+    }
+    if (SPATIAL) {
+      sum_rows(squeezed, lanes, shared, [&](int i, float sum) {
+        if (begin + i < positions) spatial_gate[begin + i] = sigmoid(sum + bias);
+      });
+    }
+  }
+}
+
+template <typename T, int W, bool CHANNEL, bool SPATIAL>
+__global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQUEEZE_ARGUMENTS) {
+  __shared__ __align__(16) float shared[kSumRows<W>];
+  let_next_start();
+  const Place me(lanes);
+  x += blockIdx.x / strips * x_sample;
+  spatial_gate += blockIdx.x / strips * positions;
+  partial += int64_t(blockIdx.x) * channels;
+  const bool one_step = channels <= lanes * W;  // it has all channels
+  float bias = 0;
+  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0);
+
+  Floats<W> sum{};
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int64_t s =
+        (int64_t(blockIdx.x % strips) * tiles + tile) * (me.rows * kOuter) + me.row * kOuter;
+    float squeezed[kOuter] = {};
+    for (int first = 0; first < channels; first += lanes * W) {
+      const int c = first + me.lane * W;
+      const Accesses<T, W> in =
+          load_accesses<W>(x + s * channels + c, channels, c < channels ? positions - s : 0);
+      float weight[W];
+      if (SPATIAL) {
+        load_parameters(ws, dtype_of(dtypes, Parameter::ws), c, channels - c, weight);
+      }
+#pragma unroll
+      for (int u = 0; u < kOuter; ++u) {
+        const Floats<W> f = widen<T, W>(in.at[u]);
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          if (CHANNEL) sum[i] += f[i];
+          if (SPATIAL) squeezed[u] += f[i] * weight[i];
+        }
+      }
+      if (CHANNEL && (!one_step || tile == tiles - 1)) {
+        sum_rows(sum, lanes, shared, [&](int i, float total) {
+          if (first + i < channels) {
+            const bool begin = one_step || tile == 0;
+            partial[first + i] = (begin ? 0.f : partial[first + i]) + total;
+          }
+        });
+        sum = {};
+      }
+    }
+    if (SPATIAL) {
+      sum_lanes(squeezed, lanes);
+#pragma unroll
+      for (int u = 0; u < kOuter; ++u) squeezed[u] = sigmoid(squeezed[u] + bias);
+      if (me.lane == 0) store_four(spatial_gate + s, positions - s, squeezed);
+    }
+  }
+}
+
+}  // namespace scse::cuda

@@ -1,0 +1,95 @@
+// How the general kernels walk a map: tile sizes and grids, from shape and dtype alone, never from
+// the device or the number of samples, so that a sum has the same order everywhere. Plain
+// functions.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace scse::cuda {
+
+// A map has an inner axis (stride 1: positions, or channels in channels_last maps) and an outer
+// one. A thread works on kOuter neighbours of the outer axis at a time, at each of them on one
+// access of the inner axis: four loads on their way per map, and four sums to store together.
+constexpr int kOuter = 4;
+constexpr int kMaxThreads = 256;
+// Of x that waits in shared memory: all of it up to 512 channels, and one block still fits an SM of
+// 100 KiB, three one of 228 KiB.
+constexpr int64_t kKeptBytes = 64 * 1024;
+
+// The gradient of a dense layer is formed in pieces of [kPiece, kPiece].
+constexpr int kPiece = 32;
+
+// Threads of a block: `rows` rows of `lanes` threads along the inner axis. A row is part of one
+// warp, so that warps sum over the inner axis alone.
+struct Tile {
+  int width;                         // elements to an access, W
+  int lanes, rows;                   // powers of two
+  int inner, outer;                  // elements of a step of the block
+  int tiles;                         // of a strip, one after the other
+  int64_t positions;                 // of a tile
+  int64_t strips;                    // of a sample: each has a row of partial sums
+  int64_t inner_tiles, outer_tiles;  // of the map
+  int threads() const { return lanes * rows; }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The smallest power of two that isn't less than `size`.
+inline int64_t power_of_two(int64_t size) {
+  int64_t power = 1;
+  while (power < size) power *= 2;
+  return power;
+}
+
+inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width,
+                    bool channels_last) {
+  Tile t{};
+  t.width = width;
+  const int64_t inner = channels_last ? channels : positions;
+  const int64_t outer = channels_last ? positions : channels;
+  const int64_t accesses = power_of_two(ceil_div(inner, width));
+  if (channels_last) {
+    // All of a position's channels, as far as a warp has lanes: it then sums alone.
+    t.lanes = static_cast<int>(std::min<int64_t>(accesses, 32));
+  } else {
+    // Rows of 128 bytes at least, the size of a cache line; wider where channels are few.
+    const int64_t least = width == 1 ? 32 : 8;
+    const int64_t wanted = kMaxThreads * kOuter / power_of_two(channels);
+    t.lanes = static_cast<int>(std::min(std::clamp<int64_t>(wanted, least, 32), accesses));
+  }
+  const int64_t rows = power_of_two(ceil_div(outer, kOuter));
+  t.rows =
+      static_cast<int>(std::clamp<int64_t>(rows, std::max(1, 32 / t.lanes), kMaxThreads / t.lanes));
+  t.inner = t.lanes * width;
+  t.outer = t.rows * kOuter;
+  t.inner_tiles = ceil_div(inner, t.inner);
+  t.outer_tiles = ceil_div(outer, t.outer);
+
+  // Partial sums are channels floats for each strip. Strips of 256 bytes keep them below 2 % of the
+  // map, where that leaves 16 strips to be worked on at once; more than 512 would take the one
+  // block that adds them up too long.
+  t.positions = channels_last ? t.outer : t.inner;
+  t.tiles = 1;
+  const auto strips = [&] { return ceil_div(positions, t.positions * t.tiles); };
+  while ((t.positions * t.tiles * itemsize < 256 && strips() > 16) || strips() > 512) t.tiles *= 2;
+  t.strips = strips();
+  return t;
+}
+
+// Blocks of `threads` threads that form the parameters' gradients: see ParameterGradients.
+inline int64_t gradient_tasks(int64_t channels, int64_t hidden_channels, int threads,
+                              bool need_channel, bool need_spatial) {
+  const int64_t pieces = ceil_div(channels, kPiece) * ceil_div(hidden_channels, kPiece);
+  return (need_channel ? 2 * pieces : 0) + (need_spatial ? ceil_div(channels, threads) : 0);
+}
+
+// Threads of a sample's excitation: 16 elements of the largest matrix for each, four loads of 16
+// bytes, as fewer cost more in sums across warps than they save.
+constexpr int kExciteThreads = 512;
+inline int excite_threads(int64_t channels, int64_t hidden_channels, int64_t strips) {
+  const int64_t largest = channels * std::max(hidden_channels, strips);
+  return static_cast<int>(std::clamp<int64_t>(power_of_two(largest / 16), 64, kExciteThreads));
+}
+
+}  // namespace scse::cuda

@@ -1,0 +1,147 @@
+// Elements of a map as memory has them, up to 16 bytes to an access, and as floats for arithmetic.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace scse::cuda {
+
+#define SCSE_DEVICE __device__ __forceinline__
+
+template <int bytes>
+struct BitsOf;
+template <>
+struct BitsOf<16> {
+  using type = uint4;
+};
+template <>
+struct BitsOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<2> {
+  using type = uint16_t;
+};
+
+// W elements of type T as one access moves them. W is wide<T> where addresses allow it, else 1.
+template <typename T, int W>
+using Bits = typename BitsOf<W * sizeof(T)>::type;
+template <typename T>
+constexpr int wide = 16 / sizeof(T);
+
+template <int W>
+struct Floats {
+  float of[W];
+  SCSE_DEVICE float& operator[](int i) { return of[i]; }
+  SCSE_DEVICE float operator[](int i) const { return of[i]; }
+};
+
+// p is aligned to the access.
+template <int W, typename T>
+SCSE_DEVICE Bits<T, W> load(const T* p) {
+  return *reinterpret_cast<const Bits<T, W>*>(p);
+}
+template <int W, typename T>
+SCSE_DEVICE void store(T* p, const Bits<T, W>& bits) {
+  *reinterpret_cast<Bits<T, W>*>(p) = bits;
+}
+
+// --- between elements and floats, a 32-bit word (one float or two half-type elements) at a time
+// ---
+
+SCSE_DEVICE void widen_word(const float*, uint32_t word, float* f) { *f = __uint_as_float(word); }
+SCSE_DEVICE void widen_word(const __half*, uint32_t word, float* f) {
+  const float2 two = __half22float2(reinterpret_cast<const __half2&>(word));
+  f[0] = two.x, f[1] = two.y;
+}
+SCSE_DEVICE void widen_word(const __nv_bfloat16*, uint32_t word, float* f) {
+  f[0] = __uint_as_float(word << 16), f[1] = __uint_as_float(word & 0xffff0000u);
+}
+SCSE_DEVICE uint32_t narrow_word(const float*, const float* f) { return __float_as_uint(*f); }
+SCSE_DEVICE uint32_t narrow_word(const __half*, const float* f) {
+  const __half2 two = __floats2half2_rn(f[0], f[1]);
+  return reinterpret_cast<const uint32_t&>(two);
+}
+SCSE_DEVICE uint32_t narrow_word(const __nv_bfloat16*, const float* f) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(f[0], f[1]);
+  return reinterpret_cast<const uint32_t&>(two);
+}
+
+template <typename T, int W>
+SCSE_DEVICE Floats<W> widen(const Bits<T, W>& bits) {
+  constexpr T* type = nullptr;
+  Floats<W> f;
+  if constexpr (sizeof bits == 16) {
+    constexpr int n = 4 / sizeof(T);
+    widen_word(type, bits.x, f.of), widen_word(type, bits.y, f.of + n);
+    widen_word(type, bits.z, f.of + 2 * n), widen_word(type, bits.w, f.of + 3 * n);
+  } else {
+    float two[2];
+    widen_word(type, bits, two);
+    f[0] = two[0];
+  }
+  return f;
+}
+
+// Rounds to nearest, ties to even.
+template <typename T, int W>
+SCSE_DEVICE Bits<T, W> narrow(const Floats<W>& f) {
+  constexpr T* type = nullptr;
+  if constexpr (W * sizeof(T) == 16) {
+    constexpr int n = 4 / sizeof(T);
+    return {narrow_word(type, f.of), narrow_word(type, f.of + n), narrow_word(type, f.of + 2 * n),
+            narrow_word(type, f.of + 3 * n)};
+  } else {
+    const float two[2] = {f[0], 0.f};
+    return static_cast<Bits<T, W>>(narrow_word(type, two));
+  }
+}
+
+// --- single elements (torch's headers and flags switch the conversion operators off) ---
+
+SCSE_DEVICE float to_float(float v) { return v; }
+SCSE_DEVICE float to_float(double v) { return static_cast<float>(v); }
+SCSE_DEVICE float to_float(__half v) { return __half2float(v); }
+SCSE_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+SCSE_DEVICE void from_float(float& to, float v) { to = v; }
+SCSE_DEVICE void from_float(double& to, float v) { to = v; }
+SCSE_DEVICE void from_float(__half& to, float v) { to = __float2half_rn(v); }
+SCSE_DEVICE void from_float(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
+
+// --- some neighbours, of which the first `inside` exist ---
+
+// In the fewest accesses that p's alignment allows; 0 for what doesn't exist.
+template <int count, typename T>
+SCSE_DEVICE void load_some(const T* p, int64_t inside, float (&v)[count]) {
+  constexpr int bytes = count * sizeof(T) < 16 ? count * sizeof(T) : 16;
+  struct alignas(bytes) Pack {
+    T of[bytes / sizeof(T)];
+  };
+  constexpr int n = bytes / sizeof(T);
+  if (inside >= count && reinterpret_cast<uintptr_t>(p) % bytes == 0) {
+#pragma unroll
+    for (int k = 0; k < count / n; ++k) {
+      const Pack pack = reinterpret_cast<const Pack*>(p)[k];
+#pragma unroll
+      for (int i = 0; i < n; ++i) v[k * n + i] = to_float(pack.of[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) v[i] = i < inside ? to_float(p[i]) : 0.f;
+  }
+}
+
+SCSE_DEVICE void store_four(float* p, int64_t inside, const float (&v)[4]) {
+  if (inside >= 4 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+    *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < inside) p[i] = v[i];
+    }
+  }
+}
+
+}  // namespace scse::cuda

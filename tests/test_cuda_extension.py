@@ -1,0 +1,129 @@
+"""The CUDA backend without a device: who may use it, and its operators."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from budget import make_case
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import scse_kernels
+from scse_kernels import _native, functional, ops
+
+CUDA = torch.device("cuda")
+MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
+
+built = pytest.mark.skipif(
+    _native.why_not("_C_cuda") is not None, reason="the CUDA extension is not built"
+)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+def test_an_extension_that_was_built_loads():
+    files = list(Path(scse_kernels.__file__).parent.glob("_C_cuda*.so"))
+    assert bool(files) == (_native.why_not("_C_cuda") is None), _native.why_not("_C_cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(built, capability): what _native and torch say of it; capability None: no GPU."""
+
+    def pretend(built=True, capability=None):
+        reasons = {"_C": None, "_C_cuda": None if built else "built without scse_kernels._C_cuda"}
+        monkeypatch.setattr(_native, "_WHY_NOT", reasons)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        properties = type("Properties", (), {"major": capability and capability // 10})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr("scse_kernels._triton.why_not", lambda device: None)
+
+    return pretend
+
+
+def test_not_built(machine):
+    machine(built=False, capability=90)
+    assert functional.why_not("cuda", CUDA) == "built without scse_kernels._C_cuda"
+    assert functional._fastest(CUDA, torch.float32) == "triton"
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_no_device(machine, device):
+    machine(capability=None)
+    assert functional.why_not("cuda", torch.device(device)).startswith("built, no device")
+
+
+def test_cpu_tensors(machine):
+    machine(capability=90)
+    assert functional.why_not("cuda", torch.device("cpu")) == "it runs on cuda tensors, got cpu"
+    assert functional._fastest(torch.device("cpu"), torch.float32) == "cpu"
+    x, *parameters = make_case((2, 6, 5, 7)).x, *make_case((2, 6, 5, 7)).parameters
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: it runs on cuda"):
+        scse_kernels.scse(x, *parameters, backend="cuda")
+
+
+@pytest.mark.parametrize("capability, usable", [(75, False), (80, True), (90, True), (120, True)])
+def test_capability(machine, capability, usable):
+    machine(capability=capability)
+    reason = functional.why_not("cuda", CUDA)
+    assert (reason is None) == usable
+    assert usable or "compute capability 8.0" in reason
+    assert functional._fastest(CUDA, torch.float16) == ("cuda" if usable else "triton")
+
+
+def test_float64_goes_elsewhere(machine):
+    machine(capability=90)
+    assert "float64" in functional.why_not("cuda", CUDA, torch.float64)
+    assert functional._fastest(CUDA, torch.float64) == "triton"
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert functional.why_not("cuda", CUDA, dtype) is None
+
+
+def _fake_arguments(variant, memory_format, dtype):
+    case = make_case((3, 6, 5, 7), variant, dtype, parameter_dtype=torch.float32)
+    fake = FakeTensorMode()
+    tensors = [None if t is None else fake.from_tensor(t) for t in (case.x, *case.parameters)]
+    x, *parameters = (None if t is None else t.to(CUDA) for t in tensors)
+    dy = fake.from_tensor(case.dy).to(CUDA).contiguous(memory_format=memory_format)
+    return x.contiguous(memory_format=memory_format), parameters, dy
+
+
+@built
+@pytest.mark.parametrize("variant", ("cse", "sse", *ops.COMBINE))
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_fake_tensors(variant, memory_format, dtype):
+    """Shapes, dtypes, strides and device of what the operators return, under torch.compile say."""
+    x, parameters, dy = _fake_arguments(variant, memory_format, dtype)
+    combine = ops.COMBINE.get(variant, 0)
+    y, *small = torch.ops.scse_kernels.cuda_forward(x, *parameters, combine)
+    assert y.device.type == "cuda" and y.dtype == dtype and y.shape == dy.shape
+    assert y.is_contiguous(memory_format=memory_format)
+    assert all(t.dtype == torch.float32 for t in small)
+    dx, *gradients = torch.ops.scse_kernels.cuda_backward(
+        dy, x, *parameters, *small, combine, True, True, True
+    )
+    assert dx.shape == x.shape and dx.dtype == dtype and dx.stride() == x.stride()
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if parameter is not None:
+            assert gradient.shape == parameter.shape and gradient.dtype == parameter.dtype
+
+
+@built
+def test_operators_are_for_cuda_tensors():
+    for name in ("cuda_forward", "cuda_backward"):
+        qualified = f"scse_kernels::{name}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA")
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU")
+    case = make_case((2, 6, 5, 7))
+    with pytest.raises(NotImplementedError, match="cuda_forward"):
+        torch.ops.scse_kernels.cuda_forward(case.x, *case.parameters, 0)
+
+
+def test_schemas_are_those_of_the_other_backends():
+    for name in ("forward", "backward"):
+        schemas = {
+            str(getattr(torch.ops.scse_kernels, f"{backend}_{name}").default._schema).split("(", 1)[
+                1
+            ]
+            for backend in ops.BACKENDS
+        }
+        assert len(schemas) == 1
