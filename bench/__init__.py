@@ -1,4 +1,4 @@
-"""Benchmarks, run from a checkout: `python -m bench ops`, `python -m bench mri`."""
+"""Benchmarks, run from a checkout: `python -m bench ops`, `... mri`, `... model`."""
 
 import ctypes
 import os

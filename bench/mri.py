@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
-from . import mri_data, options, providers, report, timing
+from . import blocks, mri_data, options, providers, report, timing
 from .mri_data import OUTSIDE, TISSUES, Slices
 from .unet import LEVELS, UNet
 
@@ -144,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
     trainings = {name: _Training(net, args.steps) for name, net in nets.items()}
     middle = slice(len(train.label) // 2, len(train.label) // 2 + _BATCH)
     first = _first_gradients(nets, train.image[middle], train.label[middle])
-    seen = _shapes_of_blocks(nets["eager"], train.image[middle])
+    blocks_of = {name: net.recalibrations() for name, net in nets.items()}
+    seen = blocks.shapes_seen(nets["eager"], blocks_of["eager"], train.image[middle])
     _train(trainings, train, args.steps)
     predicted = {name: training.predict(test.image) for name, training in trainings.items()}
     for name in names:
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(name, *(f"{value:.4f}" for value in (*values, mean)))
     console.print(table)
 
-    _print_times(trainings, _seconds_of_blocks(trainings, seen), len(seen))
+    _print_times(trainings, blocks.seconds(blocks_of, seen, device), len(seen))
     picture = args.output / "mri.png"
     _picture(picture, test, predicted, trainings, environment)
     console.print(
@@ -184,51 +185,11 @@ def _train(trainings: dict[str, _Training], train: Slices, steps: int) -> None:
             progress.update(task, advance=1, description=f"loss: {losses}")
 
 
-def _shapes_of_blocks(net: UNet, image: Tensor) -> list[torch.Size]:
-    """The shapes that the scSE blocks see, in the order of `net.recalibrations()`."""
-    shapes = {}
-    hooks = [
-        block.register_forward_hook(lambda block, args, _: shapes.update({block: args[0].shape}))
-        for block in net.recalibrations()
-    ]
-    net.eval()  # leaves the running statistics alone
-    with torch.no_grad():
-        net(image)
-    net.train()
-    for hook in hooks:
-        hook.remove()
-    return [shapes[block] for block in net.recalibrations()]
-
-
-def _seconds_of_blocks(
-    trainings: dict[str, _Training], shapes: list[torch.Size]
-) -> dict[str, float]:
-    """Seconds that each network's scSE blocks take in a step, forward and backward, timed by
-    themselves on the shapes that they see."""
-    calls = {}
-    device = next(trainings["eager"].net.parameters()).device
-    for i, shape in enumerate(shapes):
-        x, dy = (torch.randn(shape, device=device) for _ in range(2))
-        for name, training in trainings.items():
-            block = training.net.recalibrations()[i]
-            calls[name, i] = functools.partial(_block_step, block, x.requires_grad_(), dy)
-    for call in calls.values():
-        call()
-    timings = timing.interleaved(calls, device, rounds=9)
-    return {
-        name: sum(t.median for key, t in timings.items() if key[0] == name) for name in trainings
-    }
-
-
-def _block_step(block: nn.Module, x: Tensor, dy: Tensor) -> None:
-    torch.autograd.grad(block(x), [x, *block.parameters()], dy)
-
-
 def _print_times(
-    trainings: dict[str, _Training], seconds_of_blocks: dict[str, float], blocks: int
+    trainings: dict[str, _Training], seconds_of_blocks: dict[str, float], count: int
 ) -> None:
     report.console.print(
-        f"Seconds of a training step, and of its {blocks} scSE blocks timed alone, forward and"
+        f"Seconds of a training step, and of its {count} scSE blocks timed alone, forward and"
         " backward, on the shapes they see"
     )
     table = report.table("Training step")

@@ -26,22 +26,22 @@ class EagerConvolutions(nn.Module):
     def __init__(self, channels: int, reduction: int, combine: str, axes: int) -> None:
         super().__init__()
         conv, hidden = _CONV[axes], channels // reduction
-        self.channel = nn.Sequential(
+        self.cSE = nn.Sequential(
             _POOL[axes](1),
             conv(channels, hidden, 1),
             nn.ReLU(inplace=True),
             conv(hidden, channels, 1),
             nn.Sigmoid(),
         )
-        self.spatial = nn.Sequential(conv(channels, 1, 1), nn.Sigmoid())
+        self.sSE = nn.Sequential(conv(channels, 1, 1), nn.Sigmoid())
         self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
         if self.combine == "add":
-            return x * self.channel(x) + x * self.spatial(x)
+            return x * self.cSE(x) + x * self.sSE(x)
         if self.combine == "mul":
-            return (x * self.channel(x)) * (x * self.spatial(x))
-        return torch.cat([x * self.channel(x), x * self.spatial(x)], 1)
+            return (x * self.cSE(x)) * (x * self.sSE(x))
+        return torch.cat([x * self.cSE(x), x * self.sSE(x)], 1)
 
 
 class EagerLinear(nn.Module):

@@ -100,3 +100,11 @@ def test_another_model_is_left_alone():
     assert list(convert_state_dict(state, net)) == list(state)
     assert convert_state_dict(state, net)._metadata == state._metadata
     assert list(convert_state_dict({"fc1.weight": torch.ones(3)}, net)) == ["fc1.weight"]
+
+
+def test_other_branches_are_left_to_load_state_dict():
+    state = Net(Both(12, 4, 2, torch.add)).state_dict()
+    target = Net(Channel(12, 4))
+    assert list(convert_state_dict(state, target)) == list(state)
+    with pytest.raises(RuntimeError, match=r"Missing key.*stem\.2\.fc1\.weight"):
+        target.load_state_dict(convert_state_dict(state, target))

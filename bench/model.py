@@ -1,0 +1,187 @@
+"""A training step of whole networks: as their libraries have them, and after `convert`.
+
+  smp       segmentation_models.pytorch's Unet, ResNet-34, with scSE in the decoder
+  3dunet    pytorch-3dunet's ResidualUNetSE3D
+  unet      the U-Net of `bench mri`, with an scSE block after every encoder and decoder block
+
+Each network is built once and copied; the copy is converted. A step is forward, loss, backward and
+optimizer. Both are timed round by round in turn, then their scSE blocks alone, on the shapes that
+they see, which shows how much of a step can be won at all. Before that, loss, output and gradients
+of both are compared with the original's in float64; if one is off, the exit status is 1.
+A network whose library can't be imported is left out, with the reason.
+"""
+
+import argparse
+import copy
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scse_kernels import convert
+
+from . import blocks, memory, options, providers, report, timing
+from .unet import UNet
+
+_SEED = 0
+#: Largest relative error (norm of the difference over the norm) of the output and of the gradient
+#: in float32. The gradient's is wider: where a ReLU or a maximum falls the other way on a rounding,
+#: it jumps, in the original as in the converted network.
+_OUTPUT, _GRADIENT = 1e-4, 5e-3
+
+
+class _Model(NamedTuple):
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]  # of the images
+
+
+def _smp() -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet("resnet34", encoder_weights=None, decoder_attention_type="scse", classes=4)
+
+
+def _unet3d() -> nn.Module:
+    from pytorch3dunet.unet3d.model import ResidualUNetSE3D
+
+    return ResidualUNetSE3D(1, 4, f_maps=16, num_levels=4)
+
+
+def _unet() -> nn.Module:
+    return UNet(
+        4, 16, functools.partial(providers.build, "eager", reduction=2, combine="add", axes=2)
+    )
+
+
+MODELS = {
+    "smp": _Model(_smp, (4, 3, 256, 256)),
+    "3dunet": _Model(_unet3d, (1, 1, 48, 64, 64)),
+    "unet": _Model(_unet, (8, 1, 128, 128)),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench model`."""
+    parser.add_argument(
+        "--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS), help="default: all"
+    )
+    parser.add_argument(
+        "--rounds", type=options.positive, default=9, help="of timing (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare and time the chosen networks; returns 1 if one was wrong."""
+    report.print_header(report.environment(args.device), providers.missing(args.device))
+    agree = True
+    for name in args.models:
+        try:
+            original = _build(MODELS[name])
+        except ImportError as error:
+            report.console.print(f"[yellow]{name} is left out: {error}")
+            continue
+        agree &= _measure(name, original, args)
+    return 0 if agree else 1
+
+
+def _build(model: _Model) -> nn.Module:
+    torch.manual_seed(_SEED)
+    return model.build()
+
+
+def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
+    """Print what conversion does to one network; False if it gives something else."""
+    console, device = report.console, args.device
+    original = original.to(device)
+    nets = {"original": original, "converted": copy.deepcopy(original)}
+    converted = convert(nets["converted"])
+    paths = [entry.paths[0] for entry in converted.converted]
+    blocks_of = {which: [net.get_submodule(p) for p in paths] for which, net in nets.items()}
+    image = torch.randn(MODELS[name].shape, device=device)
+    seen = blocks.shapes_seen(original, blocks_of["original"], image)
+
+    table = report.table(f"{name}, {'x'.join(map(str, image.shape))}: distance from float64")
+    for column in ("", "output", "gradient"):
+        table.add_column(column, justify="right" if column else "left")
+    errors = _errors(nets, image)
+    for which, error in errors.items():
+        table.add_row(which, *(f"{value:.1e}" for value in error))
+    console.print(table)
+
+    steps = {which: _Step(net, image) for which, net in nets.items()}
+    for step in steps.values():
+        step()  # the gradients and the optimizer's state are made
+    peaks = {which: memory.peak(step, device) for which, step in steps.items()}
+    done = iter(range(args.rounds))
+    with report.progress() as progress:
+        task = progress.add_task(f"timing {name}", total=args.rounds)
+        times = timing.interleaved(
+            steps, device, args.rounds, on_round=lambda: progress.update(task, completed=next(done))
+        )
+    alone = blocks.seconds(blocks_of, seen, device)
+
+    calls = sum(map(len, seen))
+    table = report.table(
+        f"{name}: a training step, {calls} calls of {len(paths)} scSE blocks in it"
+    )
+    table.add_column("")
+    for column in ("ms", "IQR", "speedup", "peak MiB", "scSE alone, ms", "share"):
+        table.add_column(column, justify="right")
+    for which, time in times.items():
+        table.add_row(
+            which,
+            f"{time.median * 1e3:.1f}",
+            f"{time.iqr * 1e3:.1f}",
+            f"{times['original'].median / time.median:.2f}",
+            f"{peaks[which] / 2**20:.0f}",
+            f"{alone[which] * 1e3:.1f}",
+            f"{alone[which] / time.median:.0%}",
+        )
+    console.print(table)
+    right = all(o <= _OUTPUT and g <= _GRADIENT for o, g in errors.values())  # False for NaN
+    if not (right and paths):
+        console.print(f"[red]{name}: original and converted DISAGREE, or nothing was converted")
+        console.print(str(converted))
+    return right and bool(paths)
+
+
+class _Step:
+    """A step of training with SGD, on random targets."""
+
+    def __init__(self, net: nn.Module, image: Tensor) -> None:
+        self.net, self.image = net, image
+        self.optimizer = torch.optim.SGD(net.parameters(), 1e-4, 0.9)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        _loss(self.net(self.image)).backward()
+        self.optimizer.step()
+
+
+def _loss(logits: Tensor) -> Tensor:
+    """Cross entropy with targets that the shape decides."""
+    generator = torch.Generator().manual_seed(_SEED)
+    target = torch.randint(logits.shape[1], logits[:, 0].shape, generator=generator)
+    return nn.functional.cross_entropy(logits, target.to(logits.device))
+
+
+def _errors(nets: dict[str, nn.Module], image: Tensor) -> dict[str, tuple[float, float]]:
+    """Each network's relative errors of the output and of the gradient of all parameters, from
+    the original network in float64."""
+
+    def compute(net: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+        net = copy.deepcopy(net)  # leaves the running statistics alone
+        logits = net(image)
+        _loss(logits).backward()
+        return logits, torch.cat([p.grad.double().flatten() for p in net.parameters()])
+
+    right = compute(copy.deepcopy(nets["original"]).double(), image.double())
+    return {
+        which: tuple(
+            ((a - b).norm() / b.norm()).item()
+            for a, b in zip(compute(net, image), right, strict=True)
+        )
+        for which, net in nets.items()
+    }
