@@ -16,6 +16,7 @@ CONSTRAINTS := $(VENV)/constraints.txt
 PAIR := $(VENV)/pair-$(shell echo '$(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
 TOOLS := $(VENV)/tools
 KERNELS := $(VENV)/kernels
+PEERS := $(VENV)/peers
 # The package as a wheel: without kernels in an environment of its own, and as it is given away.
 PURE := $(VENV)/pure
 WHEEL := $(VENV)/wheel
@@ -28,7 +29,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Two of the steps build the package in the same folder.
 .NOTPARALLEL:
 
-test: lint test-pure $(KERNELS)
+test: lint test-pure $(KERNELS) $(PEERS)
 	$(BIN)/python -m pytest
 
 lint: $(TOOLS)
@@ -36,7 +37,7 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 
 # From tests/, since in the checkout's own folder `import scse_kernels` finds the checkout.
-test-pure: $(PURE)
+test-pure: $(PURE) $(PEERS)
 	cd tests && SCSE_TEST_PURE_PYTHON=1 ../$(PURE)/bin/python -m pytest -q
 
 # Built from the sdist, so that it shows what the sdist lacks.
@@ -69,6 +70,12 @@ $(PAIR): | $(BIN)/python
 # Editable, since benchmarks and tests run in the checkout.
 $(TOOLS): $(PAIR) pyproject.toml
 	SCSE_BUILD=none $(PIP) --quiet --no-build-isolation -c $(CONSTRAINTS) -e ".[bench,dev]"
+	touch $@
+
+# Without what they ask for, torchvision and more: only their blocks are tested.
+$(PEERS): $(TOOLS)
+	$(PIP) --quiet --no-deps $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open( \
+		"pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"])')
 	touch $@
 
 # Not by way of pip, which would compile every file again after each edit.

@@ -168,14 +168,15 @@ def _loss(logits: Tensor) -> Tensor:
 
 
 def _errors(nets: dict[str, nn.Module], image: Tensor) -> dict[str, tuple[float, float]]:
-    """Each network's relative errors of the output and of the gradient of all parameters, from
+    """Each network's relative errors of the output and of the gradient of the parameters, from
     the original network in float64."""
 
     def compute(net: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
         net = copy.deepcopy(net)  # leaves the running statistics alone
         logits = net(image)
         _loss(logits).backward()
-        return logits, torch.cat([p.grad.double().flatten() for p in net.parameters()])
+        grads = [p.grad.double().flatten() for p in net.parameters() if p.grad is not None]
+        return logits, torch.cat(grads)
 
     right = compute(copy.deepcopy(nets["original"]).double(), image.double())
     return {
