@@ -213,6 +213,7 @@ _SMP = "segmentation_models_pytorch.base.modules"
 _SMP3D = "segmentation_models_pytorch_3d.base.modules"
 _MONAI = "monai.networks.blocks.squeeze_and_excitation"
 _TIMM = "timm.layers.squeeze_excite"
+_TORCHVISION = "torchvision.ops.misc"
 _BOTH = {"acti_type_1": "relu", "acti_type_2": "sigmoid"}
 
 #: The same of the libraries' own classes.
@@ -226,6 +227,7 @@ REAL = {
     "MONAI's 2d": (lambda: real(_MONAI).ChannelSELayer(2, 12), 12, 2, "cse"),
     "MONAI's 3d": (lambda: real(_MONAI).ChannelSELayer(3, 12), 12, 3, "cse"),
     "MONAI's residual": (lambda: real(_MONAI).ResidualSELayer(3, 12, **_BOTH), 12, 3, "cse + x"),
+    "torchvision's": (lambda: real(_TORCHVISION).SqueezeExcitation(12, 3), 12, 2, "cse"),
     "timm's": (lambda: real(_TIMM).SEModule(32), 32, 2, "cse"),
     "timm's, without bias": (lambda: real(_TIMM).SEModule(32, bias=False), 32, 2, "cse"),
 }
