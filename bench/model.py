@@ -56,7 +56,7 @@ def _unet() -> nn.Module:
 
 
 MODELS = {
-    "smp": _Model(_smp, (4, 3, 256, 256)),
+    "smp": _Model(_smp, (2, 3, 256, 256)),
     "3dunet": _Model(_unet3d, (1, 1, 48, 64, 64)),
     "unet": _Model(_unet, (8, 1, 128, 128)),
 }
