@@ -3,11 +3,9 @@
 import math
 
 import torch
-from torch import Tensor
-from torch._C import _get_tracing_state
-from torch._C._functorch import get_dynamic_layer_stack_depth
+from torch import Tensor, compiler
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
-from torch.compiler import is_exporting
 
 from . import _native, reference
 from .autograd import SCSE
@@ -180,11 +178,12 @@ def _taken_apart_by() -> str | None:
     trained; an operator in it would have no gradient. Transforms know rules for ordinary operations
     only.
     """
-    if is_exporting():
+    # Not is_exporting(), which older versions of torch.compile take to be always true.
+    if compiler._is_exporting_flag:
         return "torch.export"
     if _get_tracing_state():
         return "torch.jit.trace"
-    if get_dynamic_layer_stack_depth():
+    if _are_functorch_transforms_active():
         return "torch.func"
     if forward_ad._current_level >= 0:
         return "torch.autograd.forward_ad"
