@@ -42,7 +42,9 @@ def scse(
         ws, bs: channel squeeze, [C] or [1, C], and one element (None: no bias).
         combine: "add", "max", "mul" or "concat".
         backend: "auto", "eager", "cpu", "cuda" or "triton". A named backend is used or raises;
-            "auto" takes the fastest one for x's device. "cuda" has no kernels for float64.
+            "auto" takes the fastest one for x's device, and "eager" under torch.export,
+            torch.jit.trace, torch.func and forward-mode differentiation, which need ordinary
+            operations. "cuda" has no kernels for float64.
 
     Weights may have trailing axes of size one, as those of 1x1 convolutions do, and any of the
     four dtypes; each gradient has the dtype of its tensor.
