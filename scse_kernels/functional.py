@@ -3,11 +3,9 @@
 import math
 
 import torch
-from torch import Tensor
-from torch._C import _get_tracing_state
-from torch._C._functorch import get_dynamic_layer_stack_depth
+from torch import Tensor, compiler
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
-from torch.compiler import is_exporting
 
 from . import _native, reference
 from .autograd import SCSE
@@ -44,7 +42,9 @@ def scse(
         ws, bs: channel squeeze, [C] or [1, C], and one element (None: no bias).
         combine: "add", "max", "mul" or "concat".
         backend: "auto", "eager", "cpu", "cuda" or "triton". A named backend is used or raises;
-            "auto" takes the fastest one for x's device. "cuda" has no kernels for float64.
+            "auto" takes the fastest one for x's device, and "eager" under torch.export,
+            torch.jit.trace, torch.func and forward-mode differentiation, which need ordinary
+            operations. "cuda" has no kernels for float64.
 
     Weights may have trailing axes of size one, as those of 1x1 convolutions do, and any of the
     four dtypes; each gradient has the dtype of its tensor.
@@ -180,11 +180,12 @@ def _taken_apart_by() -> str | None:
     trained; an operator in it would have no gradient. Transforms know rules for ordinary operations
     only.
     """
-    if is_exporting():
+    # Not is_exporting(), which older versions of torch.compile take to be always true.
+    if compiler._is_exporting_flag:
         return "torch.export"
     if _get_tracing_state():
         return "torch.jit.trace"
-    if get_dynamic_layer_stack_depth():
+    if _are_functorch_transforms_active():
         return "torch.func"
     if forward_ad._current_level >= 0:
         return "torch.autograd.forward_ad"

@@ -55,7 +55,7 @@ def out_of_autocast(x: Tensor) -> AbstractContextManager:
     """A context without autocast on x's device: it would round what is computed in float32."""
     device = x.device.type
     # Only where there is one to leave: an exported program would hold the region as a program.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if not x.is_meta and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

@@ -8,12 +8,15 @@ import sys
 import pytest
 import torch
 from budget import NAMES, VARIANTS, call, make_case
-from networks import gradients, images, unet
+from networks import gradients, images, needs_kernels, unet
 from torch.export import Dim
 
 import scse_kernels
 
-pytestmark = pytest.mark.filterwarnings("default")  # torch warns of its own parts while tracing
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # torch warns of its own parts while tracing
+    needs_kernels,
+]
 
 SIZES = {"x": {0: Dim("n"), 2: Dim("h"), 3: Dim("w")}}
 

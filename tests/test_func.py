@@ -143,6 +143,23 @@ def test_functional_call_alone_uses_the_kernels():
     assert torch.equal(y, layer(x))
 
 
+@pytest.mark.filterwarnings("default")  # torch warns of its own parts while tracing
+def test_compiled():
+    torch.compiler.reset()
+    layer = scse_kernels.ChannelSpatialSELayer(6)
+    xs = torch.stack([make_case((2, 6, 5, 4), seed=seed).x for seed in range(3)])
+
+    def mapped(xs):
+        return vmap(lambda x: layer(x))(xs)
+
+    def derived(xs):
+        return grad(lambda x: layer(x).square().sum())(xs[0])
+
+    for function in (mapped, derived):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(xs), function(xs))
+
+
 def _dual(function, x):
     with forward_ad.dual_level():
         return function(forward_ad.make_dual(x, x))

@@ -9,7 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import scse_kernels
 
-pytestmark = needs_kernels
+pytestmark = [
+    needs_kernels,
+    pytest.mark.filterwarnings("default"),  # some versions of the profiler warn of themselves
+]
 
 COPY = "aten::copy_"  # what clone, contiguous and to come down to
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
