@@ -232,7 +232,7 @@ def test_the_tuner_finds_the_fastest_and_writes_what_is_read(tune, tmp_path):
 
 def test_the_tuner_keeps_the_own_choice_unless_another_is_clearly_faster(tune):
     own = tuning.choice(*ARGUMENTS)
-    assert tune(replace(own, warps=2 * own.warps), gain=1.02) == 0
+    assert tune(replace(own, block_s=2 * own.block_s), gain=1.02) == 0
     assert tuning.choice(*ARGUMENTS) == own
     assert json.loads(tuning.path("cpu").read_text())["entries"] == []
 
