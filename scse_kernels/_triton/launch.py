@@ -165,6 +165,12 @@ def _counters(x: Tensor, size: int) -> Tensor:
     return x.new_zeros((size,), dtype=torch.int32)
 
 
+def _all_registers() -> dict:
+    """An option for NVIDIA's assembler, which may spill a few registers so that more programs run
+    at once, unless it is told how many there are."""
+    return {} if torch.version.hip else {"maxnreg": 255}
+
+
 def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
     return [None if p is None else p.contiguous() for p in parameters]
 
@@ -296,6 +302,7 @@ def backward(
                 SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
                 STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
                 BLOCK=_BLOCK, **p.constants(*maps), **p.excitation_within(pooled.dtype),
+                **_all_registers(),
             )  # fmt: skip
             return
         if n:
