@@ -81,8 +81,9 @@ struct Slice {
       request_in<2>(slice, map, pitch, begin, end);
     }
     if (columns == vectors * W) return;
-    spread(end - begin, vectors * W - columns,
-           [&](int row, int column) { cell(slice, begin + row, 0)[columns + column] = T(0.f); });
+    spread(end - begin, vectors * W - columns, [&](int row, int column) {
+      from_float(cell(slice, begin + row, 0)[columns + column], 0.f);
+    });
   }
 
   // Writes a map of this size whose first element is map[0]. prepare(vector) gives a function
@@ -109,7 +110,8 @@ struct Slice {
         values_of(row, [&](int64_t offset, const Floats<W>& values) {
 #pragma unroll
           for (int i = 0; i < W; ++i) {
-            if (i < count) out[static_cast<int64_t>(row) * pitch + offset + i] = T(values[i]);
+            if (i < count)
+              from_float(out[static_cast<int64_t>(row) * pitch + offset + i], values[i]);
           }
         });
       }
@@ -170,7 +172,8 @@ SCSE_DEVICE void fill(float* to, int count, const Of& of) {
 // Neighbouring lanes that sum `vectors` terms together, a power of two.
 struct Lanes {
   int shift;  // log2
-  SCSE_DEVICE Lanes(int least, int terms) : shift(__ffs(least) - 1) {
+  SCSE_DEVICE Lanes(int least, int terms) {
+    shift = __ffs(least) - 1;
     while (shift < 5 && 2 << shift <= terms) ++shift;
   }
   SCSE_DEVICE int count() const { return 1 << shift; }
@@ -357,7 +360,7 @@ SCSE_DEVICE void load_apart(const void* parameter, Dtype dtype, int64_t at, int6
   typed(parameter, dtype, [&](auto* elements) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      to[i] = i * step < inside ? static_cast<float>(elements[at + i * pitch]) : 0.f;
+      to[i] = i * step < inside ? to_float(elements[at + i * pitch]) : 0.f;
     }
   });
 }
