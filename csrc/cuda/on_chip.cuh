@@ -15,12 +15,6 @@
 
 namespace scse::cuda::on_chip {
 
-// Slices arrive in parts, some rows each, so that sums over the first are formed while the last is
-// on its way.
-constexpr int kParts = 4;
-
-SCSE_DEVICE int part_end(int rows, int part) { return rows * (part + 1) / kParts; }
-
 SCSE_DEVICE int thread() { return threadIdx.x; }
 SCSE_DEVICE int threads() { return blockDim.x; }
 
@@ -28,15 +22,36 @@ SCSE_DEVICE int threads() { return blockDim.x; }
 template <typename Body>
 SCSE_DEVICE void spread(int rows, int columns, const Body& body) {
   if (columns == 0) return;
-  const int down = threads() / columns, across = threads() % columns;
-  int row = thread() / columns, column = thread() % columns;
+  const unsigned across = min(columns, threads());
+  const int down = threads() / across, first = thread() / across;
+  if (first >= down) return;
+  for (int column = thread() % across; column < columns; column += across) {
 #pragma unroll 4
-  while (row < rows) {
-    body(row, column);
-    row += down, column += across;
-    if (column >= columns) column -= columns, ++row;
+    for (int row = first; row < rows; row += down) body(row, column);
   }
 }
+
+// A large slice arrives in parts, some rows each, so that sums over the first are formed while the
+// last is on its way.
+struct Parts {
+  const int rows, count, each;
+  SCSE_DEVICE Parts(int rows, int vectors)
+      : rows(rows),
+        count(rows * vectors >= 8 * threads() ? 4 : 1),
+        each((rows + count - 1) / static_cast<unsigned>(count)) {}
+
+  SCSE_DEVICE int begin(int part) const { return min(rows, part * each); }
+  SCSE_DEVICE int end(int part) const { return begin(part + 1); }
+  // Each part's requests are one commit.
+  SCSE_DEVICE void wait(int part) const {
+    if (count == 1) {
+      __pipeline_wait_prior(0);
+    } else {
+      __pipeline_wait_prior(3 - part);
+    }
+    __syncthreads();
+  }
+};
 
 // The size of a slice. In shared memory rows are padded to whole vectors of W elements, with zeros.
 template <typename T, bool channels_last>
@@ -66,8 +81,9 @@ struct Slice {
       request_in<2>(slice, map, pitch, begin, end);
     }
     if (columns == vectors * W) return;
-    spread(end - begin, vectors * W - columns,
-           [&](int row, int column) { cell(slice, begin + row, 0)[columns + column] = T(0.f); });
+    spread(end - begin, vectors * W - columns, [&](int row, int column) {
+      from_float(cell(slice, begin + row, 0)[columns + column], 0.f);
+    });
   }
 
   // Writes a map of this size whose first element is map[0]. prepare(vector) gives a function
@@ -76,7 +92,8 @@ struct Slice {
   template <typename Prepare>
   SCSE_DEVICE void write(T* map, int pitch, int bytes, const Prepare& prepare) const {
     if (vectors == 0) return;
-    const int vector = thread() % vectors, step = threads() / vectors, first = thread() / vectors;
+    const unsigned across = vectors;
+    const int vector = thread() % across, step = threads() / across, first = thread() / across;
     if (first >= step) return;
     const auto values_of = prepare(vector);
     T* const out = map + vector * W;
@@ -93,7 +110,8 @@ struct Slice {
         values_of(row, [&](int64_t offset, const Floats<W>& values) {
 #pragma unroll
           for (int i = 0; i < W; ++i) {
-            if (i < count) out[static_cast<int64_t>(row) * pitch + offset + i] = T(values[i]);
+            if (i < count)
+              from_float(out[static_cast<int64_t>(row) * pitch + offset + i], values[i]);
           }
         });
       }
@@ -117,12 +135,6 @@ struct Slice {
     }
   }
 };
-
-// Waits for a part of the slice (each part's requests are one commit).
-SCSE_DEVICE void wait_for_part(int part) {
-  __pipeline_wait_prior(kParts - 1 - part);
-  __syncthreads();
-}
 
 // W neighbouring values of a vector in shared memory that has one for each column, or W times the
 // one that it has for a row.
@@ -157,45 +169,80 @@ SCSE_DEVICE void fill(float* to, int count, const Of& of) {
 // other, then finish(partial, use). prepare(vector) gives a function (row, sum) that adds its W
 // terms with sum.add(which, i, term); use(which, index, sum) gets each of the `count` sums.
 
-// The largest power of two that isn't more than `vectors`, or a warp.
-SCSE_DEVICE int lanes_for(int vectors) {
-  int lanes = 32;
-  while (lanes > vectors && lanes > 1) lanes /= 2;
-  return lanes;
+// Neighbouring lanes that sum `vectors` terms together, a power of two.
+struct Lanes {
+  int shift;  // log2
+  SCSE_DEVICE Lanes(int least, int terms) {
+    shift = __ffs(least) - 1;
+    while (shift < 5 && 2 << shift <= terms) ++shift;
+  }
+  SCSE_DEVICE int count() const { return 1 << shift; }
+  SCSE_DEVICE int lane() const { return thread() & (count() - 1); }
+  SCSE_DEVICE int group() const { return thread() >> shift; }
+  SCSE_DEVICE int groups() const { return threads() >> shift; }
+};
+
+// Sums each of v over the lanes, of which there are at least `several`. A lane gets one of the
+// sums, that of v[scattered_index], in v[0]: fewer steps than for all sums in all lanes.
+template <int several>
+SCSE_DEVICE void sum_and_scatter(float (&v)[several], const Lanes& lanes) {
+  int apart = lanes.count() / 2;
+#pragma unroll
+  for (int left = several / 2; left > 0; left /= 2) {
+    const bool upper = thread() & apart;
+#pragma unroll
+    for (int i = 0; i < left; ++i) {
+      const float keep = upper ? v[i + left] : v[i], give = upper ? v[i] : v[i + left];
+      v[i] = keep + __shfl_xor_sync(0xffffffffu, give, apart);
+    }
+    apart /= 2;
+  }
+  for (; apart > 0; apart /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], apart);
+}
+template <int several>
+SCSE_DEVICE int scattered_index(const Lanes& lanes) {
+  return lanes.lane() * several >> lanes.shift;
+}
+// Whether this lane is the one, of those with the same sum, to use it.
+template <int several>
+SCSE_DEVICE bool uses_scattered(const Lanes& lanes) {
+  return (lanes.lane() * several & (lanes.count() - 1)) == 0;
 }
 
 // One sum for each row: some neighbouring lanes take a row, several rows at a time.
 template <int count, int several>
 struct RowSums {
-  const int vectors, lanes;
-  explicit SCSE_DEVICE RowSums(int vectors) : vectors(vectors), lanes(lanes_for(vectors)) {}
+  const int vectors;
+  const Lanes lanes;
+  explicit SCSE_DEVICE RowSums(int vectors) : vectors(vectors), lanes(several, vectors) {}
 
+  // Of one row; [which][row] so that a kind's sums lie side by side.
   struct Sum {
-    float* of;
-    SCSE_DEVICE void add(int which, int, float term) { of[which] += term; }
+    float (&of)[count][several];
+    int row;
+    SCSE_DEVICE void add(int which, int, float term) { of[which][row] += term; }
   };
 
   template <typename Prepare, typename Use>
   SCSE_DEVICE void advance(int begin, int end, const Prepare& prepare, const Use& use) const {
-    const int step = threads() / lanes;
+    const int step = lanes.groups();
     for (int first = begin; first < end; first += several * step) {
-      const int row = first + thread() / lanes;
-      float sums[several * count] = {};
-      for (int vector = thread() % lanes; vector < vectors; vector += lanes) {
+      const int row = first + lanes.group();
+      float sums[count][several] = {};
+      for (int vector = lanes.lane(); vector < vectors; vector += lanes.count()) {
         const auto add = prepare(vector);
 #pragma unroll
         for (int r = 0; r < several; ++r) {
-          Sum sum{sums + r * count};
+          Sum sum{sums, r};
           if (row + r * step < end) add(row + r * step, sum);
         }
       }
-      sum_lanes(sums, lanes);
-      if (thread() % lanes == 0) {
 #pragma unroll
-        for (int i = 0; i < several * count; ++i) {
-          const int at = row + i / count * step;
-          if (at < end) use(i % count, at, sums[i]);
-        }
+      for (int k = 0; k < count; ++k) sum_and_scatter(sums[k], lanes);
+      const int mine = row + scattered_index<several>(lanes) * step;
+      if (mine < end && uses_scattered<several>(lanes)) {
+#pragma unroll
+        for (int k = 0; k < count; ++k) use(k, mine, sums[k][0]);
       }
     }
   }
@@ -213,7 +260,8 @@ struct ColumnSums {
   float sums[count][W] = {};
   explicit SCSE_DEVICE ColumnSums(int vectors) : vectors(vectors) {
     if (vectors == 0) return;
-    vector = thread() % vectors, row = thread() / vectors, step = threads() / vectors;
+    const unsigned across = vectors;
+    vector = thread() % across, row = thread() / across, step = threads() / across;
     if (row >= step) row = INT32_MAX;
   }
 
@@ -234,7 +282,7 @@ struct ColumnSums {
     // Lanes with the same columns add up first, if they divide a warp evenly.
     const bool even = vectors < 32 && (vectors & (vectors - 1)) == 0;
     const int warp = thread() / 32, lane = thread() % 32;
-    const int group = even ? warp : thread() / vectors;
+    const int group = even ? warp : thread() / static_cast<unsigned>(vectors);
     const int groups = even ? threads() / 32 : step;
     const bool has_one = even ? lane < vectors : group < groups;
 #pragma unroll
@@ -264,7 +312,7 @@ struct ColumnSums {
 // Of a slice: sums over its positions, one for each channel, and sums over its channels.
 template <typename T, bool channels_last, int count>
 using OverPositions =
-    std::conditional_t<channels_last, ColumnSums<wide<T>, count>, RowSums<count, 4>>;
+    std::conditional_t<channels_last, ColumnSums<wide<T>, count>, RowSums<count, 4 / count>>;
 template <typename T, bool channels_last, int count>
 using OverChannels = OverPositions<T, !channels_last, count>;
 
@@ -303,15 +351,16 @@ struct Share {
 
 // --- dense layers ---
 
-// to[i] = parameter[at + i * step] for i < valid, and 0 for the others. The dtype is looked at once
-// for all of them, as code for four dtypes around whole loops would be most of a kernel.
+// to[i] = parameter[at + i * pitch] while i * step < inside, and 0 for the others. The dtype is
+// looked at once for all of them, as code for four dtypes around whole loops would be most of a
+// kernel.
 template <int count>
-SCSE_DEVICE void load_apart(const void* parameter, Dtype dtype, int64_t at, int64_t step, int valid,
-                            float (&to)[count]) {
+SCSE_DEVICE void load_apart(const void* parameter, Dtype dtype, int64_t at, int64_t pitch,
+                            int inside, int step, float (&to)[count]) {
   typed(parameter, dtype, [&](auto* elements) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      to[i] = i < valid ? static_cast<float>(elements[at + i * step]) : 0.f;
+      to[i] = i * step < inside ? to_float(elements[at + i * pitch]) : 0.f;
     }
   });
 }
@@ -327,25 +376,21 @@ struct Matrix {
 // to[row] = m[row, :] . v, all in shared memory but the matrix.
 SCSE_DEVICE void matvec(const Matrix& m, const float* v, float* to) {
   constexpr int several = 8;
-  const int lanes = lanes_for(m.columns), step = threads() / lanes;
+  const Lanes lanes(several, m.columns);
+  const int step = lanes.groups();
   for (int first = 0; first < m.rows; first += several * step) {
-    const int row = first + thread() / lanes;
-    const int valid = (m.rows - row + step - 1) / step;
-    float sum[several] = {};
-    for (int column = thread() % lanes; column < m.columns; column += lanes) {
+    const int row = first + lanes.group();
+    float sums[several] = {};
+    for (int column = lanes.lane(); column < m.columns; column += lanes.count()) {
       float terms[several];
-      load_apart(m.elements, m.dtype, m.begin + row * m.pitch + column, step * m.pitch, valid,
-                 terms);
+      load_apart(m.elements, m.dtype, m.begin + row * m.pitch + column, step * m.pitch,
+                 m.rows - row, step, terms);
 #pragma unroll
-      for (int r = 0; r < several; ++r) sum[r] += terms[r] * v[column];
+      for (int r = 0; r < several; ++r) sums[r] += terms[r] * v[column];
     }
-    sum_lanes(sum, lanes);
-    if (thread() % lanes == 0) {
-#pragma unroll
-      for (int r = 0; r < several; ++r) {
-        if (r < valid) to[row + r * step] = sum[r];
-      }
-    }
+    sum_and_scatter(sums, lanes);
+    const int mine = row + scattered_index<several>(lanes) * step;
+    if (mine < m.rows && uses_scattered<several>(lanes)) to[mine] = sums[0];
   }
 }
 
@@ -355,13 +400,12 @@ SCSE_DEVICE void matvec_transposed(const Matrix& m, const float* v, float* parti
   for (int begin = 0; begin < m.columns; begin += threads()) {
     ColumnSums<1, 1> sums(min(m.columns - begin, threads()));
     for (int row = sums.row; row < m.rows; row += several * sums.step) {
-      const int valid = (m.rows - row + sums.step - 1) / sums.step;
       float terms[several];
       load_apart(m.elements, m.dtype, m.begin + row * m.pitch + begin + sums.vector,
-                 sums.step * m.pitch, valid, terms);
+                 sums.step * m.pitch, m.rows - row, sums.step, terms);
 #pragma unroll
       for (int r = 0; r < several; ++r) {
-        if (r < valid) sums.add(0, 0, terms[r] * v[row + r * sums.step]);
+        if (row + r * sums.step < m.rows) sums.add(0, 0, terms[r] * v[row + r * sums.step]);
       }
     }
     sums.finish(partial, [&](int, int column, float sum) { to[begin + column] = sum; });

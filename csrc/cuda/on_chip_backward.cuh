@@ -66,9 +66,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const T* const from_x = x + n * x_sample + first(C);
   const T* const from_dy = dy + n * dy_sample + first(halves * C);
   const int pitch = channels_last ? C : S, pitch_dy = channels_last ? halves * C : S;
+  const Parts parts(here.rows, here.vectors);
 #pragma unroll 1
-  for (int part = 0; part < kParts; ++part) {
-    const int begin = part_end(here.rows, part - 1), end = part_end(here.rows, part);
+  for (int part = 0; part < parts.count; ++part) {
+    const int begin = parts.begin(part), end = parts.end(part);
     here.request(slice_x, from_x, pitch, begin, end, x_bytes);
     here.request(slice_dy, from_dy, pitch_dy, begin, end, dy_bytes);
     if constexpr (halves == 2) {
@@ -91,9 +92,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   bool waited = false;
   const auto sweep = [&](auto sums, const auto& prepare, const auto& use) {
 #pragma unroll 1
-    for (int part = 0; part < kParts; ++part) {
-      if (!waited) wait_for_part(part);
-      sums.advance(part_end(here.rows, part - 1), part_end(here.rows, part), prepare, use);
+    for (int part = 0; part < parts.count; ++part) {
+      if (!waited) parts.wait(part);
+      sums.advance(parts.begin(part), parts.end(part), prepare, use);
     }
     waited = true;
     sums.finish(partial, use);
@@ -103,10 +104,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   // The spatial gate, and its gradient. Where the gradient needs the gate, one after the other.
   if constexpr (by_position) {
     constexpr int both = F::by_gates ? 1 : 2;
-    const auto use_gate = [&](float sum, int s) { gate_s[s] = sigmoid(sum + bias); };
+    // Padding gets zeros: an infinite weight would make it NaN, and NaN times its zeros is NaN.
+    const auto use_gate = [&](float sum, int s) {
+      gate_s[s] = s < positions ? sigmoid(sum + bias) : 0.f;
+    };
     const auto use_gradient = [&](float sum, int s) {
       const float gate = gate_s[s];
-      dq[s] = sum * gate * (1.f - gate);
+      dq[s] = s < positions ? sum * gate * (1.f - gate) : 0.f;
     };
     if constexpr (F::by_gates) {
       sweep(

@@ -44,9 +44,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
   const int pitch = channels_last ? C : S;
   const int64_t first = channels_last ? int64_t{position} * C : position;
+  const Parts parts(here.rows, here.vectors);
 #pragma unroll 1
-  for (int part = 0; part < kParts; ++part) {
-    const int begin = part_end(here.rows, part - 1), end = part_end(here.rows, part);
+  for (int part = 0; part < parts.count; ++part) {
+    const int begin = parts.begin(part), end = parts.end(part);
     here.request(slice_x, x + n * x_sample + first, pitch, begin, end, x_bytes);
     __pipeline_commit();
   }
@@ -80,9 +81,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   };
   const auto take_position = [&](int, int s, float sum) { gate_s[s] = sigmoid(sum + bias); };
 #pragma unroll 1
-  for (int part = 0; part < kParts; ++part) {
-    wait_for_part(part);
-    const int begin = part_end(here.rows, part - 1), end = part_end(here.rows, part);
+  for (int part = 0; part < parts.count; ++part) {
+    parts.wait(part);
+    const int begin = parts.begin(part), end = parts.end(part);
     if constexpr (by_position) sums_s.advance(begin, end, weigh, take_position);
     if constexpr (by_channel) sums_c.advance(begin, end, pool, take_channel);
   }

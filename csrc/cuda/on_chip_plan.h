@@ -27,7 +27,8 @@ inline int itemsize(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 // that takes more than eight blocks (what every device with clusters has) then eight, or sixteen if
 // their slices would be larger than 64 KiB. Estimates, not timed: 16 KiB to a block is as much as
 // several blocks on each SM need in flight, and small slices mean that many SMs work on a sample;
-// below 64 KiB at least three blocks fit an SM, so that some load while others store.
+// below 64 KiB two or three blocks fit an SM, so that some load while others store. A block that
+// fills an SM alone has twice the threads.
 //
 // Slices of contiguous maps are whole sectors of 32 bytes wide.
 inline Plan plan(const Problem& p, bool backward, const Limits& limits) {
@@ -51,8 +52,11 @@ inline Plan plan(const Problem& p, bool backward, const Limits& limits) {
                 concat};
     const int64_t held = maps * sizes.map() * size;
     const int vectors = (p.channels_last ? sizes.C() : sizes.S()) / sizes.W();
-    if (held > (64 << 10) || vectors > sizes.threads) sizes.threads = kMostThreads;
-    const int64_t shared = backward ? BackwardMemory(sizes).bytes : ForwardMemory(sizes).bytes;
+    const auto bytes = [&] {
+      return backward ? BackwardMemory(sizes).bytes : ForwardMemory(sizes).bytes;
+    };
+    if (bytes() > limits.shared / 2 || vectors > sizes.threads) sizes.threads = kMostThreads;
+    const int64_t shared = bytes();
     if (shared <= limits.shared && vectors <= sizes.threads) {
       best = {cluster, slice, sizes.threads, shared};
       if (held <= (cluster < 8 ? 16 << 10 : 64 << 10)) break;
