@@ -169,7 +169,7 @@ SCSE_DEVICE void fill(float* to, int count, const Of& of) {
 // other, then finish(partial, use). prepare(vector) gives a function (row, sum) that adds its W
 // terms with sum.add(which, i, term); use(which, index, sum) gets each of the `count` sums.
 
-// Neighbouring lanes that sum `vectors` terms together, a power of two.
+// Neighbouring lanes that sum `terms` terms together: a power of two of them, at least `least`.
 struct Lanes {
   int shift;  // log2
   SCSE_DEVICE Lanes(int least, int terms) {
