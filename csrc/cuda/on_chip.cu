@@ -95,7 +95,6 @@ void backward(const Problem& p, float* scratch) {
 }
 
 }  // namespace
-
 }  // namespace on_chip
 
 bool on_chip_forward_fits(const Problem& p) { return on_chip::plan_of(p, false).cluster > 0; }

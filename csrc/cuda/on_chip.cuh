@@ -13,6 +13,11 @@
 #include "sums.cuh"
 #include "vector.cuh"
 
+// Compiled for older devices the kernels are empty; nobody launches them there.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define SCSE_HAS_CLUSTERS
+#endif
+
 namespace scse::cuda::on_chip {
 
 SCSE_DEVICE int thread() { return threadIdx.x; }
@@ -169,7 +174,7 @@ SCSE_DEVICE void fill(float* to, int count, const Of& of) {
 // other, then finish(partial, use). prepare(vector) gives a function (row, sum) that adds its W
 // terms with sum.add(which, i, term); use(which, index, sum) gets each of the `count` sums.
 
-// Neighbouring lanes that sum `vectors` terms together, a power of two.
+// Neighbouring lanes that sum `terms` terms together: a power of two of them, at least `least`.
 struct Lanes {
   int shift;  // log2
   SCSE_DEVICE Lanes(int least, int terms) {
@@ -318,6 +323,7 @@ using OverChannels = OverPositions<T, !channels_last, count>;
 
 // --- the cluster ---
 
+#ifdef SCSE_HAS_CLUSTERS
 using Cluster = cooperative_groups::cluster_group;
 
 // sum over the cluster's blocks, in their order, of what each has at p[i].
@@ -348,6 +354,8 @@ struct Share {
   }
   SCSE_DEVICE int size() const { return end - begin; }
 };
+
+#endif
 
 // --- dense layers ---
 

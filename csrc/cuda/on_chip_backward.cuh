@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                     int64_t x_sample,           // elements from one sample to the next
                     int dy_bytes, int x_bytes,  // that can be read at once
                     int dx_bytes) {             // that can be written at once: 16 or one element's
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#ifdef SCSE_HAS_CLUSTERS
   using F = Formula<float, K>;
   constexpr int W = wide<T>;
   constexpr bool by_channel = has_channel(K), by_position = has_spatial(K);
