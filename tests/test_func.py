@@ -3,6 +3,7 @@
 import pytest
 import torch
 from budget import NAMES, VARIANTS, call, make_case
+from networks import needs_kernels
 from torch.autograd import forward_ad, gradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,6 +124,7 @@ def test_several_gradients_at_once():
             torch.testing.assert_close(a[i], b)
 
 
+@needs_kernels
 def test_functional_call_alone_uses_the_kernels():
     class Operators(TorchDispatchMode):
         seen = ()
