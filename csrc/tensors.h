@@ -1,11 +1,16 @@
-// Tensors as the operators of every backend meet them: their layouts. LibTorch's stable ABI only.
+// Tensors as the operators of every backend meet them: their layouts and memory. LibTorch's stable
+// ABI only.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace scse {
@@ -49,15 +54,53 @@ inline bool has_dense_planes(const Tensor& t) {
   return dense(t, inner);
 }
 
-inline MemoryFormat format_of(bool channels_last, int64_t dim) {
-  if (!channels_last) return MemoryFormat::Contiguous;
-  return dim == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-}
-
 // `t` itself where the kernels can read it in the given layout, else a copy.
 inline Tensor in_layout(const Tensor& t, bool channels_last) {
   const bool fits = channels_last ? dense(t, axes_channels_last(t)) : has_dense_planes(t);
-  return fits ? t : torch::stable::contiguous(t, format_of(channels_last, t.dim()));
+  if (fits) return t;
+  return torch::stable::contiguous(t, !channels_last ? MemoryFormat::Contiguous
+                                      : t.dim() == 4 ? MemoryFormat::ChannelsLast
+                                                     : MemoryFormat::ChannelsLast3d);
+}
+
+// Memory for a tensor, not through the dispatcher: a call makes up to ten of them.
+inline Tensor empty_on(int32_t device_type, int32_t device,
+                       torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
+                       bool channels_last) {
+  std::array<int64_t, 8> strides;
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "scse_kernels: expected at most ", strides.size(),
+                  " axes, got ", sizes.size());
+  int64_t stride = 1;
+  const auto take = [&](size_t axis) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(sizes[axis], 1);
+  };
+  if (channels_last) take(1);
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    if (!channels_last || axis != 1) take(axis);
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device,
+      &handle));
+  return Tensor(handle);
+}
+
+// Callers of the Python functions never see this; who calls an operator is kept from other memory.
+inline void check_count(const char* name, const Tensor& t, int64_t count) {
+  STD_TORCH_CHECK(t.numel() == count, "scse_kernels: ", name, " must have ", count,
+                  " elements, got ", t.numel());
+}
+
+// Elements of a small tensor that the forward returned and the backward got.
+template <typename A>
+A* saved(const char* name, const Tensor& t, int64_t count) {
+  check_count(name, t, count);
+  constexpr ScalarType dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), "scse_kernels: ", name,
+                  " must be what the forward returned");
+  return static_cast<A*>(t.data_ptr());
 }
 
 }  // namespace scse

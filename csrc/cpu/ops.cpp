@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -92,27 +91,9 @@ SCSE_SELECT(bfloat16)
 
 // --- the problem ---
 
-// Memory for a tensor, not through the dispatcher: a call makes up to ten of them.
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
              bool channels_last = false) {
-  std::array<int64_t, 8> strides;
-  STD_TORCH_CHECK(sizes.size() <= strides.size(), "scse_kernels: expected at most ", strides.size(),
-                  " axes, got ", sizes.size());
-  int64_t stride = 1;
-  const auto take = [&](size_t axis) {
-    strides[axis] = stride;
-    stride *= std::max<int64_t>(sizes[axis], 1);
-  };
-  if (channels_last) take(1);
-  for (size_t axis = sizes.size(); axis-- > 0;) {
-    if (!channels_last || axis != 1) take(axis);
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype, channels_last);
 }
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty({sizes.begin(), sizes.size()}, dtype);
@@ -121,12 +102,6 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 template <typename T>
 constexpr ScalarType kAccumulator =
     std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-
-// Callers of the Python functions never see this; who calls an operator is kept from other memory.
-void check_count(const char* name, const Tensor& t, int64_t count) {
-  STD_TORCH_CHECK(t.numel() == count, "scse_kernels: ", name, " must have ", count,
-                  " elements, got ", t.numel());
-}
 
 // A parameter as the kernels take it. Holds the converted copy, if one was needed, while they run.
 template <typename A>
@@ -301,15 +276,9 @@ BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Opt
       bs_("bs", bs, 1);
   if (b1) check_count("b1", *b1, Cr);
   if (b2) check_count("b2", *b2, C);
-  const auto saved = [&](const char* name, const Tensor& t, int64_t channels) {
-    check_count(name, t, w1 ? p.samples * channels : 0);
-    STD_TORCH_CHECK(t.scalar_type() == acc && t.is_contiguous(), "scse_kernels: ", name,
-                    " must be what the forward returned");
-    return static_cast<A*>(t.data_ptr());
-  };
-  p.pooled = saved("pooled", pooled, C);
-  p.hidden = saved("hidden", hidden, Cr);
-  p.channel_gate = saved("channel_gate", channel_gate, C);
+  p.pooled = saved<A>("pooled", pooled, w1 ? p.samples * C : 0);
+  p.hidden = saved<A>("hidden", hidden, w1 ? p.samples * Cr : 0);
+  p.channel_gate = saved<A>("channel_gate", channel_gate, w1 ? p.samples * C : 0);
   p.w1 = w1_.data(), p.w2 = w2_.data(), p.ws = ws_.data();
   p.bs = bs_.data() ? *bs_.data() : A(0);
   const Gradient<A> dw1(w1, need_channel, acc), db1(b1, need_channel, acc),

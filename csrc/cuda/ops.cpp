@@ -16,8 +16,8 @@ namespace scse::cuda {
 namespace {
 
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like,
-             MemoryFormat format = MemoryFormat::Contiguous) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
+             bool channels_last = false) {
+  return empty_on(aoti_torch_device_type_cuda(), like.get_device(), sizes, dtype, channels_last);
 }
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
   return empty({sizes.begin(), sizes.size()}, dtype, like);
@@ -41,8 +41,10 @@ Dtype dtype_of(const Tensor& t) {
 // The parameters as the kernels take them. Holds copies of those that aren't dense.
 class Parameters {
  public:
-  const void* add(Problem& p, Parameter which, const Optional& parameter) {
+  const void* add(Problem& p, Parameter which, const char* name, const Optional& parameter,
+                  int64_t count) {
     if (!parameter) return nullptr;
+    check_count(name, *parameter, count);
     const Tensor dense =
         parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
     held_.push_back(dense);
@@ -68,11 +70,12 @@ int attribute(cudaDeviceAttr which, int device) {
 }
 
 // What forward and backward have in common, without the parameters.
-Problem describe(const Tensor& x, const Optional& w1, const Optional& ws, int64_t combine,
-                 bool channels_last) {
+Problem describe(const Tensor& x, const Optional& w1, const Optional& w2, const Optional& ws,
+                 int64_t combine, bool channels_last) {
   STD_TORCH_CHECK(w1 || ws, "scse_kernels: w1 and ws are both missing, expected at least one");
   STD_TORCH_CHECK(0 <= combine && combine <= 3, "scse_kernels: combine must be 0 to 3, got ",
                   combine);
+  STD_TORCH_CHECK(!w1 == !w2, "scse_kernels: w1 and w2 must both be given or both be missing");
   Problem p{};
   p.dtype = dtype_of(x);
   STD_TORCH_CHECK(p.dtype != Dtype::float64,
@@ -83,6 +86,9 @@ Problem describe(const Tensor& x, const Optional& w1, const Optional& ws, int64_
   p.hidden_channels = w1 ? w1->size(0) : 0;
   p.positions = 1;
   for (int64_t axis = 2; axis < x.dim(); ++axis) p.positions *= x.size(axis);
+  STD_TORCH_CHECK(p.channels > 0 && p.positions > 0,
+                  "scse_kernels: x must have channels and positions, got ", p.channels, " and ",
+                  p.positions);
   p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
   p.channels_last = channels_last;
   p.x = x.const_data_ptr();
@@ -113,12 +119,11 @@ ForwardResult cuda_forward(const Tensor& given_x, const Optional& w1, const Opti
   const torch::stable::accelerator::DeviceGuard guard(given_x.get_device());
   const bool channels_last = is_channels_last(given_x);
   const Tensor x = in_layout(given_x, channels_last);
-  Problem p = describe(x, w1, ws, combine, channels_last);
+  Problem p = describe(x, w1, w2, ws, combine, channels_last);
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] = p.out_channels();
-  const Tensor y =
-      empty({sizes.data(), sizes.size()}, x.scalar_type(), x, format_of(channels_last, x.dim()));
+  const Tensor y = empty({sizes.data(), sizes.size()}, x.scalar_type(), x, channels_last);
   const int64_t channels = w1 ? p.channels : 0;
   const Tensor pooled = empty({p.samples, channels}, ScalarType::Float, x);
   const Tensor hidden = empty({p.samples, p.hidden_channels}, ScalarType::Float, x);
@@ -129,9 +134,13 @@ ForwardResult cuda_forward(const Tensor& given_x, const Optional& w1, const Opti
   p.channel_gate = static_cast<float*>(channel_gate.mutable_data_ptr());
 
   Parameters parameters;
-  p.w1 = parameters.add(p, Parameter::w1, w1), p.b1 = parameters.add(p, Parameter::b1, b1);
-  p.w2 = parameters.add(p, Parameter::w2, w2), p.b2 = parameters.add(p, Parameter::b2, b2);
-  p.ws = parameters.add(p, Parameter::ws, ws), p.bs = parameters.add(p, Parameter::bs, bs);
+  const int64_t C = p.channels, Cr = p.hidden_channels;
+  p.w1 = parameters.add(p, Parameter::w1, "w1", w1, Cr * C);
+  p.b1 = parameters.add(p, Parameter::b1, "b1", b1, Cr);
+  p.w2 = parameters.add(p, Parameter::w2, "w2", w2, C * Cr);
+  p.b2 = parameters.add(p, Parameter::b2, "b2", b2, C);
+  p.ws = parameters.add(p, Parameter::ws, "ws", ws, C);
+  p.bs = parameters.add(p, Parameter::bs, "bs", bs, 1);
 
   const Launcher& chosen = kernels(p, on_chip_forward_fits(p), 3);
   const Tensor memory = scratch(chosen.forward_scratch(p), x);
@@ -147,20 +156,24 @@ BackwardResult cuda_backward(const Tensor& given_dy, const Tensor& given_x, cons
   const torch::stable::accelerator::DeviceGuard guard(given_x.get_device());
   const bool channels_last = is_channels_last(given_x);
   const Tensor x = in_layout(given_x, channels_last), dy = in_layout(given_dy, channels_last);
-  Problem p = describe(x, w1, ws, combine, channels_last);
+  Problem p = describe(x, w1, w2, ws, combine, channels_last);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
                       dy.numel() == p.samples * p.out_channels() * p.positions,
                   "scse_kernels: dy must have y's shape and dtype");
   p.dy = dy.const_data_ptr();
   p.dy_sample = p.samples > 1 ? dy.stride(0) : p.out_channels() * p.positions;
-  p.pooled = static_cast<float*>(pooled.data_ptr());
-  p.hidden = static_cast<float*>(hidden.data_ptr());
-  p.channel_gate = static_cast<float*>(channel_gate.data_ptr());
+  p.pooled = saved<float>("pooled", pooled, w1 ? p.samples * p.channels : 0);
+  p.hidden = saved<float>("hidden", hidden, w1 ? p.samples * p.hidden_channels : 0);
+  p.channel_gate = saved<float>("channel_gate", channel_gate, w1 ? p.samples * p.channels : 0);
 
   Parameters parameters;
-  p.w1 = parameters.add(p, Parameter::w1, w1), parameters.add(p, Parameter::b1, b1);
-  p.w2 = parameters.add(p, Parameter::w2, w2), parameters.add(p, Parameter::b2, b2);
-  p.ws = parameters.add(p, Parameter::ws, ws), p.bs = parameters.add(p, Parameter::bs, bs);
+  const int64_t C = p.channels, Cr = p.hidden_channels;
+  p.w1 = parameters.add(p, Parameter::w1, "w1", w1, Cr * C);
+  parameters.add(p, Parameter::b1, "b1", b1, Cr);
+  p.w2 = parameters.add(p, Parameter::w2, "w2", w2, C * Cr);
+  parameters.add(p, Parameter::b2, "b2", b2, C);
+  p.ws = parameters.add(p, Parameter::ws, "ws", ws, C);
+  p.bs = parameters.add(p, Parameter::bs, "bs", bs, 1);
   const Tensor dw1 = gradient(w1, need_channel, x, p.dw1),
                db1 = gradient(b1, need_channel, x, p.db1),
                dw2 = gradient(w2, need_channel, x, p.dw2),
@@ -169,7 +182,7 @@ BackwardResult cuda_backward(const Tensor& given_dy, const Tensor& given_x, cons
                dbs = gradient(bs, need_spatial, x, p.dbs);
   Tensor dx = empty({0}, x.scalar_type(), x);
   if (need_dx) {
-    dx = empty(x.sizes(), x.scalar_type(), x, format_of(channels_last, x.dim()));
+    dx = empty(x.sizes(), x.scalar_type(), x, channels_last);
     p.dx = dx.mutable_data_ptr();
   }
 
