@@ -65,14 +65,17 @@ def store(ptr, elements, mask, POLICY: tl.constexpr):
 
 @triton.jit
 def sum_in_pairs(x, axis: tl.constexpr):
-    """The sum of x [rows, columns] over one axis, always two neighbours at a time.
+    """The sum of x [rows, columns] over one axis, always two elements at a time.
 
     a + b is b + a: so the result is the same to the last bit however a compiler lays x out over
     threads, and for any number of warps. (In `tl.sum` the order of the terms follows the layout.)
+    The pairs come in the order in which tiles are laid out, whose columns lie next to each other in
+    memory: what one thread holds is added first, then what a warp holds. A thread has neighbouring
+    columns, and rows far apart.
     """
     if axis == 0:
         for _ in tl.static_range(halvings(x.shape[0])):
-            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), 1)
+            x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), 0)
     else:
         for _ in tl.static_range(halvings(x.shape[1])):
             x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
@@ -97,18 +100,38 @@ def matvec(
     i,
     rows,
     columns,
-    stride_row,
-    stride_column,
     ACC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """sum_k matrix[i, k] * vector[k] for the rows i [BLOCK_ROWS]."""
+    """sum_k matrix[i, k] * vector[k] of matrix [rows, columns], for the rows i [BLOCK_ROWS]."""
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
     for begin in range(0, columns, BLOCK_COLUMNS):
         k = begin + tl.arange(0, BLOCK_COLUMNS)
-        at = i[:, None] * stride_row + k[None, :] * stride_column
+        at = i[:, None] * columns + k[None, :]
         mask = (i[:, None] < rows) & (k[None, :] < columns)
         v = load(vector_ptr + k, k < columns, ACC)
         total += load(matrix_ptr + at, mask, ACC) * v[None, :]
     return sum_in_pairs(total, 1)
+
+
+@triton.jit
+def vecmat(
+    vector_ptr,
+    matrix_ptr,
+    i,
+    rows,
+    columns,
+    ACC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """sum_k vector[k] * matrix[k, i] of matrix [rows, columns], for the columns i [BLOCK_COLUMNS]."""
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
+    for begin in range(0, rows, BLOCK_ROWS):
+        k = begin + tl.arange(0, BLOCK_ROWS)
+        at = k[:, None] * columns + i[None, :]
+        mask = (k[:, None] < rows) & (i[None, :] < columns)
+        v = load(vector_ptr + k, k < rows, ACC)
+        total += load(matrix_ptr + at, mask, ACC) * v[:, None]
+    return sum_in_pairs(total, 0)
