@@ -50,7 +50,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Excitation:
-    """block_c and block_j: powers of two that cover the channels and the hidden channels. A sum over
+    """block_c and block_j: powers of two that cover channels and hidden channels. A sum over
     channels is formed in steps of terms_c terms, one over hidden channels in steps of terms_j, one
     over strips in steps of terms_strips; so many sums at once that a step reads `tile` elements."""
 
@@ -174,9 +174,9 @@ def launches(chosen: int) -> int:
 
 
 def excitation_tile(warps: int, itemsize: int) -> int:
-    """Elements of the excitation's tiles in a kernel of so many warps: 256 bytes of a thread's
-    registers for sums of `itemsize` bytes."""
-    return warps * 32 * 256 // itemsize
+    """Elements of the excitation's tiles in a kernel of so many warps: 128 bytes of a thread's
+    registers for sums of `itemsize` bytes, as the rest of the kernel needs some too."""
+    return warps * 32 * 128 // itemsize
 
 
 def queue(strips: int, kept: int, warps: int, resident: int, processors: int, l2: int) -> Queue:

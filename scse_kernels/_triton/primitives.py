@@ -126,7 +126,8 @@ def vecmat(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """sum_k vector[k] * matrix[k, i] of matrix [rows, columns], for the columns i [BLOCK_COLUMNS]."""
+    """sum_k vector[k] * matrix[k, i] of matrix [rows, columns], for the columns i
+    [BLOCK_COLUMNS]."""
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
     for begin in range(0, rows, BLOCK_ROWS):
         k = begin + tl.arange(0, BLOCK_ROWS)
