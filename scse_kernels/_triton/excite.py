@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
-from .primitives import accumulator, load, matvec, sum_rows
+from .primitives import accumulator, load, matvec, sum_rows, vecmat
 
 
 @triton.constexpr_function
 def at_once(block, terms, tile):
-    """How many of `block` sums of so many terms are formed at once: a tile of them at most.
+    """How many of `block` sums, with so many terms of each side by side, are formed at once: a tile
+    of them at most.
 
     The sums' own order depends on `terms` alone, not on this.
     """
@@ -31,7 +32,9 @@ def excite_kernel(
     strips,
     BLOCK_C: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    BLOCK_STRIPS: tl.constexpr,
+    TERMS_C: tl.constexpr,
+    TERMS_J: tl.constexpr,
+    TERMS_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
     n=None,
 ):
@@ -39,9 +42,9 @@ def excite_kernel(
     parameters once; writes pooled, hidden and the gate, and reads the first two again (all threads
     need all of them). TILE: elements of what is added at once, at most."""
     ACC: tl.constexpr = accumulator(pooled_ptr.dtype.element_ty)
-    SUMS: tl.constexpr = at_once(BLOCK_C, BLOCK_STRIPS, TILE)
-    HIDDEN: tl.constexpr = at_once(BLOCK_J, BLOCK_C, TILE)
-    GATES: tl.constexpr = at_once(BLOCK_C, BLOCK_J, TILE)
+    SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
+    HIDDEN: tl.constexpr = at_once(BLOCK_J, TERMS_C, TILE)
+    GATES: tl.constexpr = at_once(BLOCK_C, TERMS_J, TILE)
     n = (tl.program_id(0) if n is None else n).to(tl.int64)
     partial_ptr += n * strips * C
     pooled_ptr += n * C
@@ -50,19 +53,19 @@ def excite_kernel(
 
     for begin in range(0, C, SUMS):
         c = begin + tl.arange(0, SUMS)
-        total = sum_rows(partial_ptr, strips, C, c, ACC, BLOCK_STRIPS, SUMS)
+        total = sum_rows(partial_ptr, strips, C, c, ACC, TERMS_STRIPS, SUMS)
         tl.store(pooled_ptr + c, total / S, mask=c < C)
     tl.debug_barrier()
     for begin in range(0, Cr, HIDDEN):
         j = begin + tl.arange(0, HIDDEN)
-        h = matvec(w1_ptr, pooled_ptr, j, Cr, C, C, 1, ACC, HIDDEN, BLOCK_C)
+        h = matvec(w1_ptr, pooled_ptr, j, Cr, C, ACC, HIDDEN, TERMS_C)
         if b1_ptr is not None:
             h += load(b1_ptr + j, j < Cr, ACC)
         tl.store(hidden_ptr + j, tl.where(h < 0, 0.0, h), mask=j < Cr)  # NaN stays
     tl.debug_barrier()
     for begin in range(0, C, GATES):
         c = begin + tl.arange(0, GATES)
-        excited = matvec(w2_ptr, hidden_ptr, c, C, Cr, Cr, 1, ACC, GATES, BLOCK_J)
+        excited = matvec(w2_ptr, hidden_ptr, c, C, Cr, ACC, GATES, TERMS_J)
         if b2_ptr is not None:
             excited += load(b2_ptr + c, c < C, ACC)
         tl.store(channel_gate_ptr + c, tl.sigmoid(excited), mask=c < C)
@@ -88,15 +91,17 @@ def excite_backward_kernel(
     strips,
     BLOCK_C: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    BLOCK_STRIPS: tl.constexpr,
+    TERMS_C: tl.constexpr,
+    TERMS_J: tl.constexpr,
+    TERMS_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
     n=None,
 ):
     """A program for each sample and branch, or this one does both of sample n. Reads its partial
     sums once, and the weights."""
-    SUMS: tl.constexpr = at_once(BLOCK_C, BLOCK_STRIPS, TILE)
-    HIDDEN: tl.constexpr = at_once(BLOCK_J, BLOCK_C, TILE)
-    MEANS: tl.constexpr = at_once(BLOCK_C, BLOCK_J, TILE)
+    SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
+    HIDDEN: tl.constexpr = at_once(BLOCK_J, TERMS_C, TILE)
+    MEANS: tl.constexpr = at_once(BLOCK_C, TERMS_J, TILE)
     if n is None:
         do_spatial = tl.program_id(1) == 0
         do_channel = tl.program_id(1) == tl.num_programs(1) - 1
@@ -111,10 +116,10 @@ def excite_backward_kernel(
     if partial_ws_ptr is not None and do_spatial:
         for begin in range(0, C, SUMS):
             c = begin + tl.arange(0, SUMS)
-            total = sum_rows(partial_ws_ptr + row * C, strips, C, c, ACC, BLOCK_STRIPS, SUMS)
+            total = sum_rows(partial_ws_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS, SUMS)
             tl.store(sample_ws_ptr + n * C + c, total, mask=c < C)
         one = tl.arange(0, 1)
-        total = sum_rows(partial_bs_ptr + row, strips, 1, one, ACC, BLOCK_STRIPS, 1)
+        total = sum_rows(partial_bs_ptr + row, strips, 1, one, ACC, TERMS_STRIPS, 1)
         tl.store(sample_bs_ptr + n + one, total)
 
     if partial_ptr is not None and do_channel:
@@ -122,18 +127,18 @@ def excite_backward_kernel(
         d_hidden_ptr += n * Cr
         for begin in range(0, C, SUMS):
             c = begin + tl.arange(0, SUMS)
-            d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, BLOCK_STRIPS, SUMS)
+            d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS, SUMS)
             gate = load(channel_gate_ptr + n * C + c, c < C, ACC)
             tl.store(d_excited_ptr + c, d * gate * (1.0 - gate), mask=c < C)
         tl.debug_barrier()
         for begin in range(0, Cr, HIDDEN):
             j = begin + tl.arange(0, HIDDEN)
-            d = matvec(w2_ptr, d_excited_ptr, j, Cr, C, 1, Cr, ACC, HIDDEN, BLOCK_C)
+            d = vecmat(d_excited_ptr, w2_ptr, j, C, Cr, ACC, TERMS_C, HIDDEN)
             hidden = load(hidden_ptr + n * Cr + j, j < Cr, ACC)
             tl.store(d_hidden_ptr + j, tl.where(hidden <= 0, 0.0, d), mask=j < Cr)
         if d_mean_ptr is not None:
             tl.debug_barrier()
             for begin in range(0, C, MEANS):
                 c = begin + tl.arange(0, MEANS)
-                d = matvec(w1_ptr, d_hidden_ptr, c, C, Cr, 1, C, ACC, MEANS, BLOCK_J)
+                d = vecmat(d_hidden_ptr, w1_ptr, c, Cr, C, ACC, TERMS_J, MEANS)
                 tl.store(d_mean_ptr + n * C + c, d / S, mask=c < C)

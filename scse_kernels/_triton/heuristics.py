@@ -50,12 +50,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Excitation:
-    """Weights are read in tiles [block_j, block_c] (hidden channels, channels), partial sums in
-    tiles [block_strips, block_c]."""
+    """block_c and block_j: powers of two that cover channels and hidden channels. A sum over
+    channels is formed in steps of terms_c terms, one over hidden channels in steps of terms_j, one
+    over strips in steps of terms_strips; so many sums at once that a step reads `tile` elements."""
 
     block_c: int
     block_j: int
-    block_strips: int
+    terms_c: int
+    terms_j: int
+    terms_strips: int
+    tile: int
     warps: int
 
 
@@ -128,15 +132,23 @@ def tile(
 
 
 def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excitation:
-    """The excitation's blocks. One program has all of a sample's weights to read, so each thread
+    """The excitation's tiles. One program has all of a sample's weights to read, so each thread
     has 16 loads of 16 bytes on their way. Few warps, as sums across warps cost more than they
-    save: one up to 64 channels, at most eight. `itemsize`: of the sums."""
-    block_c = min(256, power_of_two(channels))
+    save: one up to 64 channels, at most eight. `itemsize`: of the sums.
+
+    For the same reason a tile has few terms of each sum and rather more sums, all if they fit:
+    threads add up what they hold of a sum only after its last step.
+    """
+    block_c, block_j = power_of_two(channels), power_of_two(hidden)
+    columns = min(256, block_c)
     share = itemsize // 4  # of the registers, for one sum
-    block_j = min((64 if channels > 256 else 32) // share, power_of_two(hidden))
-    block_strips = min((128 if strips > 128 else 32) // share, power_of_two(strips))
-    warps = min(8, max(1, block_c * max(block_j, block_strips) * share // 2048))
-    return Excitation(block_c, block_j, block_strips, warps)
+    terms_strips = min((128 if strips > 128 else 32) // share, power_of_two(strips))
+    tile = columns * max(min((64 if channels > 256 else 32) // share, block_j), terms_strips)
+    warps = min(8, max(1, tile * share // 2048))
+    least = _SECTOR // 2  # weights of two bytes
+    terms_c = min(columns, max(least, tile // block_j))
+    terms_j = min(block_j, max(least, tile // block_c))
+    return Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps)
 
 
 @dataclass(frozen=True)
@@ -162,9 +174,9 @@ def launches(chosen: int) -> int:
 
 
 def excitation_tile(warps: int, itemsize: int) -> int:
-    """Elements of the excitation's tiles in a kernel of so many warps: 256 bytes of a thread's
-    registers for sums of `itemsize` bytes."""
-    return warps * 32 * 256 // itemsize
+    """Elements of the excitation's tiles in a kernel of so many warps: 128 bytes of a thread's
+    registers for sums of `itemsize` bytes, as the rest of the kernel needs some too."""
+    return warps * 32 * 128 // itemsize
 
 
 def queue(strips: int, kept: int, warps: int, resident: int, processors: int, l2: int) -> Queue:

@@ -74,8 +74,10 @@ class Problem:
         return {
             "BLOCK_C": e.block_c,
             "BLOCK_J": e.block_j,
-            "BLOCK_STRIPS": e.block_strips,
-            "TILE": e.block_c * max(e.block_j, e.block_strips),
+            "TERMS_C": e.terms_c,
+            "TERMS_J": e.terms_j,
+            "TERMS_STRIPS": e.terms_strips,
+            "TILE": e.tile,
             "num_warps": e.warps,
             "num_stages": 1,
         }
@@ -86,7 +88,9 @@ class Problem:
         return {
             "EXCITE_C": e.block_c,
             "EXCITE_J": e.block_j,
-            "EXCITE_STRIPS": e.block_strips,
+            "TERMS_C": e.terms_c,
+            "TERMS_J": e.terms_j,
+            "TERMS_STRIPS": e.terms_strips,
             "EXCITE_TILE": heuristics.excitation_tile(self.tile.warps, sums.itemsize),
         }
 

@@ -106,7 +106,9 @@ def forward_kernel(
     BLOCK_S: tl.constexpr,
     EXCITE_C: tl.constexpr,
     EXCITE_J: tl.constexpr,
-    EXCITE_STRIPS: tl.constexpr,
+    TERMS_C: tl.constexpr,
+    TERMS_J: tl.constexpr,
+    TERMS_STRIPS: tl.constexpr,
     EXCITE_TILE: tl.constexpr,
 ):
     """Reads x twice, the second time from L2; writes y."""
@@ -130,7 +132,7 @@ def forward_kernel(
                     excite_kernel(
                         partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
                         pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
-                        EXCITE_C, EXCITE_J, EXCITE_STRIPS, EXCITE_TILE, n,
+                        EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, n,
                     )  # fmt: skip
                     announce(done_ptr + n)
         item = ticket - lag
@@ -208,7 +210,9 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     EXCITE_C: tl.constexpr,
     EXCITE_J: tl.constexpr,
-    EXCITE_STRIPS: tl.constexpr,
+    TERMS_C: tl.constexpr,
+    TERMS_J: tl.constexpr,
+    TERMS_STRIPS: tl.constexpr,
     EXCITE_TILE: tl.constexpr,
 ):
     """Reads dy twice, the second time from L2, and x once, twice where dx depends on it; writes dx
@@ -236,7 +240,7 @@ def backward_kernel(
                     partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
                     hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr,
                     sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-                    EXCITE_C, EXCITE_J, EXCITE_STRIPS, EXCITE_TILE, n,
+                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, n,
                 )  # fmt: skip
                 announce(done_ptr + n)
                 announce(samples_ptr)

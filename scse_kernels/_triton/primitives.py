@@ -64,30 +64,38 @@ def store(ptr, elements, mask, POLICY: tl.constexpr):
 
 
 @triton.jit
-def sum_in_pairs(x, axis: tl.constexpr):
-    """The sum of x [rows, columns] over one axis, always two neighbours at a time.
+def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
+    """The sum of x [rows, columns] over one axis, always two elements at a time.
 
     a + b is b + a: so the result is the same to the last bit however a compiler lays x out over
     threads, and for any number of warps. (In `tl.sum` the order of the terms follows the layout.)
+    Pairs are neighbours (NEAR) or lie half of the axis apart. NEAR is for the axis that is dense in
+    memory, of which a thread has neighbours: what it has itself should be added first, and what
+    is in other warps last.
     """
-    if axis == 0:
-        for _ in tl.static_range(halvings(x.shape[0])):
-            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), 1)
-    else:
-        for _ in tl.static_range(halvings(x.shape[1])):
+    for _ in tl.static_range(halvings(x.shape[axis])):
+        if axis == 0:
+            x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), 0)
+        elif NEAR:
             x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
+        else:
+            x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), 1)
     return tl.reshape(x, (x.shape[1 - axis],))
 
 
 @triton.jit
 def sum_rows(ptr, rows, size, i, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """sum_r ptr[r, i] of ptr [rows, size], for the columns i [BLOCK]."""
-    total = tl.zeros([BLOCK_ROWS, BLOCK], ACC)
+    """sum_r ptr[r, i] of ptr [rows, size], for the columns i [BLOCK].
+
+    In tiles [BLOCK, BLOCK_ROWS], unlike `vecmat`: tiles of one shape may get one layout, and that
+    of two bytes to an element is a bad one for four.
+    """
+    total = tl.zeros([BLOCK, BLOCK_ROWS], ACC)
     for begin in range(0, rows, BLOCK_ROWS):
         r = begin + tl.arange(0, BLOCK_ROWS)
-        at = r[:, None] * size + i[None, :]
-        total += load(ptr + at, (r[:, None] < rows) & (i[None, :] < size), ACC)
-    return sum_in_pairs(total, 0)
+        at = r[None, :] * size + i[:, None]
+        total += load(ptr + at, (r[None, :] < rows) & (i[:, None] < size), ACC)
+    return sum_in_pairs(total, 1, False)
 
 
 @triton.jit
@@ -97,18 +105,39 @@ def matvec(
     i,
     rows,
     columns,
-    stride_row,
-    stride_column,
     ACC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """sum_k matrix[i, k] * vector[k] for the rows i [BLOCK_ROWS]."""
+    """sum_k matrix[i, k] * vector[k] of matrix [rows, columns], for the rows i [BLOCK_ROWS]."""
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
     for begin in range(0, columns, BLOCK_COLUMNS):
         k = begin + tl.arange(0, BLOCK_COLUMNS)
-        at = i[:, None] * stride_row + k[None, :] * stride_column
+        at = i[:, None] * columns + k[None, :]
         mask = (i[:, None] < rows) & (k[None, :] < columns)
         v = load(vector_ptr + k, k < columns, ACC)
         total += load(matrix_ptr + at, mask, ACC) * v[None, :]
-    return sum_in_pairs(total, 1)
+    return sum_in_pairs(total, 1, True)
+
+
+@triton.jit
+def vecmat(
+    vector_ptr,
+    matrix_ptr,
+    i,
+    rows,
+    columns,
+    ACC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """sum_k vector[k] * matrix[k, i] of matrix [rows, columns], for the columns i
+    [BLOCK_COLUMNS]."""
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
+    for begin in range(0, rows, BLOCK_ROWS):
+        k = begin + tl.arange(0, BLOCK_ROWS)
+        at = k[:, None] * columns + i[None, :]
+        mask = (k[:, None] < rows) & (i[None, :] < columns)
+        v = load(vector_ptr + k, k < rows, ACC)
+        total += load(matrix_ptr + at, mask, ACC) * v[:, None]
+    return sum_in_pairs(total, 0, False)
