@@ -32,13 +32,17 @@ SCSE_DEVICE bool rows_are_whole(const T* matrix, int columns) {
   return columns % 4 == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0;
 }
 
+// Threads that share a row of `columns` elements, four to each: a power of two, at most `most`.
+SCSE_DEVICE int lanes_of(int columns, int most) {
+  return columns <= 4 ? 1 : min(most, 1 << (32 - __clz((columns - 1) / 4)));
+}
+
 // body(r, sum_k matrix[r, k] * vector[k]) for each row r, by one thread. Groups of `lanes` threads
 // take four rows at a time.
 template <bool WHOLE, typename T, typename Body>
 SCSE_DEVICE void multiply(const T* matrix, const float* vector, int rows, int columns,
                           const Body& body) {
-  int lanes = 1;
-  while (lanes < 32 && lanes * 4 < columns) lanes *= 2;
+  const int lanes = lanes_of(columns, 32);
   const Place me(lanes);
   for (int first = 0; first < rows; first += me.rows * 4) {
     const int r = first + me.row * 4;
@@ -72,8 +76,7 @@ SCSE_DEVICE void multiply(const T* matrix, const float* vector, int rows, int co
 template <bool WHOLE, typename T, typename Body>
 SCSE_DEVICE void multiply_transposed(const T* matrix, const float* vector, int rows, int columns,
                                      float* shared, const Body& body) {
-  int lanes = 1;
-  while (lanes < blockDim.x && lanes * 4 < columns) lanes *= 2;
+  const int lanes = lanes_of(columns, blockDim.x);
   const Place me(lanes);
   // Rows of threads that are left to be summed after a warp has summed its own.
   const int left = lanes < 32 ? blockDim.x / 32 : me.rows;
