@@ -83,10 +83,14 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   }
 }
 
+// Whether the backward below reads two maps: it then needs more registers.
+template <Combine K>
+constexpr bool reads_two = Formula<float, K>::by_gates || K == Combine::concat;
+
 // Reads dy and the small tensors once, and x where the formula needs it; writes dx. The blocks
 // after those of dx form the parameters' gradients meanwhile.
 template <typename T, int W, Combine K, bool LAST>
-__global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
+__global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
     apply_backward(const T* __restrict__ dy,   // as y
                    const T* __restrict__ x,    // [N, C, S] or [N, S, C]
                    const float* channel_gate,  // [N, C]
