@@ -24,6 +24,13 @@ using Optional = std::optional<Tensor>;
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Elements of one channel of one sample.
+inline int64_t positions_of(const Tensor& x) {
+  int64_t positions = 1;
+  for (int64_t axis = 2; axis < x.dim(); ++axis) positions *= x.size(axis);
+  return positions;
+}
+
 // Whether axes `order` (outermost first) lie densely one inside the other.
 template <typename Order>
 bool dense(const Tensor& t, const Order& order) {
@@ -91,6 +98,18 @@ inline Tensor empty_on(int32_t device_type, int32_t device,
 inline void check_count(const char* name, const Tensor& t, int64_t count) {
   STD_TORCH_CHECK(t.numel() == count, "scse_kernels: ", name, " must have ", count,
                   " elements, got ", t.numel());
+}
+
+// What every operator asks of its arguments before it looks at their elements.
+inline void check_arguments(const Tensor& x, const Optional& w1, const Optional& w2,
+                            const Optional& ws, int64_t combine) {
+  STD_TORCH_CHECK(w1 || ws, "scse_kernels: w1 and ws are both missing, expected at least one");
+  STD_TORCH_CHECK(!w1 == !w2, "scse_kernels: w1 and w2 must both be given or both be missing");
+  STD_TORCH_CHECK(0 <= combine && combine <= 3, "scse_kernels: combine must be 0 to 3, got ",
+                  combine);
+  STD_TORCH_CHECK(x.size(1) > 0 && positions_of(x) > 0,
+                  "scse_kernels: x must have channels and positions, got ", x.size(1), " and ",
+                  positions_of(x));
 }
 
 // Elements of a small tensor that the forward returned and the backward got.

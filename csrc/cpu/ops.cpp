@@ -166,19 +166,12 @@ class Scratch {
 template <typename T>
 Problem<T> describe(const Tensor& x, const Optional& w1, const Optional& w2, const Optional& ws,
                     int64_t combine, bool channels_last) {
-  STD_TORCH_CHECK(w1 || ws, "scse_kernels: w1 and ws are both missing, expected at least one");
-  STD_TORCH_CHECK(!w1 == !w2, "scse_kernels: w1 and w2 must both be given or both be missing");
-  STD_TORCH_CHECK(0 <= combine && combine <= 3, "scse_kernels: combine must be 0 to 3, got ",
-                  combine);
+  check_arguments(x, w1, w2, ws, combine);
   Problem<T> p{};
   p.samples = x.size(0);
   p.channels = x.size(1);
   p.hidden_channels = w1 ? w1->size(0) : 0;
-  p.positions = 1;
-  for (int64_t axis = 2; axis < x.dim(); ++axis) p.positions *= x.size(axis);
-  STD_TORCH_CHECK(p.channels > 0 && p.positions > 0,
-                  "scse_kernels: x must have channels and positions, got ", p.channels, " and ",
-                  p.positions);
+  p.positions = positions_of(x);
   p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
   p.channels_last = channels_last;
   p.out_channels = p.combine == Combine::concat ? 2 * p.channels : p.channels;
