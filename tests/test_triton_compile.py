@@ -124,12 +124,14 @@ def launches(monkeypatch):
     return record
 
 
-def registers_and_spills(compiled, target):
+def registers_and_spills(name, compiled, target):
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         find = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
-        # scalar registers spill to lanes of vector registers, not to memory
-        return find("vgpr_count"), find("vgpr_spill_count")
+        spills = find("vgpr_spill_count")
+        if name != "backward_kernel":  # its scalars go to lanes of vector registers, not to memory
+            spills += find("sgpr_spill_count")
+        return find("vgpr_count"), spills
     ptxas = triton.knobs.nvidia.ptxas_blackwell if target.arch >= 100 else triton.knobs.nvidia.ptxas
     ptx = compiled.asm["ptx"]
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]
@@ -172,7 +174,7 @@ def check(noted, variant, dtype, target):
     }
     for name, one in noted.items():
         compiled = one.compile(target)
-        registers, spilled = registers_and_spills(compiled, target)
+        registers, spilled = registers_and_spills(name, compiled, target)
         assert spilled == 0, f"{name} spills"
         if target.backend == "cuda":
             assert registers <= REGISTERS[name], f"{name} takes {registers} registers"
