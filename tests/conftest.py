@@ -21,6 +21,8 @@ import torch
 from scse_kernels import ops
 from scse_kernels.functional import why_not
 
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
 
 class Target(NamedTuple):
     """A backend and the device on which a test runs it."""
@@ -76,6 +78,15 @@ def no_bfloat16_in_the_interpreter(request):
     parameters = parameters.params.values() if parameters else ()
     if Target("triton", "cpu") in parameters and torch.bfloat16 in parameters:
         pytest.skip("Triton's interpreter truncates when it casts to bfloat16")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def capability(request):
+    """Every instruction set of the CPU kernels that this machine has."""
+    best = torch.ops.scse_kernels.cpu_capability()
+    if INSTRUCTION_SETS.index(request.param) > INSTRUCTION_SETS.index(best):
+        pytest.skip(f"this machine has {best} at most")
+    return request.param
 
 
 @pytest.fixture

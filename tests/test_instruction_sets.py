@@ -5,11 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from scse_kernels import _native
-
-ORDER = ("baseline", "avx2", "avx512")
 
 pytestmark = pytest.mark.skipif(_native.why_not("_C") is not None, reason="no compiled extension")
 
@@ -24,11 +21,7 @@ def _self_check(capability):
     )
 
 
-@pytest.mark.parametrize("capability", ORDER)
 def test_self_check(capability):
-    best = torch.ops.scse_kernels.cpu_capability()
-    if ORDER.index(capability) > ORDER.index(best):
-        pytest.skip(f"this machine has {best} at most")
     result = _self_check(capability)
     assert result.returncode == 0, result.stdout + result.stderr
     assert capability in result.stdout

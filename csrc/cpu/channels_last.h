@@ -55,6 +55,7 @@ struct ChannelsLast {
   }
 
   // Forward, second pass. Reads x (from cache) and the gates; writes y.
+  template <bool kStream>
   static __attribute__((noinline)) void apply(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A s[kStripBuffer];
@@ -67,11 +68,11 @@ struct ChannelsLast {
       sweep<A>(p.channels, [&](int64_t c, auto extent) {
         const V xv = load(x + c, extent), cv = kChannel ? load(gate + c, extent) : V{};
         if constexpr (kConcat) {
-          store(y + c, xv * cv, extent);
-          store(y + p.channels + c, xv * sv, extent);
+          put<kStream>(y + c, xv * cv, extent);
+          put<kStream>(y + p.channels + c, xv * sv, extent);
         } else {
-          prefetch_for_writing(y + c + kAhead);
-          store(y + c, F::value(xv, cv, sv), extent);
+          if (!kStream) prefetch_for_writing(y + c + kAhead);
+          put<kStream>(y + c, F::value(xv, cv, sv), extent);
         }
       });
     }
@@ -160,6 +161,7 @@ struct ChannelsLast {
   }
 
   // Backward, second pass. Reads dy (and x, where the formula needs it) from cache; writes dx.
+  template <bool kStream>
   static __attribute__((noinline)) void apply_backward(const Problem<T>& p, int64_t n,
                                                        int64_t index) {
     const Strip strip(p, n, index);
@@ -183,8 +185,8 @@ struct ChannelsLast {
         V d = F::direct(load(x + c, extent), load(dy + c, extent), dyv2, cv, sv);
         if (kChannel) d += load(mean + c, extent);
         if (kSpatial) d += dqv * load(p.ws + c, extent);
-        prefetch_for_writing(dx + c + kAhead);
-        store(dx + c, d, extent);
+        if (!kStream) prefetch_for_writing(dx + c + kAhead);
+        put<kStream>(dx + c, d, extent);
       });
     }
   }

@@ -7,12 +7,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdlib>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../tensors.h"
+#include "cache.h"
 #include "problem.h"
 
 namespace scse {
@@ -203,6 +205,33 @@ Optional set_parking(Problem<T>& p, T* map, int64_t channels, int slots, ScalarT
   return buffer;
 }
 
+// A call that reads and writes more bytes than this stores its result past the caches. A line that
+// is stored into them is read from memory first and evicted to it later; stored past them it is
+// only written. Small results are better off in the cache, where whoever comes next finds them. A
+// quarter of the last-level cache, since x, y and their gradients are four maps together: with
+// 32 MB of it, calls that move 4 to 8 MB took 5 to 28 % longer when they streamed, and those that
+// move 16 MB and more 15 to 30 % less. SCSE_CPU_STREAM names another number of bytes.
+int64_t choose_stream_threshold() {
+  if (const char* wanted = std::getenv("SCSE_CPU_STREAM")) {
+    char* end;
+    const int64_t bytes = std::strtoll(wanted, &end, 10);
+    STD_TORCH_CHECK(end != wanted && *end == '\0' && bytes >= 0,
+                    "SCSE_CPU_STREAM must be a number of bytes, got ", wanted);
+    return bytes;
+  }
+  const int64_t cache = last_level_cache();
+  return cache ? cache / 4 : std::numeric_limits<int64_t>::max();
+}
+
+// Whether the second pass stores its map past the caches, given how many bytes the call reads and
+// writes in all.
+template <typename T>
+bool streams(const Problem<T>& p, const T* map, int64_t bytes) {
+  static const int64_t threshold = choose_stream_threshold();
+  const int64_t row = (p.channels_last ? p.channels : p.positions) * sizeof(T);
+  return bytes > threshold && (reinterpret_cast<uintptr_t>(map) | row) % 64 == 0;
+}
+
 // --- forward and backward ---
 
 template <typename T>
@@ -232,6 +261,8 @@ ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional&
       b2_("b2", b2, C), ws_("ws", ws, C), bs_("bs", bs, 1);
   p.w1 = w1_.data(), p.b1 = b1_.data(), p.w2 = w2_.data(), p.b2 = b2_.data(), p.ws = ws_.data();
   p.bs = bs_.data() ? *bs_.data() : A(0);
+
+  p.stream = streams(p, p.y, (x.numel() + y.numel()) * sizeof(T));
 
   Optional parking;
   if (ws) parking = set_parking(p, p.y, p.out_channels, 1, x.scalar_type());
@@ -285,6 +316,7 @@ BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Opt
   if (need_dx) {
     dx = empty(x.sizes(), x.scalar_type(), channels_last);
     p.dx = static_cast<T*>(dx.mutable_data_ptr());
+    p.stream = streams(p, p.dx, (x.numel() + dy.numel() + dx.numel()) * sizeof(T));
     if (ws) parking = set_parking(p, p.dx, p.channels, 2, x.scalar_type());
   }
 

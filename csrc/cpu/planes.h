@@ -47,6 +47,7 @@ struct Planes {
   }
 
   // Forward, second pass. Reads x (from cache) and the gates; writes y.
+  template <bool kStream>
   static __attribute__((noinline)) void apply(const Problem<T>& p, int64_t n, int64_t index) {
     const Strip strip(p, n, index);
     alignas(64) A s[kStripBuffer];
@@ -57,13 +58,13 @@ struct Planes {
       T* y2 = y + p.channels * p.positions;
       const V gate = broadcast<A>(kChannel ? p.channel_gate[n * p.channels + c] : A(0));
       sweep<A>(strip.len, [&](int64_t i, auto extent) {
-        prefetch_for_writing(y + p.positions + i);
+        if (!kStream) prefetch_for_writing(y + p.positions + i);
         const V xv = load(x + i, extent), sv = kSpatial ? load_raw<V>(s + i) : V{};
         if constexpr (kConcat) {
-          store(y + i, xv * gate, extent);
-          store(y2 + i, xv * sv, extent);
+          put<kStream>(y + i, xv * gate, extent);
+          put<kStream>(y2 + i, xv * sv, extent);
         } else {
-          store(y + i, F::value(xv, gate, sv), extent);
+          put<kStream>(y + i, F::value(xv, gate, sv), extent);
         }
       });
     }
@@ -147,6 +148,7 @@ struct Planes {
 
   // Backward, second pass. Reads dy (and x, where the formula needs it) from cache; writes dx, and
   // the strip's sums for ws where x is read anyway.
+  template <bool kStream>
   static __attribute__((noinline)) void apply_backward(const Problem<T>& p, int64_t n,
                                                        int64_t index) {
     const Strip strip(p, n, index);
@@ -166,14 +168,14 @@ struct Planes {
       const A mean = kChannel ? p.d_mean[nc] : A(0), w = kSpatial ? p.ws[c] : A(0);
       V sum{};
       sweep<A>(strip.len, [&](int64_t i, auto extent) {
-        prefetch_for_writing(dx + p.positions + i);
+        if (!kStream) prefetch_for_writing(dx + p.positions + i);
         const V dyv2 = kConcat ? load(dy2 + i, extent) : V{};
         const V sv = kSpatial ? load_raw<V>(s + i) : V{};
         const V xv = load(x + i, extent);
         V d = F::direct(xv, load(dy + i, extent), dyv2, gate, sv);
         if (kChannel) d += mean;
         if (kSpatial) d += w * load_raw<V>(dq + i);
-        store(dx + i, d, extent);
+        put<kStream>(dx + i, d, extent);
         if (kWeighLater) sum += xv * load(dq + i, extent);
       });
       if (kWeighLater && p.need_spatial) {

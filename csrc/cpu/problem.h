@@ -101,6 +101,7 @@ struct Problem {
   Combine combine;
   bool channels_last;
   int64_t width, strips;  // positions per strip, strips per sample
+  bool stream;            // the second pass stores past the caches; rows begin on cache lines
 
   // Feature maps: [N, C, S] or [N, S, C]; y and dy hold 2 * C channels for concat. Rows of a
   // sample are dense, samples may lie further apart in the inputs.

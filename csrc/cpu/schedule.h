@@ -50,11 +50,21 @@ inline void by_sample(const Problem<T>& p, const First& first, const Between& be
   p.in_turn(samples, firsts, betweens, seconds, last...);
 }
 
+// Calls pass(std::bool_constant): whether it is to store past the caches.
+template <typename T, typename Pass>
+inline void storing(const Problem<T>& p, const Pass& pass) {
+  if (!p.stream) return pass(std::false_type{});
+  pass(std::true_type{});
+  end_streams();
+}
+
 template <typename T, typename Maps>
 inline void forward(const Problem<T>& p) {
   by_sample(
       p, [&](int64_t n, int64_t i) { Maps::squeeze(p, n, i); }, [&](int64_t n) { excite(p, n); },
-      [&](int64_t n, int64_t i) { Maps::apply(p, n, i); });
+      [&](int64_t n, int64_t i) {
+        storing(p, [&](auto stream) { Maps::template apply<decltype(stream)::value>(p, n, i); });
+      });
 }
 
 template <typename T, typename Maps>
@@ -65,7 +75,10 @@ inline void backward(const Problem<T>& p) {
         if (p.need_dx || p.need_channel) excite_backward(p, n);
       },
       [&](int64_t n, int64_t i) {
-        if (p.need_dx) Maps::apply_backward(p, n, i);
+        if (!p.need_dx) return;
+        storing(p, [&](auto stream) {
+          Maps::template apply_backward<decltype(stream)::value>(p, n, i);
+        });
       },
       Stage{p.need_spatial || p.need_channel, 1, [&](int64_t, int64_t) { vector_gradients(p); }},
       matrix_gradient(p, p.d_hidden, p.hidden_channels, p.pooled, p.channels, p.dw1),

@@ -101,15 +101,35 @@ struct Tail {
   int count;
 };
 
+// Stores past the caches ("non-temporal"), where there are such instructions: whole vectors, at
+// multiples of their size. Other threads may see them only after `end_streams`.
+#if defined(__x86_64__) && SCSE_VECTOR_BYTES > 16
+template <typename V>
+SCSE_INLINE void stream_raw(void* p, V v) {
+  if constexpr (sizeof v == 64) _mm512_stream_si512((__m512i*)p, (__m512i)v);
+  if constexpr (sizeof v == 32) _mm256_stream_si256((__m256i*)p, (__m256i)v);
+  if constexpr (sizeof v == 16) _mm_stream_si128((__m128i*)p, (__m128i)v);
+}
+SCSE_INLINE void end_streams() { _mm_sfence(); }
+#else
+template <typename V>
+SCSE_INLINE void stream_raw(void* p, V v) {
+  store_raw(p, v);
+}
+SCSE_INLINE void end_streams() {}
+#endif
+
 template <typename T>
 struct Access {  // float and double
   static SCSE_INLINE Vec<T> load(const T* p) { return load_raw<Vec<T>>(p); }
   static SCSE_INLINE void store(T* p, Vec<T> v) { store_raw(p, v); }
+  static SCSE_INLINE void stream(T* p, Vec<T> v) { stream_raw(p, v); }
 };
 template <typename H>
 struct HalfAccess {
   static SCSE_INLINE F32 load(const H* p) { return widen(H{}, load_raw<U16>(p)); }
   static SCSE_INLINE void store(H* p, F32 v) { store_raw(p, narrow(H{}, v)); }
+  static SCSE_INLINE void stream(H* p, F32 v) { stream_raw(p, narrow(H{}, v)); }
 };
 template <>
 struct Access<half> : HalfAccess<half> {};
@@ -135,6 +155,16 @@ SCSE_INLINE void store(T* p, Vec<A> v, Tail tail) {
   T lane[lanes<A>];
   Access<T>::store(lane, v);
   __builtin_memcpy(p, lane, tail.count * sizeof(T));
+}
+
+// A vector of a map that a pass writes whole: into the caches, or past them.
+template <bool kStream, typename T, typename Extent, typename A = Accumulator<T>>
+SCSE_INLINE void put(T* p, Vec<A> v, Extent extent) {
+  if constexpr (kStream && std::is_same_v<Extent, Full<A>>) {
+    Access<T>::stream(p, v);
+  } else {
+    store(p, v, extent);
+  }
 }
 
 // A line about to be written is first read from memory; asked for early, that costs no waiting. It
