@@ -18,21 +18,14 @@ class SCSE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        saved = ctx.saved_tensors
-        inputs, small = saved[:7], saved[7:]
-        needs = ctx.needs_input_grad[:7]
+        saved = ctx.saved_tensors  # the seven inputs, then the small ones
+        needs = x, w1, b1, w2, b2, ws, bs = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():  # create_graph=True: the result will be differentiated again
-            return (*_reference_gradients(dy, inputs, needs, ctx.combine), None, None)
+            return (*_reference_gradients(dy, saved[:7], needs, ctx.combine), None, None)
         grads = ops.BACKWARD[ctx.backend](
-            dy,
-            *inputs,
-            *small,
-            ops.COMBINE[ctx.combine],
-            needs[0],
-            any(needs[1:5]),
-            any(needs[5:7]),
+            dy, *saved, ops.COMBINE[ctx.combine], x, w1 or b1 or w2 or b2, ws or bs
         )
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+        return (*[g if need else None for g, need in zip(grads, needs, strict=True)], None, None)
 
 
 def _reference_gradients(
