@@ -1,0 +1,44 @@
+// The plain functions that decide how the CUDA kernels run, for tests/test_cuda_choices.py.
+#include <iterator>
+
+#include "choose.h"
+#include "on_chip_plan.h"
+#include "tile.h"
+
+using namespace scse::cuda;
+
+extern "C" {
+
+bool choice(int64_t bytes, int64_t blocks, int passes, int multiprocessors) {
+  return prefer_on_chip(bytes, blocks, passes, multiprocessors);
+}
+
+void tile(int64_t channels, int64_t positions, int itemsize, int width, bool channels_last,
+          int64_t* out) {
+  const Tile t = tile_of(channels, positions, itemsize, width, channels_last);
+  const int64_t values[] = {t.width, t.lanes,     t.rows,   t.inner,       t.outer,
+                            t.tiles, t.positions, t.strips, t.inner_tiles, t.outer_tiles};
+  std::copy(std::begin(values), std::end(values), out);
+}
+
+void plan(int dtype, int64_t samples, int64_t channels, int64_t hidden, int64_t positions,
+          int combine, bool channels_last, bool backward, int64_t shared, int cluster,
+          int64_t* out) {
+  Problem p{};
+  p.dtype = static_cast<Dtype>(dtype);
+  p.samples = samples, p.channels = channels, p.hidden_channels = hidden;
+  p.positions = positions, p.combine = static_cast<scse::Combine>(combine);
+  p.channels_last = channels_last;
+  const on_chip::Plan plan = on_chip::plan(p, backward, {shared, cluster});
+  const int64_t values[] = {plan.cluster, plan.slice, plan.threads, plan.shared};
+  std::copy(std::begin(values), std::end(values), out);
+}
+
+int64_t tasks(int64_t channels, int64_t hidden, int threads, bool channel, bool spatial) {
+  return gradient_tasks(channels, hidden, threads, channel, spatial);
+}
+
+int excitation(int64_t channels, int64_t hidden, int64_t strips) {
+  return excite_threads(channels, hidden, strips);
+}
+}

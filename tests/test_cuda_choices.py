@@ -1,0 +1,235 @@
+"""How the CUDA kernels are run: what is decided by plain functions, which need no GPU."""
+
+import ctypes
+import itertools
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent / "csrc" / "cuda"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or not SOURCES.exists(), reason="no C++ compiler, or no sources"
+)
+
+FLOAT32, FLOAT64, FLOAT16 = 0, 1, 2  # of scse::cuda::Dtype
+ADD, CONCAT = 0, 3  # of scse::Combine
+# Shared memory of a block (bytes) and blocks of a cluster: H100, B200; RTX 5090.
+HOPPER, CONSUMER = (227 << 10, 16), (99 << 10, 8)
+# The general kernels' launch bounds and their grid's limit.
+MOST_THREADS, MOST_BLOCKS = 256, 2**31 - 1
+
+
+class Tile(NamedTuple):
+    width: int
+    lanes: int
+    rows: int
+    inner: int
+    outer: int
+    tiles: int
+    positions: int
+    strips: int
+    inner_tiles: int
+    outer_tiles: int
+
+
+class Plan(NamedTuple):
+    cluster: int
+    slice: int
+    threads: int
+    shared: int
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    file = tmp_path_factory.mktemp("choices") / "choices.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    folders = [f"-I{HERE / 'cuda_headers'}", f"-I{SOURCES}"]
+    subprocess.run(
+        [COMPILER, *flags, *folders, HERE / "cuda_headers" / "choices.cpp", "-o", file], check=True
+    )
+    loaded = ctypes.CDLL(str(file))
+    loaded.choice.restype = ctypes.c_bool
+    loaded.tasks.restype = ctypes.c_int64
+    return loaded
+
+
+def _long(*values):
+    return [ctypes.c_int64(value) for value in values]
+
+
+@pytest.fixture
+def tile(library):
+    def tile_of(channels, positions, itemsize, width, channels_last) -> Tile:
+        out = (ctypes.c_int64 * len(Tile._fields))()
+        sizes = _long(channels, positions)
+        library.tile(*sizes, itemsize, width, ctypes.c_bool(channels_last), out)
+        return Tile(*out)
+
+    return tile_of
+
+
+@pytest.fixture
+def plan(library):
+    def plan_of(
+        shape,
+        limits,
+        dtype=FLOAT16,
+        backward=False,
+        channels_last=False,
+        combine=ADD,
+        hidden=None,
+    ) -> Plan:
+        samples, channels, positions = shape
+        out = (ctypes.c_int64 * len(Plan._fields))()
+        sizes = _long(samples, channels, hidden or max(1, channels // 2), positions)
+        flags = ctypes.c_bool(channels_last), ctypes.c_bool(backward)
+        shared, cluster = limits
+        library.plan(dtype, *sizes, combine, *flags, ctypes.c_int64(shared), cluster, out)
+        return Plan(*out)
+
+    return plan_of
+
+
+def _sizes():
+    """Channels and positions: all small ones, those of U-Nets, and any."""
+    yield from itertools.product(range(1, 12), range(1, 12))
+    yield from itertools.product((16, 64, 96, 512, 1024, 4096), (49, 196, 1024, 4096, 65536, 2**21))
+    rng = random.Random(0)
+    for _ in range(300):
+        yield int(2 ** rng.uniform(0, 12)), int(2 ** rng.uniform(0, 22))
+
+
+def _power_of_two(number):
+    return number > 0 and number & (number - 1) == 0
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("itemsize, width", [(4, 4), (4, 1), (2, 8), (2, 1)])
+def test_tiles_cover_the_map(tile, itemsize, width, channels_last):
+    for channels, positions in _sizes():
+        t = tile(channels, positions, itemsize, width, channels_last)
+        inner, outer = (channels, positions) if channels_last else (positions, channels)
+        where = f"{channels} channels, {positions} positions: {t}"
+        # A row of threads is part of one warp, and a block has whole warps.
+        assert _power_of_two(t.lanes) and t.lanes <= 32 and _power_of_two(t.rows), where
+        assert 32 <= t.lanes * t.rows <= MOST_THREADS, where
+        assert t.inner == t.lanes * width and t.outer == 4 * t.rows, where
+        for size, step, count in (inner, t.inner, t.inner_tiles), (outer, t.outer, t.outer_tiles):
+            assert (count - 1) * step < size <= count * step, where
+        assert t.positions == (t.outer if channels_last else t.inner), where
+        strip = t.positions * t.tiles
+        assert (t.strips - 1) * strip < positions <= t.strips * strip, where
+        # One block adds up the strips' sums.
+        assert t.strips <= 512, where
+        assert 16 * t.inner_tiles * t.outer_tiles < MOST_BLOCKS, where
+
+
+def test_tiles_of_large_maps_read_whole_lines(tile):
+    for channels, itemsize in itertools.product((16, 64, 256), (2, 4)):
+        width = 16 // itemsize
+        assert tile(channels, 64 * 64, itemsize, width, False).inner * itemsize >= 128
+        # A position's channels lie side by side, as many as a warp reads at once.
+        t = tile(channels, 64 * 64, itemsize, width, True)
+        assert t.inner == min(channels, 32 * width)
+
+
+@pytest.mark.parametrize("limits", (HOPPER, CONSUMER), ids=("hopper", "consumer"))
+@pytest.mark.parametrize("backward", (False, True))
+@pytest.mark.parametrize("dtype, itemsize", [(FLOAT32, 4), (FLOAT16, 2)])
+@pytest.mark.parametrize("combine", (ADD, CONCAT))
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_a_sample_fits_its_cluster(plan, limits, backward, dtype, itemsize, combine, channels_last):
+    shared, most_blocks = limits
+    fitting = 0
+    for channels, positions in _sizes():
+        p = plan((3, channels, positions), limits, dtype, backward, channels_last, combine)
+        where = f"{channels} channels, {positions} positions: {p}"
+        maps = (3 if combine == CONCAT else 2) if backward else 1
+        held = maps * channels * positions * itemsize
+        if p.cluster == 0:
+            # Rows are padded to vectors of 16 bytes, at most one to a thread; up to 500 channels,
+            # the small vectors and partial sums fit the other half of the memory.
+            slice_ = -(-positions // most_blocks)
+            rows, row = (slice_, channels) if channels_last else (channels, slice_)
+            vectors = -(-row * itemsize // 32) * 2
+            full = 16 * maps * rows * vectors > shared // 2
+            assert full or vectors > 512 or channels > 500, where
+            continue
+        fitting += 1
+        assert _power_of_two(p.cluster) and p.cluster <= most_blocks, where
+        assert p.threads in (256, 512) and p.shared <= shared, where
+        assert p.slice * p.cluster >= positions, where
+        assert held <= p.cluster * p.shared, where
+        row = channels if channels_last else p.slice
+        assert row * itemsize <= 16 * p.threads, where
+        if not channels_last:  # rows of whole sectors, so that blocks don't share one
+            assert p.slice * itemsize % 32 == 0, where
+    assert fitting > 200
+
+
+def test_what_never_fits(plan):
+    assert plan((3, 64, 1024), HOPPER).cluster > 0
+    assert plan((3, 64, 1024), HOPPER, dtype=FLOAT64).cluster == 0
+    assert plan((0, 64, 1024), HOPPER).cluster == 0
+    assert plan((3, 64, 1024), (0, 0)).cluster == 0  # no clusters on this device
+    assert plan((3, 64, 2**15), HOPPER).cluster == 0  # 4 MiB
+    assert plan((3, 64, 2**40), HOPPER).cluster == 0
+    assert plan((3, 2**20, 1), HOPPER, hidden=2**19).cluster == 0
+
+
+def test_clusters_grow_with_the_sample(plan):
+    """16 KiB to a block, up to eight blocks; then eight, and sixteen past 64 KiB to a block."""
+    expected = {128: 1, 256: 2, 512: 4, 1024: 8, 2048: 8, 4096: 8, 8192: 16, 16384: 16}
+    assert {s: plan((2, 64, s), HOPPER).cluster for s in expected} == expected
+    # The backward holds dy too.
+    expected = {64: 1, 128: 2, 256: 4, 512: 8, 2048: 8, 4096: 16, 8192: 16, 16384: 0}
+    assert {s: plan((2, 64, s), HOPPER, backward=True).cluster for s in expected} == expected
+
+
+def test_on_chip_where_it_saves_time(library):
+    def on_chip(bytes_, blocks, passes=3, multiprocessors=132):
+        return library.choice(*_long(bytes_, blocks), passes, multiprocessors)
+
+    mib = 1 << 20
+    assert not on_chip(mib, 0)  # it doesn't fit
+    # Small maps: two launches less weigh more than anything else.
+    assert on_chip(mib // 8, 2) and on_chip(mib // 8, 64)
+    # Large maps: a pass less pays, once the clusters draw as much as the memory gives.
+    assert on_chip(64 * mib, 48) and on_chip(64 * mib, 512)
+    # A few clusters for a large map: most of the device would have nothing to do.
+    assert not on_chip(2 * mib, 1) and not on_chip(64 * mib, 16)
+    # The more passes the general kernels take, the sooner.
+    borderline = [blocks for blocks in range(1, 133) if on_chip(8 * mib, blocks)]
+    assert borderline == list(range(borderline[0], 133))
+    sooner = [blocks for blocks in range(1, 133) if on_chip(8 * mib, blocks, passes=5)]
+    assert sooner[0] > borderline[0]
+    # A smaller device is filled by fewer blocks.
+    assert on_chip(64 * mib, 16, multiprocessors=16)
+
+
+def test_gradients_are_shared_out(library):
+    def tasks(channels, hidden, threads, channel=True, spatial=True):
+        flags = ctypes.c_bool(channel), ctypes.c_bool(spatial)
+        return library.tasks(*_long(channels, hidden), threads, *flags)
+
+    # Pieces of 32 x 32 of both matrices, and a thread to each element of ws.
+    assert tasks(64, 32, 256) == 2 * 2 + 1
+    assert tasks(65, 33, 64) == 2 * 3 * 2 + 2
+    assert tasks(64, 32, 256, channel=False) == 1
+    assert tasks(64, 32, 256, spatial=False) == 4
+    assert tasks(64, 32, 256, channel=False, spatial=False) == 0
+
+
+def test_threads_of_the_excitation(library):
+    for channels, hidden, strips in itertools.product((1, 16, 64, 512, 4096), repeat=3):
+        threads = library.excitation(*_long(channels, hidden, strips))
+        assert _power_of_two(threads) and 64 <= threads <= 512
+    assert library.excitation(*_long(64, 4, 64)) == 256
+    assert library.excitation(*_long(512, 256, 4)) == 512
