@@ -1,6 +1,8 @@
 // The second pass over the map, forward (y) and backward (dx, with the parameters' gradients). A
 // block for each tile, from the last to the first: the end of x is what the pass before left in L2.
 // These kernels overlap: what they read of the map is on its way while the excitation still works.
+// So the maps they read are not __restrict__: loads of memory that never changes ptxas moves to
+// where they are used, after the wait.
 #pragma once
 
 #include "block.cuh"
@@ -41,7 +43,7 @@ struct Along {
 // Reads x and the gates once, writes y.
 template <typename T, int W, Combine K, bool LAST>
 __global__ void __launch_bounds__(kMaxThreads, 4)
-    apply(const T* __restrict__ x,    // [N, C, S] or [N, S, C]
+    apply(const T* x,                 // [N, C, S] or [N, S, C]
           const float* channel_gate,  // [N, C]
           const float* spatial_gate,  // [N, S]
           T* __restrict__ y,          // as x; concat: with 2 * C channels
@@ -91,8 +93,8 @@ constexpr bool reads_two = Formula<float, K>::by_gates || K == Combine::concat;
 // after those of dx form the parameters' gradients meanwhile.
 template <typename T, int W, Combine K, bool LAST>
 __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
-    apply_backward(const T* __restrict__ dy,   // as y
-                   const T* __restrict__ x,    // [N, C, S] or [N, S, C]
+    apply_backward(const T* dy,                // as y
+                   const T* x,                 // [N, C, S] or [N, S, C]
                    const float* channel_gate,  // [N, C]
                    const float* spatial_gate,  // [N, S]
                    const float* dq,            // [N, S]: gradient before the gate's sigmoid
