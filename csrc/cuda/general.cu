@@ -3,6 +3,7 @@
 
 #include "excite.cuh"
 #include "launch.h"
+#include "per_device.h"
 
 namespace scse::cuda {
 namespace {
@@ -119,6 +120,15 @@ Backward plan_backward(const Problem& p, float* scratch) {
   b.tasks = gradient_tasks(p.channels, p.hidden_channels, b.tile.threads(), p.need_channel(),
                            p.need_spatial());
   return b;
+}
+
+int architecture_of(int device) {
+  static PerDevice<int> known;
+  return known.get(device, [] {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, excite), "excite");
+    return attributes.ptxVersion;
+  });
 }
 
 const Launcher general{[](const Problem& p) { return plan_forward(p, nullptr).floats; }, forward,

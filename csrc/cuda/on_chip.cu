@@ -1,28 +1,21 @@
 // The on-chip kernels' host side: whether a problem fits, and the order of launches.
 #include "on_chip.h"
 
-#include <mutex>
-#include <optional>
-#include <vector>
-
 #include "gradients.cuh"
 #include "launch.h"
 #include "on_chip_launch.h"
 #include "overlap.cuh"
+#include "per_device.h"
 
 namespace scse::cuda {
 namespace on_chip {
 namespace {
 
-// Looked up once per device, with the largest blocks, which are the hardest to place.
+// With the largest blocks, which are the hardest to place.
 Limits limits_of(const Problem& p) {
-  static std::mutex mutex;
-  static std::vector<std::optional<Limits>> known;
-  if (p.capability < 90) return {0, 0};
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() <= static_cast<size_t>(p.device)) known.resize(p.device + 1);
-  if (!known[p.device]) known[p.device] = Kernels<float>::limits(p.device);
-  return *known[p.device];
+  static PerDevice<Limits> known;
+  if (p.architecture < 90) return {0, 0};  // the kernels are empty
+  return known.get(p.device, [&] { return Kernels<float>::limits(p.device); });
 }
 
 Plan plan_of(const Problem& p, bool backward) { return plan(p, backward, limits_of(p)); }

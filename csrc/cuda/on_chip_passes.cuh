@@ -30,6 +30,7 @@ Grid grid_of(const char* name, Kernel* kernel, const Problem& p, const Plan& pla
   }
   Grid grid{p.samples * plan.cluster, plan.threads};
   grid.shared = plan.shared;
+  grid.most = plan.most;
   grid.cluster = plan.cluster;
   return grid;
 }
@@ -73,10 +74,6 @@ template <typename T>
 Limits Kernels<T>::limits(int device) {
   const auto kernel = forward_kernel<T, Combine::add, false>;
   constexpr const char* name = "on_chip_forward";
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), name);
-  if (attributes.ptxVersion < 90) return {0, 0};  // this build's kernels for the device are empty
-
   int shared = 0;
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);

@@ -19,6 +19,7 @@ struct Plan {
   int slice = 0;    // positions to a block
   int threads = 0;
   int64_t shared = 0;  // bytes
+  int64_t most = 0;    // of any plan for the device
 };
 
 inline int itemsize(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -58,7 +59,7 @@ inline Plan plan(const Problem& p, bool backward, const Limits& limits) {
     if (bytes() > limits.shared / 2 || vectors > sizes.threads) sizes.threads = kMostThreads;
     const int64_t shared = bytes();
     if (shared <= limits.shared && vectors <= sizes.threads) {
-      best = {cluster, slice, sizes.threads, shared};
+      best = {cluster, slice, sizes.threads, shared, limits.shared};
       if (held <= (cluster < 8 ? 16 << 10 : 64 << 10)) break;
     }
     if (slice == unit) break;  // more blocks would have nothing to do

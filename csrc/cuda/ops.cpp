@@ -78,6 +78,12 @@ Problem describe(const Tensor& x, const Optional& w1, const Optional& w2, const 
   STD_TORCH_CHECK(p.dtype != Dtype::float64,
                   "scse_kernels: backend 'cuda' has no kernels for float64, got x in float64;"
                   " 'triton' and 'eager' take it");
+  for (int64_t size : {x.size(0), x.size(1), w1 ? w1->size(0) : 0}) {
+    STD_TORCH_CHECK(size <= 1 << 30,
+                    "scse_kernels: backend 'cuda' takes up to 2**30 samples,"
+                    " channels and hidden channels, got ",
+                    size);
+  }
   p.samples = x.size(0);
   p.channels = x.size(1);
   p.hidden_channels = w1 ? w1->size(0) : 0;
@@ -87,8 +93,7 @@ Problem describe(const Tensor& x, const Optional& w1, const Optional& w2, const 
   p.x = x.const_data_ptr();
   p.x_sample = p.samples > 1 ? x.stride(0) : p.channels * p.positions;
   p.device = x.get_device();
-  p.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, p.device) +
-                 attribute(cudaDevAttrComputeCapabilityMinor, p.device);
+  p.architecture = architecture_of(p.device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(p.device, &stream));
   p.stream = static_cast<cudaStream_t>(stream);

@@ -93,7 +93,7 @@ void Passes<T>::reduce(const Problem& p, const Backward& b) {
       const int64_t access = static_cast<int64_t>(sizeof(T)) * t.width * t.threads();
       const int64_t steps = p.channels_last ? t.inner_tiles : t.outer_tiles;
       const int64_t kept = again ? std::min(steps, kKeptBytes / access / kOuter) * kOuter : 0;
-      const Grid grid{p.samples * t.strips, t.threads(), kept * access};
+      const Grid grid{p.samples * t.strips, t.threads(), kept * access, kKeptBytes};
       with_width<T>(t.width, [&](auto width) {
         constexpr int W = decltype(width)::value;
         launch("reduce", p.channels_last ? reduce_channels_last<T, W, K> : reduce_planes<T, W, K>,

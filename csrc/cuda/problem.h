@@ -17,7 +17,7 @@ struct Problem {
   Combine combine;
   bool channels_last;
   int device;
-  int capability;  // 80 for 8.0
+  int architecture;  // see architecture_of
   cudaStream_t stream;
 
   // Feature maps: [N, C, S] or [N, S, C]; y and dy hold 2 * C channels for concat. Samples are

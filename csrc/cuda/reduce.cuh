@@ -69,6 +69,7 @@ template <typename T, int W, Combine K>
 __global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGUMENTS) {
   using F = Formula<float, K>;
   __shared__ __align__(16) float shared[kSumRows<W>], gates[kInner<W>], dqs[kInner<W>];
+  static_assert(sizeof shared + sizeof gates + sizeof dqs <= 16 * 1024, "see kSharedByDefault");
   let_next_start();
   const Place me(lanes);
   const Kept<T, W> xs(kept);
@@ -92,8 +93,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGU
       for (int i = 0; i < W; ++i) squeezed[i] += f[i] * weight;
     };
     const auto store_gates = [&] {
-      sum_rows(squeezed, lanes, shared,
-               [&](int i, float sum) { gates[inner_index<W>(i, lanes)] = sigmoid(sum + bias); });
+      // Zero outside of the map: an infinite weight would make it NaN there, and NaN times the
+      // zeros that x has there is NaN.
+      sum_rows(squeezed, lanes, shared, [&](int i, float sum) {
+        const bool exists = begin + i < positions;
+        gates[inner_index<W>(i, lanes)] = exists ? sigmoid(sum + bias) : 0.f;
+      });
     };
 
     if (F::by_gates) {
@@ -193,7 +198,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
   const Kept<T, W> xs(kept);
   const int64_t n = blockIdx.x / strips, strip = blockIdx.x % strips;
   const int64_t row = int64_t(blockIdx.x) * channels;
-  const int64_t dy_pitch = K == Combine::concat ? 2 * channels : channels;
+  const int64_t dy_pitch = K == Combine::concat ? 2 * int64_t(channels) : channels;
   const bool spatial = partial_ws != nullptr || dq != nullptr;
   const bool one_step = channels <= lanes * W;  // it has all channels
   const Dtype ws_dtype = dtype_of(dtypes, Parameter::ws);
@@ -226,7 +231,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
     const auto find_gates = [&] {
       sum_lanes(squeezed, lanes);
 #pragma unroll
-      for (int u = 0; u < kOuter; ++u) gate[u] = sigmoid(squeezed[u] + bias);
+      for (int u = 0; u < kOuter; ++u) {
+        gate[u] = u < positions - s ? sigmoid(squeezed[u] + bias) : 0.f;
+      }
     };
 
     if (F::by_gates) {
