@@ -276,3 +276,23 @@ def check(case: Case, target) -> dict[str, Tensor]:
         ratio[error == 0] = 0
         assert ratio.max() <= 1, f"{name}: error is {ratio.max():.3g} times what is allowed"
     return got
+
+
+def check_infinite_weight(case: Case, target) -> None:
+    """Assert that an infinite element of ws does what it does in float64.
+
+    It opens the spatial gate wherever its channel is positive, which is made everywhere; what lies
+    beyond the map, where zero times infinity would be, must not come into the sums.
+    """
+    case.x[:, 0] = case.x[:, 0].abs() + 0.1
+    case.parameters[4].view(-1)[0] = torch.inf
+
+    def function(variant, *args, **kwargs):
+        return call(variant, *args, **kwargs, backend=target.backend)
+
+    got = output_and_gradients(function, case, target.device)
+    for name, right in answer(case).items():
+        finite = right.isfinite()
+        actual = got[name].cpu().double()
+        assert torch.equal(actual.isfinite(), finite), f"{name} is not finite where it should be"
+        torch.testing.assert_close(actual[finite], right[finite], rtol=1e-3, atol=1e-4)

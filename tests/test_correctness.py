@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import VARIANTS, check, make_case
+from budget import VARIANTS, check, check_infinite_weight, make_case
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -79,6 +79,20 @@ def test_every_tail_of_a_channels_last_vector(target, channels):
     for variant, dtype in (("add", torch.float32), ("max", torch.float16)):
         case = make_case((2, channels, 5, 3), variant, dtype)
         check(_arranged(case, "channels_last"), target)
+
+
+@pytest.mark.parametrize("channels", (256, 300, 384, 600, 768))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_many_channels(target, channels, layout, dtype):
+    check(_arranged(make_case((1, channels, 8, 8), "add", dtype, 16), layout), target)
+
+
+@pytest.mark.parametrize("variant", ("max", "mul"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_an_infinite_weight(target, layout, variant):
+    case = _arranged(make_case((2, 19, 5, 7), variant), layout)
+    check_infinite_weight(case, target)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

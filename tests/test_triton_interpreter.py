@@ -11,7 +11,15 @@ import sys
 
 import pytest
 import torch
-from budget import VARIANTS, Case, call, check, make_case, same_bits
+from budget import (
+    VARIANTS,
+    Case,
+    call,
+    check,
+    check_infinite_weight,
+    make_case,
+    same_bits,
+)
 from conftest import Target
 
 from scse_kernels import ops
@@ -70,6 +78,14 @@ def test_aligned_sizes_of_several_strips(variant):
 )
 def test_shapes(shape):
     check(make_case(shape, "max"), TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", ("max", "mul"))
+def test_an_infinite_weight(variant):
+    case = make_case((2, 19, 5, 7), variant)
+    check_infinite_weight(case, TRITON)
+    check_infinite_weight(channels_last(case), TRITON)
 
 
 @interpreted

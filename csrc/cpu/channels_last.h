@@ -31,7 +31,6 @@ struct ChannelsLast {
       squeeze_positions<decltype(group)::value, kChannel>(p, x, i, q, partial);
     });
     if constexpr (kSpatial) {
-      std::fill(q + strip.len, q + strip.len + lanes<A>, A(0));
       close_gate(q, q, strip.len);
       park(p, strip, 0, q);
     }
@@ -93,10 +92,7 @@ struct ChannelsLast {
     A sum_dq = 0;
     for (int64_t b = 0; b < strip.len; b += kBlock) {
       const int64_t end = std::min(b + kBlock, strip.len);
-      if (kSpatial) {  // whole vectors are closed below
-        std::fill(q + end, q + end + lanes<A>, A(0));
-        std::fill(t + end, t + end + lanes<A>, A(0));
-      }
+      if (kSpatial) std::fill(t + end, t + end + lanes<A>, A(0));  // whole vectors are closed below
       if constexpr (F::by_gates) {
         in_groups<kPositions>(b, end, [&](int64_t i, auto group) {
           squeeze_positions<decltype(group)::value, false>(p, x, i, q, nullptr);

@@ -51,11 +51,13 @@ inline void unpark(const Problem<T>& p, const Strip& strip, int slot, Accumulato
   exchange<false>(p, strip, slot, values);
 }
 
-// s = sigmoid(squeezed) over a strip. Buffers are whole vectors long.
+// s = sigmoid(squeezed) over a strip. Buffers are whole vectors long; beyond the strip s is finite,
+// whatever an infinite weight made of squeezed there.
 template <typename A>
 inline void close_gate(const A* squeezed, A* s, int64_t len) {
-  for (int64_t i = 0; i < len; i += lanes<A>)
-    store_raw(s + i, sigmoid<A>(load_raw<Vec<A>>(squeezed + i)));
+  sweep<A>(len, [&](int64_t i, auto extent) {
+    store_raw(s + i, sigmoid<A>(load(squeezed + i, extent)));
+  });
 }
 
 // dq = t * s * (1 - s) over a strip, in place of t; returns the sum over its len positions.

@@ -27,6 +27,12 @@ def load_tile(
 
 
 @triton.jit
+def gate_of(q, s, S):
+    """sigmoid(q); 0 outside of the map, where an infinite weight would have made q NaN."""
+    return tl.where(s < S, tl.sigmoid(q), 0.0)
+
+
+@triton.jit
 def reduce_kernel(
     dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     x_ptr,  # [N, C, S]
@@ -101,7 +107,7 @@ def reduce_kernel(
                     )
                 c = begin + tl.arange(0, BLOCK_C)
                 q += tl.sum(x.to(ACC) * load(ws_ptr + c, c < C, ACC)[:, None], 0)
-            gate = tl.sigmoid(q)
+            gate = gate_of(q, s, S)
 
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
@@ -132,7 +138,7 @@ def reduce_kernel(
 
         if SUM_SPATIAL:
             if not GATE_FIRST:
-                gate = tl.sigmoid(q)
+                gate = gate_of(q, s, S)
             dq = d_gate * gate * (1.0 - gate)
             if STORE_GATES:
                 tl.store(spatial_gate_ptr + n * S + s, gate, mask=s < S)
