@@ -13,6 +13,7 @@ decades; a parameter's gradient has one.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -257,11 +258,7 @@ def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check(case: Case, target) -> dict[str, Tensor]:
     """Assert that a backend's y and gradients are within budget; returns them."""
-
-    def function(variant, *args, **kwargs):
-        return call(variant, *args, **kwargs, backend=target.backend)
-
-    got = output_and_gradients(function, case, target.device)
+    got = output_and_gradients(partial(call, backend=target.backend), case, target.device)
     truth = answer(case)
     budget = allowances(case, truth)
     assert got.keys() == truth.keys()
@@ -286,11 +283,7 @@ def check_infinite_weight(case: Case, target) -> None:
     """
     case.x[:, 0] = case.x[:, 0].abs() + 0.1
     case.parameters[4].view(-1)[0] = torch.inf
-
-    def function(variant, *args, **kwargs):
-        return call(variant, *args, **kwargs, backend=target.backend)
-
-    got = output_and_gradients(function, case, target.device)
+    got = output_and_gradients(partial(call, backend=target.backend), case, target.device)
     for name, right in answer(case).items():
         finite = right.isfinite()
         actual = got[name].cpu().double()
