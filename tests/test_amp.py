@@ -127,6 +127,8 @@ def test_grad_scaler():
 def test_grad_scaler_skips_a_step_that_overflows():
     """In float16 a scale of 2**16 makes dy infinite, and so the gradients of every parameter."""
     layer = scse_kernels.SCSEModule(6, 2)
+    # A random layer's hidden channels may all be dead, and then w1's and b1's gradients are zero.
+    torch.nn.init.ones_(layer.cSE[1].bias)
     before = [p.detach().clone() for p in layer.parameters()]
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
