@@ -117,7 +117,7 @@ def compiler_flags() -> list[str]:
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
-    return sorted(str(p) for p in Path("csrc", folder).iterdir() if p.suffix in suffixes)
+    return sorted(str(p) for p in Path("csrc", folder).rglob("*") if p.suffix in suffixes)
 
 
 def cpu_kernels() -> Extension:

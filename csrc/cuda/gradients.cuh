@@ -1,8 +1,8 @@
 // Sums over the batch: the parameters' gradients, once every sample has its own part of them.
 #pragma once
 
+#include "gradient_tasks.h"
 #include "parameters.cuh"
-#include "tile.h"
 
 namespace scse::cuda {
 

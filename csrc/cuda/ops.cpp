@@ -8,9 +8,9 @@
 
 #include "../tensors.h"
 #include "choose.h"
-#include "general.h"
+#include "general/general.h"
 #include "launch.h"
-#include "on_chip.h"
+#include "on_chip/on_chip.h"
 
 namespace scse::cuda {
 namespace {

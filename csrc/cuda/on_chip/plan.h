@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "on_chip_memory.h"
-#include "problem.h"
+#include "memory.h"
+#include "../problem.h"
 
 namespace scse::cuda::on_chip {
 

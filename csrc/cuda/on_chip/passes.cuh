@@ -1,11 +1,11 @@
 // Launches the on-chip kernels: from what is known when running to the kernel compiled for it.
 #pragma once
 
-#include "launch.h"
-#include "on_chip_backward.cuh"
-#include "on_chip_forward.cuh"
-#include "on_chip_launch.h"
-#include "passes.cuh"
+#include "../launch.h"
+#include "backward.cuh"
+#include "forward.cuh"
+#include "kernels.h"
+#include "../dispatch.h"
 
 namespace scse::cuda::on_chip {
 

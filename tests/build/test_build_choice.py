@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_cuda_needs_a_toolkit_but_no_gpu(build, monkeypatch, toolkit, capsys, ch
     assert _said(build, arguments, monkeypatch, capsys) == []
     cuda = arguments["ext_modules"][1]
     assert cuda.py_limited_api
-    assert {"csrc/cuda/ops.cpp", "csrc/cuda/general.cu"} <= set(cuda.sources)
+    assert {"csrc/cuda/ops.cpp", "csrc/cuda/general/general.cu"} <= set(cuda.sources)
 
 
 @pytest.mark.parametrize(

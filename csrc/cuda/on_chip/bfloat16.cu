@@ -1,3 +1,3 @@
-#include "on_chip_passes.cuh"
+#include "passes.cuh"
 
 template struct scse::cuda::on_chip::Kernels<__nv_bfloat16>;

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parent / "csrc" / "cuda"
+SOURCES = HERE.parents[1] / "csrc" / "cuda"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 pytestmark = pytest.mark.skipif(

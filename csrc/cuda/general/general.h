@@ -2,7 +2,7 @@
 // later. Plain arithmetic on sizes, and pointers into the scratch memory.
 #pragma once
 
-#include "problem.h"
+#include "../problem.h"
 #include "tile.h"
 
 namespace scse::cuda {

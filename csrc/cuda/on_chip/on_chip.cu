@@ -1,11 +1,11 @@
 // The on-chip kernels' host side: whether a problem fits, and the order of launches.
 #include "on_chip.h"
 
-#include "gradients.cuh"
-#include "launch.h"
-#include "on_chip_launch.h"
-#include "overlap.cuh"
-#include "per_device.h"
+#include "../gradients.cuh"
+#include "../launch.h"
+#include "kernels.h"
+#include "../overlap.cuh"
+#include "../per_device.h"
 
 namespace scse::cuda {
 namespace on_chip {

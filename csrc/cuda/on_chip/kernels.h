@@ -1,7 +1,7 @@
-// The on-chip kernels for one element type; defined in on_chip_passes.cuh.
+// The on-chip kernels for one element type; defined in passes.cuh.
 #pragma once
 
-#include "on_chip_plan.h"
+#include "plan.h"
 
 namespace scse::cuda::on_chip {
 

@@ -1,7 +1,7 @@
 // The forward in one launch, a cluster to a sample. Reads x once and writes y once.
 #pragma once
 
-#include "combine.cuh"
+#include "../combine.cuh"
 #include "on_chip.cuh"
 
 namespace scse::cuda::on_chip {

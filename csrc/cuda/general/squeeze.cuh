@@ -3,9 +3,9 @@
 #pragma once
 
 #include "block.cuh"
-#include "combine.cuh"
-#include "overlap.cuh"
-#include "parameters.cuh"
+#include "../combine.cuh"
+#include "../overlap.cuh"
+#include "../parameters.cuh"
 
 namespace scse::cuda {
 

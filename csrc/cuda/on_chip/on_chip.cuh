@@ -8,10 +8,10 @@
 #include <cooperative_groups.h>
 #include <cuda_pipeline_primitives.h>
 
-#include "on_chip_memory.h"
-#include "parameters.cuh"
-#include "sums.cuh"
-#include "vector.cuh"
+#include "memory.h"
+#include "../parameters.cuh"
+#include "../sums.cuh"
+#include "../vector.cuh"
 
 // Compiled for older devices the kernels are empty; nobody launches them there.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

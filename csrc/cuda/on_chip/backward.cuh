@@ -9,9 +9,9 @@
 //     dx[c, s]          = direct[c, s] + d_mean[c] + ws[c] * dq[s]
 #pragma once
 
-#include "combine.cuh"
+#include "../combine.cuh"
 #include "on_chip.cuh"
-#include "overlap.cuh"
+#include "../overlap.cuh"
 
 namespace scse::cuda::on_chip {
 

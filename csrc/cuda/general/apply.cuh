@@ -6,10 +6,10 @@
 #pragma once
 
 #include "block.cuh"
-#include "combine.cuh"
-#include "gradients.cuh"
-#include "overlap.cuh"
-#include "parameters.cuh"
+#include "../combine.cuh"
+#include "../gradients.cuh"
+#include "../overlap.cuh"
+#include "../parameters.cuh"
 
 namespace scse::cuda {
 

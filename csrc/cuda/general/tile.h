@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../sizes.h"
+
 namespace scse::cuda {
 
 // A map has an inner axis (stride 1: positions, or channels in channels_last maps) and an outer
@@ -16,9 +18,6 @@ constexpr int kMaxThreads = 256;
 // Of x that waits in shared memory: all of it up to 512 channels, and one block still fits an SM of
 // 100 KiB, three one of 228 KiB.
 constexpr int64_t kKeptBytes = 64 * 1024;
-
-// The gradient of a dense layer is formed in pieces of [kPiece, kPiece].
-constexpr int kPiece = 32;
 
 // Threads of a block: `rows` rows of `lanes` threads along the inner axis. A row is part of one
 // warp, so that warps sum over the inner axis alone.
@@ -32,15 +31,6 @@ struct Tile {
   int64_t inner_tiles, outer_tiles;  // of the map
   int threads() const { return lanes * rows; }
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The smallest power of two that isn't less than `size`.
-inline int64_t power_of_two(int64_t size) {
-  int64_t power = 1;
-  while (power < size) power *= 2;
-  return power;
-}
 
 inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width,
                     bool channels_last) {
@@ -75,13 +65,6 @@ inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width
   while ((t.positions * t.tiles * itemsize < 256 && strips() > 16) || strips() > 512) t.tiles *= 2;
   t.strips = strips();
   return t;
-}
-
-// Blocks of `threads` threads that form the parameters' gradients: see ParameterGradients.
-inline int64_t gradient_tasks(int64_t channels, int64_t hidden_channels, int threads,
-                              bool need_channel, bool need_spatial) {
-  const int64_t pieces = ceil_div(channels, kPiece) * ceil_div(hidden_channels, kPiece);
-  return (need_channel ? 2 * pieces : 0) + (need_spatial ? ceil_div(channels, threads) : 0);
 }
 
 // Threads of a sample's excitation: 16 elements of the largest matrix for each, four loads of 16

@@ -2,8 +2,8 @@
 #include "general.h"
 
 #include "excite.cuh"
-#include "launch.h"
-#include "per_device.h"
+#include "../launch.h"
+#include "../per_device.h"
 
 namespace scse::cuda {
 namespace {

@@ -5,35 +5,12 @@
 
 #include "apply.cuh"
 #include "general.h"
-#include "launch.h"
+#include "../dispatch.h"
+#include "../launch.h"
 #include "reduce.cuh"
 #include "squeeze.cuh"
 
 namespace scse::cuda {
-
-// Calls body(std::integral_constant<Combine, k>).
-template <typename Body>
-void with_combine(Combine k, const Body& body) {
-  switch (k) {
-    case Combine::add:
-      return body(std::integral_constant<Combine, Combine::add>());
-    case Combine::max:
-      return body(std::integral_constant<Combine, Combine::max>());
-    case Combine::mul:
-      return body(std::integral_constant<Combine, Combine::mul>());
-    case Combine::concat:
-      return body(std::integral_constant<Combine, Combine::concat>());
-    case Combine::channel:
-      return body(std::integral_constant<Combine, Combine::channel>());
-    case Combine::spatial:
-      return body(std::integral_constant<Combine, Combine::spatial>());
-  }
-}
-
-template <typename Body>
-void with_bool(bool value, const Body& body) {
-  value ? body(std::true_type()) : body(std::false_type());
-}
 
 // Calls body(std::integral_constant<int, W>).
 template <typename T, typename Body>

@@ -1,9 +1,9 @@
 // What the general kernels share: how a block's threads lie on a map, see tile.h, and its sums.
 #pragma once
 
-#include "sums.cuh"
+#include "../sums.cuh"
 #include "tile.h"
-#include "vector.cuh"
+#include "../vector.cuh"
 
 namespace scse::cuda {
 

@@ -1,9 +1,10 @@
-// The plain functions that decide how the CUDA kernels run, for tests/test_cuda_choices.py.
+// The plain functions that decide how the CUDA kernels run, for tests/gpu/test_cuda_choices.py.
 #include <iterator>
 
 #include "choose.h"
-#include "on_chip_plan.h"
-#include "tile.h"
+#include "general/tile.h"
+#include "gradient_tasks.h"
+#include "on_chip/plan.h"
 
 using namespace scse::cuda;
 

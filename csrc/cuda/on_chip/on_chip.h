@@ -2,7 +2,7 @@
 // For sm_90 and later, where a cluster of blocks can share its blocks' memory.
 #pragma once
 
-#include "problem.h"
+#include "../problem.h"
 
 namespace scse::cuda {
 
