@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from scse_kernels import ChannelSpatialSELayer, ChannelSpatialSELayer3D, functional
+from scse_kernels import ChannelSpatialSELayer, ChannelSpatialSELayer3D, backends, functional
 from scse_kernels.ops import BACKENDS
 
 #: x.clone(): what copying x costs; the bandwidth that the others are measured by.
@@ -107,12 +107,12 @@ def _through(backend: str, channels: int, reduction: int, combine: str, axes: in
 
 def usable(device: torch.device) -> list[str]:
     """The backends of this package that can run on `device`, apart from the eager reference."""
-    return [name for name in BACKENDS if functional.why_not(name, device) is None]
+    return [name for name in BACKENDS if backends.why_not(name, device) is None]
 
 
 def missing(device: torch.device) -> dict[str, str]:
     """The backends that can't run on `device`, each with the reason."""
-    reasons = {name: functional.why_not(name, device) for name in BACKENDS}
+    reasons = {name: backends.why_not(name, device) for name in BACKENDS}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

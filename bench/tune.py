@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import scse_kernels.ops
-from scse_kernels import functional
+from scse_kernels import backends
 
 from . import ops, options, providers, report, timing
 from .cases import SHAPES, Case
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Tune every case; returns 1 if a choice was wrong."""
     if args.device.type != "cuda":
         raise SystemExit(f"tune is for GPUs, got --device {args.device}")
-    if reason := functional.why_not("triton", args.device):
+    if reason := backends.why_not("triton", args.device):
         raise SystemExit(f"backend triton: {reason}")
     if "SCSE_TRITON_LAUNCHES" in os.environ:
         raise SystemExit("SCSE_TRITON_LAUNCHES is set, which goes before any choice of the tuner")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import scse_kernels
 
-from . import functional, ops, reference
+from . import backends, functional, ops, reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Odd sizes leave a remainder in every vector and strip; one, two and three spatial axes.
@@ -175,7 +175,7 @@ def triton_version() -> str:
 
 def status(backend: str, device: torch.device) -> str:
     """ "usable", with the instruction set of the CPU kernels, or why not."""
-    if reason := functional.why_not(backend, device):
+    if reason := backends.why_not(backend, device):
         return f"not usable: {reason}"
     if backend == "cpu":
         return f"usable, with kernels for {torch.ops.scse_kernels.cpu_capability()}"
@@ -196,7 +196,7 @@ def check(backends: list[tuple[str, torch.device]]) -> int:
     for dtype in DTYPES:
         results = {case: expected(case) for case in cases(dtype)}
         for backend, device in backends:
-            if functional.why_not(backend, device, dtype):
+            if backends.why_not(backend, device, dtype):
                 continue
             found = worst(results, backend, device)
             agrees = found.error <= 1
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [(backend, str(device), status(backend, device)) for backend, device in pairs]
     print_table(("backend", "device", ""), rows)
 
-    usable = [pair for pair in pairs if functional.why_not(*pair) is None]
+    usable = [pair for pair in pairs if backends.why_not(*pair) is None]
     wrong = check(usable)
     print(f"{wrong} of the above are WRONG" if wrong else "all agree with the float64 reference")
     return 1 if wrong else 0
