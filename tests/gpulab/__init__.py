@@ -1,0 +1,29 @@
+"""gpulab: run and measure compiled CUDA kernels (PTX) on a CPU."""
+
+from .arrays import as_bf16, bf16_to_float, empty, float_to_bf16
+from .counters import Report
+from .devices import A100, B200, H100, PRESETS, RTX4090, Device
+from .errors import (
+    AsyncError,
+    Deadlock,
+    GlobalRace,
+    GpuLabError,
+    KernelFault,
+    MisalignedAccess,
+    OutOfBounds,
+    OverlapError,
+    PtxSyntaxError,
+    SharedRace,
+    Trap,
+    UninitialisedRead,
+    UnsupportedInstruction,
+)
+from .caches import L2Cache
+from .interception import intercept
+from .module import Module
+from .nvcc import nvcc_ptx
+from .resources import Resources, resources
+from .summary import summary, summary_text
+from .triton_front import triton_compile, triton_launch
+
+__all__ = [name for name in dir() if not name.startswith("_")]

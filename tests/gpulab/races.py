@@ -1,0 +1,254 @@
+"""Data-race checkers for shared memory (between warps) and global memory (between CTAs)."""
+
+import numpy as np
+
+from .errors import GlobalRace, SharedRace, UninitialisedRead
+
+ID_BITS = 24
+ID_MASK = (1 << ID_BITS) - 1
+MANY, ATOMIC, ASYNC = ID_MASK, ID_MASK - 1, ID_MASK - 2  # pseudo warp ids
+
+
+class SharedRaces:
+    """Last writer and last reader of every granule of shared memory, stamped with barrier time.
+
+    ``time`` advances whenever a barrier completes; a warp is ordered after everything
+    stamped before its own last barrier.  Stores of the value already there do not race
+    with other stores (compilers let several warps store the same result).  A wait on an mbarrier
+    orders a warp after everything before the completion of the phase.  A granule without a
+    write stamp has never been written.
+    """
+
+    def __init__(self, machine, granule, check_written=True):
+        self.m, self.granule, self.check_written = machine, granule, check_written
+        words = machine.smem.size // granule
+        self.write_stamp = np.zeros(words, np.int64)
+        self.read_stamp = np.zeros(words, np.int64)
+        warps = machine.slots * machine.warps_per_cta
+        self.time = 1
+        self.synced = np.zeros(warps, np.int64)  # time of the warp's last CTA barrier
+        self.cluster_synced = np.zeros(warps, np.int64)  # ... of its last cluster barrier
+        self.accessed = np.zeros(machine.slots, np.int64)  # time of the last access by another CTA
+        self.fenced = np.zeros(warps, np.int64)  # time of the warp's last fence.proxy.async
+
+    def barrier(self, warps, cluster=False):
+        self.time += 1
+        self.synced[warps] = self.time
+        if cluster:
+            self.cluster_synced[warps] = self.time
+
+    def acquire(self, warps, time):
+        """The warps have seen an mbarrier phase that completed at ``time``."""
+        self.synced[warps] = np.maximum(self.synced[warps], time)
+        if self.m.cluster_size > 1:
+            self.cluster_synced[warps] = np.maximum(self.cluster_synced[warps], time)
+
+    def proxy_fence(self, warps):
+        self.time += 1
+        self.fenced[warps] = self.time
+
+    def forget(self, flat, size):
+        """The contents become undefined (an asynchronous copy is under way)."""
+        self.write_stamp[self._cells(flat, size)] = 0
+
+    def mark(self, flat, size):
+        """Written, by an access that is not checked for races."""
+        cells = self._cells(flat, size)
+        stamp = self.write_stamp[cells]
+        self.write_stamp[cells] = np.where(stamp == 0, ATOMIC, stamp)
+
+    def landed(self, flat, size):
+        """An asynchronous copy has arrived: only waiting on its mbarrier orders a warp after it."""
+        self.write_stamp[self._cells(flat, size)] = self.time << ID_BITS | ASYNC
+
+    def unfenced(self, flat, nbytes, warp):
+        """First byte that the async proxy may not read yet, and the warp that stored it (None: nobody did)."""
+        first = flat // self.granule
+        stamp = self.write_stamp[first : first + nbytes // self.granule]
+        if self.check_written and not stamp.all():
+            return (first + int(np.flatnonzero(stamp == 0)[0])) * self.granule, None
+        who, time = (stamp & ID_MASK) - 1, stamp >> ID_BITS
+        plain = (stamp != 0) & (who < ASYNC - 1)
+        late = plain & (self.fenced[np.where(plain, who, 0)] <= time) & (self.fenced[warp] <= time)
+        if not late.any():
+            return None, None
+        i = int(np.flatnonzero(late)[0])
+        return (first + i) * self.granule, int(who[i]) % self.m.warps_per_cta
+
+    def reset(self, first_slot, end_slot):
+        start, end = first_slot * self.m.shared_stride, end_slot * self.m.shared_stride
+        warps = slice(first_slot * self.m.warps_per_cta, end_slot * self.m.warps_per_cta)
+        self.accessed[first_slot:end_slot] = 0
+        self.write_stamp[start // self.granule : end // self.granule] = 0
+        self.read_stamp[start // self.granule : end // self.granule] = 0
+        self.synced[warps] = self.cluster_synced[warps] = self.time
+
+    def _cells(self, flat, size):
+        cell = flat // self.granule
+        k = max(1, size // self.granule)
+        return cell[:, None] if k == 1 else cell[:, None] + np.arange(k)
+
+    def _unordered(self, stamp, me, since):
+        """Stamps of other warps not separated from warp ``me`` by a barrier."""
+        who = stamp & ID_MASK
+        hit = (stamp != 0) & (who != me + 1) & ((stamp >> ID_BITS) >= since)
+        if self.m.cluster_size > 1:  # another CTA: only a cluster barrier orders
+            per_cta = self.m.warps_per_cta
+            other = (stamp != 0) & (who < ASYNC) & ((who - 1) // per_cta != me // per_cta)
+            late = other & ((stamp >> ID_BITS) >= self.cluster_synced[me])
+            hit = np.where(other, late, hit)
+        return hit
+
+    def _report(self, hit, stamp, cells, me, verb, previous, ins):
+        i, j = (int(v[0]) for v in np.nonzero(hit))
+        who = int(stamp[i, j] & ID_MASK)
+        names = {MANY: "several warps", ATOMIC: "an atomic", ASYNC: "an asynchronous copy"}
+        name = names.get(who, f"warp {(who - 1) % self.m.warps_per_cta}")
+        byte = int(cells[i, j]) * self.granule % self.m.shared_stride
+        mine = int(me[i, 0])
+        cta = self.m.cta_name(mine // self.m.warps_per_cta)
+        raise SharedRace(
+            f"shared memory byte {byte} of {cta}: warp {mine % self.m.warps_per_cta} {verb} what "
+            f"{name} {previous}, with no barrier in between",
+            ins,
+        )
+
+    def _unwritten(self, stamp, cells, me, ins):
+        i, j = (int(v[0]) for v in np.nonzero(stamp == 0))
+        byte, warp = int(cells[i, j]) * self.granule, int(me[i, 0])
+        reader, owner = (
+            self.m.cta_name(v) for v in (warp // self.m.warps_per_cta, byte // self.m.shared_stride)
+        )
+        raise UninitialisedRead(
+            f"warp {warp % self.m.warps_per_cta} of {reader} reads shared memory byte "
+            f"{byte % self.m.shared_stride} of {owner}, which nothing has written (or to which an "
+            "asynchronous copy is still under way)",
+            ins,
+        )
+
+    def read(self, flat, size, warps, ins):
+        cells, me = self._cells(flat, size), warps[:, None].astype(np.int64)
+        since = self.synced[me]
+        w = self.write_stamp[cells]
+        if self.check_written and not w.all():
+            self._unwritten(w, cells, me, ins)
+        hit = self._unordered(w, me, since)
+        if hit.any():
+            self._report(hit, w, cells, me, "reads", "wrote", ins)
+        r = self.read_stamp[cells]
+        mine = (self.time << ID_BITS) | (me + 1)
+        shared_read = (self.time << ID_BITS) | MANY
+        stamp = np.where(self._unordered(r, me, since), shared_read, mine)
+        self.read_stamp[cells] = stamp
+        lost = self.read_stamp[cells] & ID_MASK
+        several = (lost != me + 1) & (lost != MANY)
+        if several.any():
+            self.read_stamp[cells[several]] = shared_read
+
+    def write(self, flat, size, warps, ins, changes=None, atomic=False):
+        """``changes``: per lane, whether the store alters the memory (for store/store conflicts)."""
+        cells, me = self._cells(flat, size), warps[:, None].astype(np.int64)
+        since = self.synced[me]
+        r = self.read_stamp[cells]
+        hit = self._unordered(r, me, since)
+        if hit.any():
+            self._report(hit, r, cells, me, "writes", "read", ins)
+        w = self.write_stamp[cells]
+        hit = self._unordered(w, me, since)
+        if atomic:
+            hit &= (w & ID_MASK) != ATOMIC
+        elif changes is not None:
+            hit &= changes[:, None]
+        if hit.any():
+            self._report(hit, w, cells, me, "writes", "wrote", ins)
+        mine = (self.time << ID_BITS) | (ATOMIC if atomic else me + 1)
+        self.write_stamp[cells] = mine
+
+    def remote_access(self, target_slots):
+        self.accessed[target_slots] = self.time
+
+    def exit(self, slots):
+        """A CTA must not exit while others of its cluster may still access its shared memory."""
+        warps = slots[:, None] * self.m.warps_per_cta + np.arange(self.m.warps_per_cta)
+        bad = (self.accessed[slots] > 0) & (
+            self.accessed[slots] >= self.cluster_synced[warps].max(axis=1)
+        )
+        if bad.any():
+            name = self.m.cta_name(int(slots[np.flatnonzero(bad)[0]]))
+            raise SharedRace(
+                f"{name} exits although another CTA of its cluster has accessed its shared memory, "
+                "with no cluster barrier in between"
+            )
+
+    def same_instruction(self, flat, size, values_match, warps, ins):
+        """Two warps storing different values to one place with the same instruction."""
+        cells, me = self._cells(flat, size), warps[:, None].astype(np.int64)
+        w = self.write_stamp[cells]
+        hit = ((w & ID_MASK) != me + 1) & ~values_match[:, None]
+        if hit.any():
+            self._report(hit, w, cells, me, "writes", "wrote", ins)
+
+
+class GlobalRaces:
+    """Flags a plain load of data plainly stored by another CTA of the launch, unless the writer
+    has executed a release (or fence) after the store and the reader an acquire (or fence) since.
+
+    Tracked per CTA, so it misses a missing barrier inside a CTA; it reports no false races.
+    """
+
+    def __init__(self, machine, granule):
+        self.m, self.granule = machine, granule
+        self.stamp = None  # allocated on the first store
+        self.low, self.high = 1 << 62, -1
+        self.step = 1
+        self.released = np.zeros(machine.total_ctas, np.int64)
+        self.acquired = np.zeros(machine.total_ctas, np.int64)
+
+    def release(self, ctas):
+        self.step += 1
+        self.released[ctas] = self.step
+
+    def acquire(self, ctas):
+        self.step += 1
+        self.acquired[ctas] = self.step
+
+    def _cells(self, offset, size):
+        k = max(1, size // self.granule)
+        cell = offset // self.granule
+        return cell[:, None] if k == 1 else cell[:, None] + np.arange(k)
+
+    def store(self, offset, size, ctas):
+        if self.stamp is None:
+            self.stamp = np.zeros(self.m.gmem.size // self.granule + 16, np.int64)
+        self.low, self.high = (
+            min(self.low, int(offset.min())),
+            max(self.high, int(offset.max()) + size),
+        )
+        self.step += 1
+        self.stamp[self._cells(offset, size)] = ((self.step << ID_BITS) | (ctas + 1))[:, None]
+
+    def load(self, offset, size, ctas, ins, who):
+        if self.stamp is None or int(offset.max()) < self.low or int(offset.min()) >= self.high:
+            return
+        w = self.stamp[self._cells(offset, size)]
+        writer = (w & ID_MASK) - 1
+        other = (w != 0) & (writer != ctas[:, None])
+        if not other.any():
+            return
+        t = w >> ID_BITS
+        unreleased = self.released[np.maximum(writer, 0)] <= t
+        unacquired = (self.acquired[ctas] <= t.max(axis=1))[:, None]
+        bad = other & (unreleased | unacquired)
+        if bad.any():
+            lane, j = (int(v[0]) for v in np.nonzero(bad))
+            why = (
+                "the writer has not released it (no fence or .release after the store)"
+                if unreleased[lane, j]
+                else "the reader has not acquired it (no fence or .acquire since the store)"
+            )
+            where = self.m.gmem.name_of(int(offset[lane]))
+            raise GlobalRace(
+                f"{who(lane)} plainly loads {where}, stored in this launch by CTA "
+                f"{self.m.cta_coords(int(writer[lane, j]))}: {why}",
+                ins,
+            )
