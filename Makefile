@@ -30,7 +30,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .NOTPARALLEL:
 
 test: lint test-pure $(KERNELS) $(PEERS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(TOOLS)
 	$(BIN)/ruff format --check .
@@ -39,8 +39,8 @@ lint: $(TOOLS)
 # From tests/, since in the checkout's own folder `import scse_kernels` finds the checkout. Without
 # the tests of Triton's kernels, which are the same with and without ours.
 test-pure: $(PURE) $(PEERS)
-	cd tests && SCSE_TEST_PURE_PYTHON=1 ../$(PURE)/bin/python -m pytest -q \
-	    --ignore-glob='test_triton_*'
+	cd tests && SCSE_TEST_PURE_PYTHON=1 ../$(PURE)/bin/python -m pytest -q -n auto \
+	    --ignore=gpu --ignore=gpulab --ignore-glob='*test_triton_*'
 
 # Built from the sdist, so that it shows what the sdist lacks.
 test-wheel: wheel
@@ -54,8 +54,8 @@ test-wheel: wheel
 # One architecture is built in a fraction of the time: TORCH_CUDA_ARCH_LIST=9.0.
 check-cuda: $(TOOLS)
 	SCSE_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
-	$(BIN)/python -m pytest -q tests/test_cuda_extension.py tests/test_stable_abi.py \
-	    tests/test_build_choice.py
+	$(BIN)/python -m pytest -q tests/build/test_cuda_extension.py \
+	    tests/build/test_stable_abi.py tests/build/test_build_choice.py
 	$(BIN)/python -m scse_kernels
 
 bench: $(KERNELS)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from scse_kernels import ops
-from scse_kernels.functional import why_not
+from scse_kernels.backends import why_not
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scse_kernels
-from scse_kernels.functional import why_not
+from scse_kernels.backends import why_not
 
 needs_kernels = pytest.mark.skipif(
     why_not("cpu", torch.device("cpu")) is not None,

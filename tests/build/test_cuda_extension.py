@@ -8,7 +8,7 @@ from budget import make_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scse_kernels
-from scse_kernels import _native, functional, ops
+from scse_kernels import _native, backends, ops
 
 CUDA = torch.device("cuda")
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -41,20 +41,20 @@ def machine(monkeypatch):
 
 def test_not_built(machine):
     machine(built=False, capability=90)
-    assert functional.why_not("cuda", CUDA) == "built without scse_kernels._C_cuda"
-    assert functional._fastest(CUDA, torch.float32) == "triton"
+    assert backends.why_not("cuda", CUDA) == "built without scse_kernels._C_cuda"
+    assert backends._fastest(CUDA, torch.float32) == "triton"
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
 def test_no_device(machine, device):
     machine(capability=None)
-    assert functional.why_not("cuda", torch.device(device)).startswith("built, no device")
+    assert backends.why_not("cuda", torch.device(device)).startswith("built, no device")
 
 
 def test_cpu_tensors(machine):
     machine(capability=90)
-    assert functional.why_not("cuda", torch.device("cpu")) == "it runs on cuda tensors, got cpu"
-    assert functional._fastest(torch.device("cpu"), torch.float32) == "cpu"
+    assert backends.why_not("cuda", torch.device("cpu")) == "it runs on cuda tensors, got cpu"
+    assert backends._fastest(torch.device("cpu"), torch.float32) == "cpu"
     x, *parameters = make_case((2, 6, 5, 7)).x, *make_case((2, 6, 5, 7)).parameters
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: it runs on cuda"):
         scse_kernels.scse(x, *parameters, backend="cuda")
@@ -63,18 +63,18 @@ def test_cpu_tensors(machine):
 @pytest.mark.parametrize("capability, usable", [(75, False), (80, True), (90, True), (120, True)])
 def test_capability(machine, capability, usable):
     machine(capability=capability)
-    reason = functional.why_not("cuda", CUDA)
+    reason = backends.why_not("cuda", CUDA)
     assert (reason is None) == usable
     assert usable or "compute capability 8.0" in reason
-    assert functional._fastest(CUDA, torch.float16) == ("cuda" if usable else "triton")
+    assert backends._fastest(CUDA, torch.float16) == ("cuda" if usable else "triton")
 
 
 def test_float64_goes_elsewhere(machine):
     machine(capability=90)
-    assert "float64" in functional.why_not("cuda", CUDA, torch.float64)
-    assert functional._fastest(CUDA, torch.float64) == "triton"
+    assert "float64" in backends.why_not("cuda", CUDA, torch.float64)
+    assert backends._fastest(CUDA, torch.float64) == "triton"
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert functional.why_not("cuda", CUDA, dtype) is None
+        assert backends.why_not("cuda", CUDA, dtype) is None
 
 
 def _fake_arguments(variant, memory_format, dtype):

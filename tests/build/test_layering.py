@@ -19,6 +19,7 @@ ORDER = (
         "layouts",
         "modules",
         "functional",
+        "backends",
         "autograd",
         "ops",
     ),

@@ -62,7 +62,7 @@ BLOCKED = """
     sys.meta_path.insert(0, Block())
     import torch
     import scse_kernels
-    from scse_kernels import functional
+    from scse_kernels import backends
 """
 
 
@@ -86,7 +86,7 @@ def test_runs_without_extension_and_triton(error, words):
     parameters = (layer.cSE.fc1.weight, layer.cSE.fc1.bias, layer.cSE.fc2.weight,
                   layer.cSE.fc2.bias, layer.sSE.conv.weight, layer.sSE.conv.bias)
     assert torch.equal(y, scse_kernels.scse(x, *parameters, backend="eager"))
-    print(functional.why_not("cpu", x.device))
+    print(backends.why_not("cpu", x.device))
     try:
         scse_kernels.scse(x, *parameters, backend="cpu")
     except RuntimeError as reason:

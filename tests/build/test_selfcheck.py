@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scse_kernels import __main__ as selfcheck
-from scse_kernels import __version__, functional
+from scse_kernels import __version__, backends, functional
 from scse_kernels.__main__ import main
 
 
@@ -32,7 +32,7 @@ def small(monkeypatch):
 
 def test_says_why_a_backend_is_missing(small, monkeypatch, capsys):
     monkeypatch.setattr(
-        functional,
+        backends,
         "why_not",
         lambda backend, *_: None if backend == "eager" else "no such CPU",
     )

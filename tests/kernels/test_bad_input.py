@@ -220,7 +220,7 @@ def test_number_of_channels(channels):
 
 
 @pytest.mark.skipif(
-    scse_kernels.functional.why_not("cpu", torch.device("cpu")) is not None, reason="no cpu kernels"
+    scse_kernels.backends.why_not("cpu", torch.device("cpu")) is not None, reason="no cpu kernels"
 )
 def test_operators_keep_to_their_memory():
     """Who calls an operator directly gets no message of ours about shapes, but no stray access."""

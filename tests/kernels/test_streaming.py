@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ pytestmark = pytest.mark.skipif(_native.why_not("_C") is not None, reason="no co
 SHAPES = ((3, 32, 24, 8), (2, 64, 48, 32), (1, 16, 4, 8, 80), (2, 33, 7, 9))
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Of this module and of what it imports, for a process of its own.
+HERE = Path(__file__).parent
+TESTS = (HERE, HERE.parent)
 
 
 def _results():
@@ -36,8 +40,7 @@ def _results():
 def _run(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        cwd=os.path.dirname(__file__),
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(str, TESTS))},
         capture_output=True,
         text=True,
         timeout=300,
