@@ -1,5 +1,5 @@
 # `make test`, `make bench` and `make check-cuda` do all their own set-up, in the virtual environment
-# .venv; they need Python 3.11, a C++ compiler and make.
+# .venv; they need Python 3.11, a C++ compiler and make. `make gpu` sets up nothing.
 
 # What development is done with. `make test TORCH=torch==2.14.1 TRITON=` takes another pair. Without
 # a version pip would take the newest torch, with several GB of CUDA libraries.
@@ -24,7 +24,7 @@ WHEEL := $(VENV)/wheel
 # Busy-waiting threads of two processes slow each other tenfold on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test lint test-pure test-wheel check-cuda bench wheel clean
+.PHONY: test lint test-pure test-wheel check-cuda bench gpu wheel clean
 .DELETE_ON_ERROR:
 # Two of the steps build the package in the same folder.
 .NOTPARALLEL:
@@ -62,6 +62,11 @@ bench: $(KERNELS)
 	$(BIN)/python -m scse_kernels
 	$(BIN)/python -m bench ops --quick
 	$(BIN)/python -m bench mri
+
+# On a machine with a GPU and no network, with the Python at hand: `make gpu PYTHON=python3.12`. See
+# docs/gpu.md.
+gpu:
+	$(PYTHON) -m bench gpu
 
 wheel: $(TOOLS)
 	rm -rf dist
