@@ -12,7 +12,7 @@ from pathlib import Path
 from ..cases import LAYOUTS
 from ..timing import COLD
 from . import plan
-from .kernels import COPY, SPAN, passes, short
+from .kernels import ALONE, AUTO, COPY, GENERAL, ON_CHIP, ONE, SPAN, THREE, passes, short
 from .steps import FAILED, LEFT_OUT, TIMED_OUT, Result
 
 Row = dict[str, str]
@@ -26,7 +26,7 @@ _LINES = 6
 def text(facts: Mapping, results: Iterable[Result], folder: Path, seconds: float) -> str:
     """The page, in Markdown."""
     results = list(results)
-    kernels = _rows(folder.glob("kernels-*.csv"))
+    kernels = _rows([folder / "kernels.csv"])
     parts = [
         f"# {facts['device']}, {facts['capability']}",
         _facts(facts, kernels, seconds),
@@ -91,29 +91,28 @@ def _kernels(kernels: list[Row]) -> str:
     maps = [f"{layout}, {combine}" for layout in LAYOUTS for combine in ("add", "max")]
     large: dict[tuple[str, str], dict[str, str]] = {}
     for row in kernels:
-        alone = row["backend"] == "triton" or row["family"] in ("general, no overlap", "on chip")
+        alone = row["family"] in (ALONE, ON_CHIP, THREE, ONE)
         if row["shape"] == plan.LARGE and row["kernel"] not in (COPY, SPAN) and alone:
             name = re.sub("_(planes|channels_last)$", "", row["kernel"])
             cell = f"{float(row['us']):.1f}"
             if row["of_copy"]:
                 cell += f" us, {row['passes']} passes, {float(row['of_copy']):.0%}"
-            here = large.setdefault((row["backend"], name), {})
+            here = large.setdefault((row["backend"], row["family"], name), {})
             here[f"{row['layout']}, {row['combine']}"] = cell
     if not large:
         return "Not measured."
     spans: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in kernels:
         if row["kernel"] == SPAN and row["of_copy"]:
-            who = "triton" if row["backend"] == "triton" else f"cuda, {row['family']}"
             here = spans.setdefault((row["shape"], row["direction"]), {})
-            here.setdefault(who, []).append(float(row["of_copy"]))
+            here.setdefault(f"{row['backend']}, {row['family']}", []).append(float(row["of_copy"]))
     whose = list(dict.fromkeys(name for here in spans.values() for name in here))
     return "\n\n".join(
         (
             f"{plan.LARGE}, float16, reduction 16, cold L2. Percent: the speed of the kernel's"
             " passes over that of a copy of the same map.",
             _table(
-                ("backend", "kernel", *maps),
+                ("backend", "family", "kernel", *maps),
                 ((*key, *(here.get(m, "") for m in maps)) for key, here in large.items()),
             ),
             "Whole calls by size, the same percentage from the first kernel's start to the last"
@@ -149,19 +148,15 @@ def _pass_counts(folder: Path) -> str:
     # `bench.gpu.kernels --once` goes through them in this order, both directions of each.
     maps = [f"{layout}, {combine}" for layout in LAYOUTS for combine in ("add", "max")]
     found = []
-    for file in sorted(folder.glob("ncu-*.csv")):
-        seen = _counted(file)
-        place = -1
-        for name, read, written in seen:
-            kernel = short(name)
-            if kernel.rpartition("::")[2] in _FIRST:
-                place += 1
-            if place < 0:
-                continue
-            where = maps[place % len(maps)]
-            estimate = passes(kernel, where.rpartition(" ")[2])
-            measured = (read + written) / x_bytes
-            found.append((kernel, where, estimate, f"{read / x_bytes:.2f}", f"{measured:.2f}"))
+    place = -1
+    for name, read, written in _counted(folder / "ncu.csv"):
+        kernel = short(name)
+        place += kernel.rpartition("::")[2] in _FIRST
+        where = maps[place % len(maps)]
+        estimate = passes(kernel, where.rpartition(" ")[2])
+        if estimate != 0:
+            moved = (read / x_bytes, (read + written) / x_bytes)
+            found.append((kernel, where, estimate, *(f"{m:.2f}" for m in moved)))
     if not found:
         return "Not counted by ncu; the table above has the times."
     table = _table(("kernel", "map", "passes", "read by ncu", "read and written"), found)
@@ -177,6 +172,8 @@ _FIRST = {
 
 def _counted(file: Path) -> list[tuple[str, float, float]]:
     """Kernel, bytes read and bytes written, from what `ncu --csv --page raw` writes."""
+    if not file.exists():
+        return []
     lines = [line for line in file.read_text(errors="replace").splitlines() if line[:1] == '"']
     found = []
     for row in csv.DictReader(lines):
@@ -202,17 +199,17 @@ def _choices(kernels: list[Row]) -> str:
         key = tuple(row[name] for name in ("shape", "layout", "combine", "direction"))
         if row["kernel"] == SPAN:
             spans.setdefault(key, {})[row["family"]] = float(row["us"])
-        elif row["family"] == "auto":
-            taken.setdefault(key, "on chip" if row["kernel"].startswith("on_chip") else "general")
-    both = {k: v for k, v in spans.items() if {"general", "on chip"} <= v.keys() and k in taken}
+        elif row["family"] == AUTO:
+            taken.setdefault(key, ON_CHIP if row["kernel"].startswith("on_chip") else GENERAL)
+    both = {k: v for k, v in spans.items() if {GENERAL, ON_CHIP} <= v.keys() and k in taken}
     if not both:
         return "Not measured in both families."
     wrong = []
     for key, times in both.items():
-        best = min("general", "on chip", key=times.get)
+        best = min(GENERAL, ON_CHIP, key=times.get)
         if taken[key] != best:
             cost = times[taken[key]] / times[best]
-            us = [f"{times[name]:.1f}" for name in ("general", "on chip")]
+            us = [f"{times[name]:.1f}" for name in (GENERAL, ON_CHIP)]
             wrong.append((cost, (*key, *us, taken[key], f"{cost:.2f}")))
     if not wrong:
         return f"Of {len(both)} calls all took the faster family."
@@ -233,7 +230,7 @@ def _constants(facts: Mapping, kernels: list[Row]) -> str:
         and int(row["blocks"]) > 0
         and int(row["blocks"]) <= facts["multiprocessors"]
     ]
-    gaps = [float(r["gap"]) for r in own if r["gap"] and r["family"] == "general, no overlap"]
+    gaps = [float(r["gap"]) for r in own if r["gap"] and r["family"] == ALONE]
     copy = _copy_speed(kernels)
     measured = {
         "kBandwidthOfSM": (copy / facts["multiprocessors"] if copy else None, "bytes/us, a copy"),
@@ -263,7 +260,7 @@ def _backends(kernels: list[Row]) -> str:
     """Triton's span over that of CUDA, which `auto` takes first where it is built."""
     spans: dict[tuple, dict[str, float]] = {}
     for row in kernels:
-        if row["kernel"] == SPAN and row["family"] == "auto":
+        if row["kernel"] == SPAN and row["family"] in (AUTO, THREE):
             key = tuple(row[name] for name in ("shape", "layout", "combine", "direction"))
             spans.setdefault(key, {})[row["backend"]] = float(row["us"])
     ratios: dict[str, list[float]] = {}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..cases import LAYOUTS
+from . import kernels
 from .steps import Step
 
 ROOT = Path(__file__).parents[2]
@@ -18,14 +19,12 @@ LEVELS = ("8x256x16x16", "8x128x32x32", "8x64x64x64", "8x32x128x128")
 LARGE = "256x64x64x64"
 #: Aligned and odd sizes, for tools that slow a kernel a hundredfold.
 SMALL = ("2x64x32x32", "3x19x23x9")
-#: The CUDA kernels' families: see docs/gpu.md.
-FAMILIES = {
-    "auto": {},
-    "general": {"SCSE_CUDA_KERNELS": "general"},
-    "general, no overlap": {"SCSE_CUDA_KERNELS": "general", "SCSE_CUDA_OVERLAP": "0"},
-    "on chip": {"SCSE_CUDA_KERNELS": "on_chip"},
-}
-_DRAM = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+# Counts the bytes that each kernel moves, with a cold L2; the clocks stay as they are.
+_NCU = (
+    *("ncu", "--profile-from-start", "off", "--clock-control", "none"),
+    *("--metrics", "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"),
+    *("--csv", "--page", "raw", "--print-units", "base", "--print-kernel-base", "demangled"),
+)
 # Of Triton's kernels, which compile for seconds each, only files that reach all of them.
 _TRITON_TESTS = ("layouts", "max_semantics", "repeatability", "empty_batch")
 
@@ -94,22 +93,9 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
         {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # the processes share the cores already
     )
     check = Step("self-check", _python("scse_kernels"), 90)
-    kernels = [
-        Step(
-            f"kernels, {family}",
-            _python(
-                *("bench.gpu.kernels", "--family", family, "--shape", *LEVELS, LARGE),
-                *("--backend", "cuda", *(["triton"] if family == "auto" else [])),
-                *(
-                    "--output",
-                    folder / f"kernels-{family.replace(', ', '-').replace(' ', '-')}.csv",
-                ),
-            ),
-            40,
-            environment=setting,
-        )
-        for family, setting in FAMILIES.items()
-    ]
+    timed = _python(
+        *("bench.gpu.kernels", "--shape", *LEVELS, LARGE, "--output", folder / "kernels.csv"),
+    )
     tune = _python(
         *("bench", "tune", "--shape", "8x64x64x64", "--rounds", "7", "--jobs", jobs),
         *("--output", folder),
@@ -119,9 +105,9 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
         ahead,
         check,
         *_tests(jobs, facts["modules"]["xdist"]),
-        *kernels,
+        Step("kernels", timed, 80),
         *(_ops(folder, dtype, layout) for dtype in ("float16", "bfloat16") for layout in LAYOUTS),
-        *(_counters(folder, family) for family in ("general", "on chip")),
+        Step("ncu", (*_NCU, "--log-file", str(folder / "ncu.csv"), *_once(LARGE)), 60, ("ncu",)),
         Step(
             "tune",
             tune,
@@ -130,12 +116,9 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
             {"SCSE_TUNING": str(folder / "tuning.json")},
         ),
         Step("model", _python("bench", "model", "--rounds", "5"), 60, ("rich",)),
-        *(_sanitizer(tool, family) for tool in _TOOLS for family in ("general", "on chip")),
+        *(_sanitizer(tool) for tool in ("memcheck", "racecheck")),
         _ops(folder, "float32", "contiguous"),
     ]
-
-
-_TOOLS = ("memcheck", "racecheck")
 
 
 def _python(module: str, *arguments: object) -> tuple[str, ...]:
@@ -175,37 +158,18 @@ def _ops(folder: Path, dtype: str, layout: str) -> Step:
     )
 
 
-def _counters(folder: Path, family: str) -> Step:
-    """The bytes that each kernel really moves. Clocks stay as they are."""
+def _sanitizer(tool: str) -> Step:
     return Step(
-        f"ncu, {family}",
-        (
-            *("ncu", "--profile-from-start", "off", "--clock-control", "none", "--metrics", _DRAM),
-            *("--csv", "--page", "raw", "--print-units", "base"),
-            *("--print-kernel-base", "demangled"),
-            *("--log-file", str(folder / f"ncu-{family.replace(' ', '-')}.csv")),
-            *_once(family, LARGE),
-        ),
-        40,
-        ("ncu",),
-        FAMILIES[family],
-    )
-
-
-def _sanitizer(tool: str, family: str) -> Step:
-    return Step(
-        f"{tool}, {family}",
-        (
-            *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1"),
-            *_once(family, *SMALL),
-        ),
-        45,
+        tool,
+        ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *_once(*SMALL)),
+        60,
         ("compute-sanitizer",),
         # Each tensor is memory of its own, so that an access past its end shows.
-        {**FAMILIES[family], "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
 
 
-def _once(family: str, *shapes: str) -> tuple[str, ...]:
-    backends = ("cuda", "triton") if family == "general" else ("cuda",)
-    return _python("bench.gpu.kernels", "--once", "--shape", *shapes, "--backend", *backends)
+def _once(*shapes: str) -> tuple[str, ...]:
+    """One call of each kernel. `auto` and no overlap would be the same kernels again."""
+    families = (kernels.ON_CHIP, kernels.GENERAL, kernels.THREE, kernels.ONE)
+    return _python("bench.gpu.kernels", "--once", "--shape", *shapes, "--family", *families)
