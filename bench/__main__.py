@@ -21,7 +21,8 @@ def _parser(names: Iterable[str] = NAMES) -> argparse.ArgumentParser:
         try:
             module = importlib.import_module(f".{name}", __package__)
         except ModuleNotFoundError as error:  # one of the packages of the extra `bench`
-            _cannot_run(subparsers, name, str(error))
+            sub = subparsers.add_parser(name, help=f"can't run: {error}", add_help=False)
+            sub.set_defaults(cannot_run=f"python -m bench {name}: {error}")
             continue
         description, _, details = module.__doc__.partition("\n")
         sub = subparsers.add_parser(
@@ -49,19 +50,15 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _cannot_run(subparsers, name: str, reason: str) -> None:
-    sub = subparsers.add_parser(name, help=f"can't run: {reason}", add_help=False)
-    sub.add_argument("options", nargs=argparse.REMAINDER)
-    sub.set_defaults(cannot_run=f"python -m bench {name}: {reason}")
-
-
 def main() -> int:
     """Run the benchmark that the command line names; returns the exit status."""
     # Imports only what is asked for: together they take seconds.
     parser = _parser([name for name in sys.argv[1:2] if name in NAMES] or NAMES)
-    args = parser.parse_args()
-    if "cannot_run" in args:
+    args, unknown = parser.parse_known_args()
+    if "cannot_run" in args:  # whatever its options would be
         raise SystemExit(args.cannot_run)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if "run" not in args:
         parser.print_help()
         return 0
