@@ -153,6 +153,11 @@ def profiled(todo: list[Callable[[], object]], device: torch.device) -> list[lis
     return [groups[i :: len(todo)] for i in range(len(todo))]
 
 
+def here() -> torch.device:
+    """The current GPU."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _inputs(case: Case) -> tuple[Tensor, Tensor, list[Tensor]]:
     """x, a leaf, dy and the parameters: as Case has them, but made on the device."""
     small = Case((1, *case.shape[1:]), *(getattr(case, n) for n in _AFTER_SHAPE)).inputs()
@@ -265,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if (args.output is None) != args.once:
         parser.error("either --once or --output FILE")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = here()
     missing, rows, failed = providers.missing(device), [], 0
     for backend, reason in missing.items():
         print(f"{backend} is left out: {reason}")
