@@ -73,7 +73,8 @@ def device_step(folder: Path) -> Step:
 
 def steps(facts: Mapping, folder: Path) -> list[Step]:
     """All others, for the device that `facts` describe. `folder`: for their files."""
-    jobs = str(max(1, facts["cores"] - 2))
+    # Processes that use the GPU, each with up to 2 GiB of its memory.
+    jobs = str(max(1, min(facts["cores"] - 2, facts["memory"] // (2 << 30))))
     build = Step(
         "build",
         (sys.executable, "setup.py", "build_ext", "--inplace"),

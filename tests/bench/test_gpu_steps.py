@@ -214,6 +214,16 @@ def test_the_most_valuable_come_first(planned):
     assert len(names) == len({*names})
     assert planned["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert planned["build"].limit <= 150
+    assert planned["compile ahead"].command[-2:] == ("--jobs", "14")  # two cores stay free
+
+
+@pytest.mark.parametrize("cores, memory, jobs", [(1, 80 << 30, "1"), (16, 8 << 30, "4")])
+def test_processes_that_use_the_gpu_fit_it(cores, memory, jobs, tmp_path):
+    small = {
+        step.name: step
+        for step in plan.steps({**FACTS, "cores": cores, "memory": memory}, tmp_path)
+    }
+    assert small["compile ahead"].command[-1] == small["tests, cuda"].command[-4] == jobs
 
 
 def test_each_benchmark_knows_its_options(planned, tmp_path):
