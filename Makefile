@@ -24,7 +24,7 @@ WHEEL := $(VENV)/wheel
 # Busy-waiting threads of two processes slow each other tenfold on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test lint test-pure test-wheel check-cuda bench gpu wheel clean
+.PHONY: test lint test-pure test-wheel check-cuda bench wheel clean
 .DELETE_ON_ERROR:
 # Two of the steps build the package in the same folder.
 .NOTPARALLEL:
@@ -65,6 +65,7 @@ bench: $(KERNELS)
 
 # On a machine with a GPU and no network, with the Python at hand: `make gpu PYTHON=python3.12`. See
 # docs/gpu.md.
+.PHONY: gpu
 gpu:
 	$(PYTHON) -m bench gpu
 

@@ -69,14 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--combine", nargs="+", choices=("add", "max", "mul", "concat"), help="default: add max"
     )
     parser.add_argument("--providers", nargs="+", help="default: all that can run")
+    parser.add_argument("--rounds", type=options.positive, help="default: 15")
+    parser.add_argument(
+        "--quick", action="store_true", help="unless given: reduction 16, add, 7 rounds"
+    )
     parser.add_argument(
         "--without-compile",
         action="store_true",
         help="leave out the providers that torch.compile makes",
-    )
-    parser.add_argument("--rounds", type=options.positive, help="default: 15")
-    parser.add_argument(
-        "--quick", action="store_true", help="unless given: reduction 16, add, 7 rounds"
     )
 
 

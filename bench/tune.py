@@ -30,7 +30,7 @@ import scse_kernels.ops
 from scse_kernels import backends
 
 from . import ops, options, providers, report, timing
-from .cases import LAYOUTS, SHAPES, Case
+from .cases import SHAPES, Case
 
 if TYPE_CHECKING:  # it imports Triton
     from scse_kernels._triton.tuning import Choice
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", nargs="+", choices=ops.DTYPES, default=["float16"])
     parser.add_argument(
-        "--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="default: both"
+        "--layout", nargs="+", choices=ops.LAYOUTS, default=ops.LAYOUTS, help="default: both"
     )
     parser.add_argument(
         "--combine", nargs="+", choices=tuple(scse_kernels.ops.COMBINE), default=["add"]

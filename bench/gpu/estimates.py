@@ -131,7 +131,7 @@ def _short(value: float | None) -> str:
 
 
 def backends(kernels: list[Row]) -> str:
-    """Triton's span over that of CUDA, which `auto` takes first where it is built."""
+    """Triton's span over that of CUDA: the faster one is what `auto` should take first."""
     spans: dict[tuple, dict[str, float]] = {}
     for row in kernels:
         if row["kernel"] == SPAN and row["family"] in (AUTO, THREE):

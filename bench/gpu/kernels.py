@@ -59,7 +59,7 @@ class Family(NamedTuple):
 
 AUTO, GENERAL, ALONE, ON_CHIP = "auto", "general", "general, no overlap", "on chip"
 THREE, ONE = "three launches", "one launch"
-#: `auto` is what users get. What must not take the time of others when it hangs comes last.
+#: `auto` is what choose.h takes. What must not cost the others their time if it hangs comes last.
 FAMILIES = {
     AUTO: Family("cuda", {}),
     ALONE: Family("cuda", {"SCSE_CUDA_KERNELS": "general", "SCSE_CUDA_OVERLAP": "0"}),
