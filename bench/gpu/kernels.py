@@ -272,8 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("either --once or --output FILE")
     device = here()
     missing, rows, failed = providers.missing(device), [], 0
-    for backend, reason in missing.items():
-        print(f"{backend} is left out: {reason}")
+    for backend in {FAMILIES[name].backend for name in args.family} & missing.keys():
+        print(f"{backend} is left out: {missing[backend]}")
     for name, shape, layout, combine in itertools.product(
         args.family, args.shape, LAYOUTS, ("add", "max")
     ):

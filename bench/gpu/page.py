@@ -12,7 +12,8 @@ from .tables import Row, copy_speed, rows_of, table
 
 #: An output's lines that say what went wrong.
 _TELLING = re.compile(
-    r"^(E  |FAILED|ERROR|dropped|not timed)|WRONG|DISAGREE|[Ee]rror\b|========= (Invalid|.*hazard)"
+    r"^(E  |FAILED|ERROR|dropped|not timed|[\w.]*(Error|Exception)\b)|WRONG|DISAGREE|\berror:"
+    r"|^=+ (Invalid|Error|.*(hazard|Race))"
 )
 _LINES = 6
 

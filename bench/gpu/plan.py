@@ -89,7 +89,7 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
     ahead = Step(
         "compile ahead",
         _python("bench.gpu.ahead", "--jobs", jobs),
-        120,
+        150,
         ("triton",),
         {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # the processes share the cores already
     )

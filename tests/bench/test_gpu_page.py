@@ -128,7 +128,7 @@ def test_the_times_of_kernels(stand_in, tmp_path, capsys):
     assert status == 1  # one launch fails
     out = capsys.readouterr().out
     assert "FAILED: one launch, 8x256x16x16" in out and "deadlock" in out
-    assert "refused: on chip, 8x128x32x32" in out
+    assert "refused: on chip, 8x128x32x32" in out and "left out" not in out
     alone = [r for r in rows if r["family"] == "general, no overlap" and r["shape"] == plan.LARGE]
     first = [row for row in alone if (row["layout"], row["combine"]) == ("contiguous", "max")]
     assert [(r["direction"], r["kernel"], r["passes"]) for r in first] == [
@@ -161,6 +161,18 @@ def test_a_profiler_that_sees_nothing_is_told(stand_in, monkeypatch, tmp_path, c
     with pytest.raises(FileNotFoundError):
         measured(tmp_path / "kernels.csv")
     assert "it needs CUPTI" in capsys.readouterr().out
+
+
+def test_a_backend_that_is_missing_costs_no_other_its_times(
+    stand_in, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(kernels.providers, "missing", lambda _: {"cpu": "no", "cuda": "not built"})
+    families = ["--family", "general", "three launches"]
+    shape = ["--shape", plan.LARGE, "--output", str(tmp_path / "it.csv")]
+    assert kernels.main([*shape, *families]) == 1
+    assert {row["backend"] for row in rows_of(tmp_path / "it.csv")} == {"triton"}
+    out = capsys.readouterr().out
+    assert "cuda is left out: not built" in out and "cpu" not in out
 
 
 def test_once_is_between_the_profilers_marks(stand_in, monkeypatch):
@@ -348,6 +360,10 @@ def test_first_lines(tmp_path):
     file = tmp_path / "it.txt"
     file.write_text("$ python -c error\n" + "fine\n" * 20 + "\nWRONG here\n" + "E   x\n" * 9)
     assert page.first_lines(file) == ["WRONG here", *["E   x"] * 5]
+    said = ["torch.OutOfMemoryError: too much", "a.cu(7): error: no", "========= Invalid read"]
+    said += ["========= Error: Potential RAW hazard"]
+    file.write_text("\n".join(["$ x", "Traceback", "  if error := wrong():", *said, "last"]))
+    assert page.first_lines(file) == said
     file.write_text("$ x\n" + "".join(f"line {i}\n" for i in range(9)))
     assert page.first_lines(file) == [f"line {i}" for i in range(3, 9)]
 
