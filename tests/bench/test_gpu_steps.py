@@ -41,7 +41,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "LEAST", 0.0)
     monkeypatch.setattr(steps, "GRACE", 1.0)
 
-    def run(*some, seconds=60.0):
+    def run(*some, seconds=300.0):
         told = []
         results = steps.run(some, tmp_path, seconds, dict(os.environ), told.append)
         assert told == results
@@ -50,7 +50,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def script(name, code, limit=30.0, **how):
+def script(name, code, limit=90.0, **how):
     return Step(name, (sys.executable, "-c", code), limit, **how)
 
 
@@ -61,7 +61,7 @@ def gone(pid):
 
 
 def soon(condition):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()
@@ -96,9 +96,9 @@ def test_a_step_that_takes_too_long_ends_with_its_children_and_says_what_it_has(
     signals = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     wait = "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('summary')\n"
     start = time.monotonic()
-    result = run(script("slow", signals + CHILD + wait, limit=4.0))["slow"]
-    assert time.monotonic() - start < 15
-    assert result.state == TIMED_OUT and re.match("stopped after [4-9] s", result.detail)
+    result = run(script("slow", signals + CHILD + wait, limit=8.0))["slow"]
+    assert time.monotonic() - start < 50  # it would sleep for 60
+    assert result.state == TIMED_OUT and re.fullmatch(r"stopped after \d+ s", result.detail)
     output = (tmp_path / "slow.txt").read_text()
     assert output.endswith("summary\n")
     assert soon(lambda: gone(re.search(r"child (\d+)", output)[1]))
@@ -108,7 +108,7 @@ def test_a_step_that_does_not_heed_ctrl_c_is_killed(run):
     stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     start = time.monotonic()
     assert run(script("stubborn", stubborn, limit=1.0))["stubborn"].state == TIMED_OUT
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 50  # it would sleep for 60
 
 
 def test_children_that_a_step_leaves_behind_are_ended(run, tmp_path):
@@ -133,12 +133,12 @@ def test_the_time_for_all_shortens_and_leaves_out_the_last(run, monkeypatch):
     monkeypatch.setattr(steps, "LEAST", 2.0)
     wait = "import time; time.sleep(60)"
     results = run(script("a", wait), script("b", wait), seconds=4.5)
-    assert results["a"].state == TIMED_OUT and results["a"].seconds < 8
+    assert results["a"].state == TIMED_OUT and results["a"].seconds < 50
     assert (results["b"].state, results["b"].detail) == (LEFT_OUT, "no time was left")
 
 
 def test_a_step_beside_the_next_ends_before_the_one_after(run, tmp_path):
-    meet = "import pathlib, time\nfor _ in range(400):\n    time.sleep(.05)\n"
+    meet = "import pathlib, time\nfor _ in range(1200):\n    time.sleep(.05)\n"
     file = f"pathlib.Path({str(tmp_path / 'met')!r})"
     results = run(
         script("beside", meet + f"    if {file}.exists(): break\nelse: raise SystemExit(1)\n"
