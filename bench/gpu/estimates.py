@@ -29,9 +29,12 @@ def pass_counts(folder: Path) -> str:
             found.setdefault(label(kernel), {})[where] = cell
     if not found:
         return "Not counted by ncu; the table above has the times."
+    said = folder / "ncu.txt"
+    failed = said.exists() and "FAILED" in said.read_text(errors="replace")
+    doubt = " **A call failed (ncu.txt): columns may be mixed up.**" if failed else ""
     return (
         "Passes through DRAM by ncu, read + written. What a kernel leaves in L2 when it ends is not"
-        f" written yet.\n\n{by_map(('kernel', 'passes'), found)}"
+        f" written yet.{doubt}\n\n{by_map(('kernel', 'passes'), found)}"
     )
 
 

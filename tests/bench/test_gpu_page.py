@@ -356,6 +356,13 @@ def test_a_part_that_cannot_be_read_does_not_cost_the_page(tmp_path):
     assert text.count("Not measured.") == 2
 
 
+def test_a_call_that_failed_under_ncu_is_told(tmp_path):
+    write_ncu(tmp_path / "ncu.csv")
+    assert "mixed up" not in page.text(FACTS, [], tmp_path, 60.0)
+    (tmp_path / "ncu.txt").write_text("$ ncu\nFAILED: general, 256x64x64x64\n")
+    assert "A call failed (ncu.txt): columns may be mixed up." in page.text(FACTS, [], tmp_path, 60)
+
+
 def test_first_lines(tmp_path):
     file = tmp_path / "it.txt"
     file.write_text("$ python -c error\n" + "fine\n" * 20 + "\nWRONG here\n" + "E   x\n" * 9)
