@@ -1,5 +1,5 @@
 # `make test`, `make bench` and `make check-cuda` do all their own set-up, in the virtual environment
-# .venv; they need Python 3.11, a C++ compiler and make.
+# .venv; they need Python 3.11, a C++ compiler and make. `make gpu` sets up nothing.
 
 # What development is done with. `make test TORCH=torch==2.14.1 TRITON=` takes another pair. Without
 # a version pip would take the newest torch, with several GB of CUDA libraries.
@@ -62,6 +62,12 @@ bench: $(KERNELS)
 	$(BIN)/python -m scse_kernels
 	$(BIN)/python -m bench ops --quick
 	$(BIN)/python -m bench mri
+
+# On a machine with a GPU and no network, with the Python at hand: `make gpu PYTHON=python3.12`. See
+# docs/gpu.md.
+.PHONY: gpu
+gpu:
+	$(PYTHON) -m bench gpu
 
 wheel: $(TOOLS)
 	rm -rf dist

@@ -16,6 +16,7 @@ SHAPES = (
     (8, 384, 32, 32),
     (1, 32, 48, 48, 48),
 )
+LAYOUTS = ("contiguous", "channels_last")
 
 
 class Inputs(NamedTuple):
@@ -74,7 +75,7 @@ class Case:
             return torch.randn(shape, generator=generator)
 
         shape_of_y = (self.shape[0], self.y_bytes // self.x_bytes * channels, *self.shape[2:])
-        x, dy = (self._place(normal(*shape) + 0.5) for shape in (self.shape, shape_of_y))
+        x, dy = (self.place(normal(*shape) + 0.5) for shape in (self.shape, shape_of_y))
         parameters = [
             normal(hidden, channels) / channels**0.5,
             normal(hidden).abs() + 1,  # few hidden channels, or the only one, should not be dead
@@ -85,7 +86,8 @@ class Case:
         ]
         return Inputs(x.requires_grad_(), dy, [p.to(self.device, self.dtype) for p in parameters])
 
-    def _place(self, tensor: Tensor) -> Tensor:
+    def place(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device, in the dtype and the layout."""
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         channels_last = self.layout == "channels_last"
         memory_format = formats[tensor.dim()] if channels_last else torch.contiguous_format

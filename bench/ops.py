@@ -29,13 +29,12 @@ from torch import Tensor, nn
 from scse_kernels import reference
 
 from . import memory, options, providers, report, timing
-from .cases import SHAPES, Case, Inputs
+from .cases import LAYOUTS, SHAPES, Case, Inputs
 from .report import Measurement
 
 #: Bytes of x up to which CUDA graphs are timed: one pass takes 5 us or less at 3.35 TB/s, and a
 #: kernel's launch takes as long.
 _LAUNCH_BOUND = 16 << 20
-LAYOUTS = ("contiguous", "channels_last")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Largest relative error (norm of the difference over the norm) of the output and of each gradient.
 #: Wide enough for TF32 convolutions and for gates in half precision; a wrong kernel is off by far
@@ -74,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="unless given: reduction 16, add, 7 rounds"
     )
+    parser.add_argument(
+        "--without-compile",
+        action="store_true",
+        help="leave out the providers that torch.compile makes",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +91,11 @@ def run(args: argparse.Namespace) -> int:
         if name not in (*known, "reference"):
             reason = providers.missing(args.device).get(name, f"known: {', '.join(known)}")
             raise SystemExit(f"provider {name}: {reason}")
-    chosen = list(dict.fromkeys(chosen))
+    chosen = [
+        name
+        for name in dict.fromkeys(chosen)
+        if not (args.without_compile and name in providers.COMPILED)
+    ]
     fused = [name for name in chosen if name not in providers.COMPETITORS]
     reductions = args.reduction or ([16] if args.quick else [16, 2])
     combines = args.combine or (["add"] if args.quick else ["add", "max"])
@@ -124,8 +132,13 @@ def run(args: argparse.Namespace) -> int:
             report.write_csv(args.output / "ops.csv", measurements, environment)
             progress.advance(task)
     report.print_summary(measurements, fused)
-    report.plot(args.output / "ops.png", measurements, environment)
-    report.console.print(f"Written: {args.output / 'ops.csv'}, {args.output / 'ops.png'}")
+    written = [args.output / "ops.csv"]
+    try:
+        report.plot(args.output / "ops.png", measurements, environment)
+        written.append(args.output / "ops.png")
+    except ImportError as error:
+        report.console.print(f"[yellow]no plot: {error}")
+    report.console.print(f"Written: {', '.join(map(str, written))}")
     return 1 if wrong else 0
 
 
@@ -138,7 +151,7 @@ def _measure(
     right = expected(case, inputs)
     modules, errors = {}, []
     for name in names:
-        tell(f"compiling {name}" if name in ("compile", "rewritten") else f"checking {name}")
+        tell(f"compiling {name}" if name in providers.COMPILED else f"checking {name}")
         module = providers.build(
             name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2
         ).to(case.device, case.dtype)

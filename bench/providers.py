@@ -15,6 +15,7 @@ from scse_kernels.ops import BACKENDS
 #: x.clone(): what copying x costs; the bandwidth that the others are measured by.
 CLONE = "clone"
 COMPETITORS = ("eager", "compile", "rewritten")
+COMPILED = ("compile", "rewritten")
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _POOL = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -135,7 +136,7 @@ def build(name: str, channels: int, reduction: int, combine: str, axes: int) -> 
 
 def compiled(name: str, module: nn.Module) -> nn.Module:
     """The module as its provider runs it. Compilation happens at its first call."""
-    return torch.compile(module, dynamic=False) if name in ("compile", "rewritten") else module
+    return torch.compile(module, dynamic=False) if name in COMPILED else module
 
 
 def load(module: nn.Module, parameters: Iterable[Tensor]) -> None:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -248,7 +246,14 @@ def write_csv(path: Path, measurements: list[Measurement], environment: dict[str
 
 def plot(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
     """Bandwidth against the size of x: a row of panels for each combine, a column for each pass, a
-    line per provider through the geometric means over shapes of one size; the dots are shapes."""
+    line per provider through the geometric means over shapes of one size; the dots are shapes.
+
+    Raises:
+        ImportError: matplotlib isn't here.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter
+
     several = len({m.way for m in measurements}) > 1
     columns = list(dict.fromkeys((m.direction, m.way) for m in measurements))
     rows = list(dict.fromkeys(m.case.combine for m in measurements))

@@ -93,6 +93,22 @@ def _repeats(seconds: float, kind: str) -> int:
     return min(max(math.ceil(_SAMPLE[kind] / seconds), low), high)
 
 
+class Flush:
+    """A call that leaves nothing in a GPU's L2 of what was there, by reading other memory.
+
+    Written memory would stay there as dirty lines, and the call that is timed next would pay for
+    their way to DRAM.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.memory = torch.ones(size // 4, device=device)
+        self.sum = torch.zeros((), device=device)
+
+    def __call__(self) -> None:
+        torch.sum(self.memory, 0, out=self.sum)
+
+
 class _CpuClock:
     host_seconds: ClassVar[dict[str, float]] = {}  # the calls' own time is the host's
 
@@ -112,11 +128,8 @@ class _CudaClock:
     that no time of the host is in the result."""
 
     def __init__(self, device, cold):
-        self.device, self.cold = device, cold  # the current device: events and kernels go there
-        properties = torch.cuda.get_device_properties(device)
-        self.flush = torch.empty(
-            2 * properties.L2_cache_size if cold else 0, dtype=torch.uint8, device=device
-        )
+        self.device = device  # the current one: events and kernels go there
+        self.flush = Flush(device) if cold else None
         self.host_seconds = {}
 
     def prepare(self, name, call):
@@ -130,7 +143,7 @@ class _CudaClock:
         torch.cuda.synchronize(self.device)
         torch.cuda._sleep(int(2e9 * (100e-6 + 1.5 * repeats * self.host_seconds[name])))
         start = time.perf_counter()
-        events = [self._timed(call, 1) for _ in range(repeats)] if self.cold else None
+        events = [self._timed(call, 1) for _ in range(repeats)] if self.flush else None
         events = events or [self._timed(call, repeats)]
         self.host_seconds[name] = (time.perf_counter() - start) / repeats
         torch.cuda.synchronize(self.device)
@@ -138,8 +151,8 @@ class _CudaClock:
 
     def _timed(self, call, repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if self.cold:
-            self.flush.zero_()
+        if self.flush:
+            self.flush()
         begin.record()
         for _ in range(repeats):
             call()

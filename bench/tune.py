@@ -13,8 +13,11 @@ Written: that file, and tune.csv with all timings.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import csv
 import math
+import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -58,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reduction", type=options.positive, default=16, help="%(default)s")
     parser.add_argument("--rounds", type=options.positive, default=15, help="%(default)s")
+    parser.add_argument(
+        "--jobs", type=options.positive, default=1, help="processes that compile (%(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,11 +85,21 @@ def run(args: argparse.Namespace) -> int:
     for case in cases:
         if case.shape[1] < case.reduction:
             raise SystemExit(f"{case}: no hidden channel is left")
-    return tune(cases, args.rounds, args.output / "tune.csv")
+    if args.jobs == 1:
+        return tune(cases, args.rounds, args.output / "tune.csv")
+    spawn = multiprocessing.get_context("spawn")  # CUDA can't be used in a fork
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, spawn) as pool:
+        return tune(cases, args.rounds, args.output / "tune.csv", pool)
 
 
-def tune(cases: list[Case], rounds: int, log: Path) -> int:
-    """Tune the cases, all on one device; returns 1 if a choice was wrong."""
+def tune(
+    cases: list[Case],
+    rounds: int,
+    log: Path,
+    pool: concurrent.futures.Executor | None = None,
+) -> int:
+    """Tune the cases, all on one device; returns 1 if a choice was wrong. The processes of `pool`
+    compile what is timed next."""
     from scse_kernels._triton import tuning  # imports Triton
 
     environment = report.environment(cases[0].device)
@@ -99,12 +115,14 @@ def tune(cases: list[Case], rounds: int, log: Path) -> int:
         for case in cases:
             search = Search(case)
 
-            def tell(stage: str, case: Case = case) -> None:
-                progress.update(task, description=f"{case}: {stage}")
+            def tell(stage: str, search: Search = search) -> None:
+                progress.update(task, description=f"{search.case}: {stage}")
+                if search.rows:  # whoever stops it keeps what was timed
+                    _write_csv(log, rows + search.rows, environment)
 
-            search.run(rounds, tell)
-            rows += search.rows
-            wrong += search.wrong
+            search.run(rounds, tell, pool)
+            rows.extend(search.rows)
+            wrong.extend(search.wrong)
             file.write_text(tuning.text(name, search.table))
             _write_csv(log, rows, environment)
             gain = f"{search.gain:.2f} times as fast as" if search.best != search.own else "is"
@@ -145,7 +163,12 @@ class Search:
         self.rows: list[dict[str, object]] = []  # of the log
         self.wrong: list[str] = []
 
-    def run(self, rounds: int, tell: Callable[[str], None]) -> None:
+    def run(
+        self,
+        rounds: int,
+        tell: Callable[[str], None],
+        pool: concurrent.futures.Executor | None = None,
+    ) -> None:
         """Finds `best` and how many times as fast as `own` it is; writes it to the table."""
         right = ops.expected(self.case, self.inputs)
         seen = {self.own}
@@ -155,6 +178,8 @@ class Search:
             new = [choice for choice in dict.fromkeys(asked) if choice not in seen]
             seen.update(new)
             tell(f"step {step}, compiling {len(new)} choices")
+            if pool:
+                list(pool.map(_compile, [self.case] * len(new), new))
             usable = [choice for choice in new if self._is_right(choice, right)]
             tell(f"step {step}, timing {len(usable)} choices")
             scores = self._scores([self.own, self.best, *usable], rounds, step)
@@ -224,6 +249,14 @@ class Search:
             for choice in calls
         }
         return {choice: mean ** (1 / len(timings)) for choice, mean in means.items()}
+
+
+def _compile(case: Case, choice: Choice) -> None:
+    """Leaves the choice's kernels in Triton's cache on disk."""
+    search = Search(case)
+    search._use(choice)
+    with contextlib.suppress(Exception):  # whoever times the choice meets it again, and judges
+        ops.both(search.module, search.inputs)()
 
 
 def neighbours(choice: Choice, case: Case) -> list[Choice]:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 timing = pytest.importorskip("bench.timing", reason="only a checkout has bench")
 
 from bench import ops  # noqa: E402
-from bench.__main__ import _parser  # noqa: E402
+from bench.__main__ import _parser, main  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -100,7 +101,7 @@ def test_ways():
 @pytest.mark.parametrize("cold", [False, True])
 def test_clock_gives_the_seconds_between_events(gpu, cold):
     clock = timing._CudaClock(CPU, cold)
-    assert clock.flush.numel() == (2000 if cold else 0)
+    assert (clock.flush.memory.nbytes if clock.flush else 0) == (2000 if cold else 0)
     call = gpu.call(0.25)
     assert clock.prepare("it", call) == 4  # a millisecond's worth
     gpu.log.clear()
@@ -109,18 +110,18 @@ def test_clock_gives_the_seconds_between_events(gpu, cold):
     assert 0 < clock.host_seconds["it"] < 1
 
 
-def test_cold_calls_come_after_a_flush(gpu):
+def test_cold_calls_come_after_all_other_memory_was_read_and_not_written(gpu):
     clock = timing._CudaClock(CPU, True)
-    clock.flush.fill_(7)
-    seen = []
+    read = []
     clock.host_seconds["it"] = 0.0
 
     def call():
-        seen.append(int(clock.flush.max()))
-        clock.flush.fill_(7)
+        read.append(clock.flush.sum.item())
+        clock.flush.memory.fill_(len(read) + 1)
 
     clock.sample("it", call, 3)
-    assert seen == [0, 0, 0]
+    assert read == [500, 1000, 1500]  # 2000 bytes of float32, as the call before left them
+    assert clock.flush.memory.eq(4).all()
 
 
 def test_capture_warms_up_aside_and_replays(gpu):
@@ -204,3 +205,30 @@ def test_tune_is_for_gpus(options):
     args = options("tune")
     with pytest.raises(SystemExit, match="tune is for GPUs, got --device cpu"):
         args.run(args)
+
+
+def test_a_missing_package_leaves_out_its_benchmark_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nilearn.datasets", None)
+    for name in ("mri", "mri_data"):
+        monkeypatch.delitem(sys.modules, f"bench.{name}", raising=False)
+        monkeypatch.delattr(sys.modules["bench"], name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["bench", "mri", "--steps", "3"])
+    with pytest.raises(SystemExit, match=r"python -m bench mri: .*nilearn"):
+        main()
+    assert _parser().parse_args(["ops", "--quick"]).run is ops.run
+
+
+def test_ops_without_what_is_compiled(gpu, options, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        timing,
+        "interleaved",
+        lambda calls, *_: {name: timing.summarize([1e-3], 1) for name in calls},
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # no plot then
+    args = options("ops", "--shape", "2x8x6x5", "--reduction", "2", "--combine", "add",
+                   "--without-compile")  # fmt: skip
+    assert args.run(args) == 0
+    with (tmp_path / "ops.csv").open() as file:
+        names = {row["provider"] for row in csv.DictReader(file)}
+    assert {"clone", "eager"} < names and not names & {"compile", "rewritten"}
+    assert not (tmp_path / "ops.png").exists()

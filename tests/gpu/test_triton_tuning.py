@@ -4,7 +4,8 @@ import csv
 import json
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def tune(monkeypatch, tmp_path):
     build = bench.providers.build
     own = tuning.choice(*ARGUMENTS)
 
-    def run(best, gain, wrong=None):
+    def run(best, gain, wrong=None, pool=None):
         def distance(choice):
             names = ("block_s", "warps", "tiles", "launches")
             return sum(abs(math.log2(getattr(choice, n) / getattr(best, n))) for n in names)
@@ -210,7 +211,7 @@ def tune(monkeypatch, tmp_path):
         )
         device, samples, channels, _, dtype, *_ = ARGUMENTS
         case = bench.Case((samples, channels, 6, 7), dtype, "contiguous", 2, "add", device)
-        status = bench.tune([case], 3, tmp_path / "tune.csv")
+        status = bench.tune([case], 3, tmp_path / "tune.csv", pool)
         tuning.table.cache_clear()  # as when the package next starts
         return status
 
@@ -228,6 +229,28 @@ def test_the_tuner_finds_the_fastest_and_writes_what_is_read(tune, tmp_path):
     # a second run starts from there, and ends there
     assert tune(best, gain=1.5) == 0
     assert tuning.choice(*ARGUMENTS) == best
+
+
+def test_other_processes_compile_all_that_the_tuner_times(tune, tmp_path):
+    class Pool:
+        """Calls at once, in this process."""
+
+        compiled: ClassVar[list] = []
+
+        def map(self, function, cases, choices):
+            self.compiled += choices
+            return map(function, cases, choices)
+
+    own = tuning.choice(*ARGUMENTS)
+    best = replace(own, block_s=4 * own.block_s, launches=1)
+    assert tune(best, gain=1.5, pool=Pool()) == 0
+    assert tuning.choice(*ARGUMENTS) == best
+    names = [field.name for field in fields(own)]
+    with (tmp_path / "tune.csv").open() as file:
+        timed = {tuple(int(row[n]) for n in names) for row in csv.DictReader(file)}
+    compiled = [tuple(getattr(choice, n) for n in names) for choice in Pool.compiled]
+    assert timed - {tuple(getattr(own, n) for n in names)} == {*compiled}
+    assert len(compiled) == len({*compiled})
 
 
 def test_the_tuner_keeps_the_own_choice_unless_another_is_clearly_faster(tune):

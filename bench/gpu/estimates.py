@@ -1,0 +1,182 @@
+"""The page's estimates: which of them were wrong, and by how much."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import plan
+from .kernels import ALONE, AUTO, GENERAL, ON_CHIP, SPAN, THREE, passes, short
+from .tables import MAPS, Row, by_map, copy_speed, label, mean, rows_of, table
+
+
+def pass_counts(folder: Path) -> str:
+    """Counted passes beside those that the hardware's counters saw."""
+    x_bytes = 2 * math.prod(map(int, plan.LARGE.split("x")))
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    place = -1
+    # `bench.gpu.kernels --once` goes through the maps in their order, forward and backward.
+    for name, read, written in _counted(folder / "ncu.csv"):
+        kernel = short(name)
+        place += kernel.rpartition("::")[2] in _FIRST
+        where = MAPS[place % len(MAPS)]
+        if passes(kernel, "add") != 0:
+            cell = f"{read / x_bytes:.2f} + {written / x_bytes:.2f}"
+            found.setdefault(label(kernel), {})[where] = cell
+    if not found:
+        return "Not counted by ncu; the table above has the times."
+    said = folder / "ncu.txt"
+    failed = said.exists() and "FAILED" in said.read_text(errors="replace")
+    doubt = " **A call failed (ncu.txt): columns may be mixed up.**" if failed else ""
+    return (
+        "Passes through DRAM by ncu, read + written. What a kernel leaves in L2 when it ends is not"
+        f" written yet.{doubt}\n\n{by_map(('kernel', 'passes'), found)}"
+    )
+
+
+#: The kernel that a forward begins with.
+_FIRST = {
+    *("squeeze_kernel", "squeeze_planes", "squeeze_channels_last"),
+    "forward_kernel",
+}
+
+
+def _counted(file: Path) -> list[tuple[str, float, float]]:
+    """Kernel, bytes read and bytes written, from what `ncu --csv --page raw` writes."""
+    if not file.exists():
+        return []
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line[:1] == '"']
+    found = []
+    for row in csv.DictReader(lines):
+        read, written = row.get("dram__bytes_read.sum"), row.get("dram__bytes_write.sum")
+        try:
+            found.append((row["Kernel Name"], _number(read), _number(written)))
+        except (KeyError, ValueError):  # the line of units
+            continue
+    return found
+
+
+def _number(text: str | None) -> float:
+    return float((text or "").replace(",", ""))
+
+
+def choices(kernels: list[Row]) -> str:
+    """Each call's span in both families, and whether `auto` took the shorter one."""
+    spans: dict[tuple, dict[str, float]] = {}
+    taken: dict[tuple, str] = {}
+    for row in kernels:
+        if row["backend"] != "cuda" or not row["direction"]:
+            continue
+        key = tuple(row[name] for name in ("shape", "layout", "combine", "direction"))
+        if row["kernel"] == SPAN:
+            spans.setdefault(key, {})[row["family"]] = float(row["us"])
+        elif row["family"] == AUTO:
+            taken.setdefault(key, ON_CHIP if row["kernel"].startswith("on_chip") else GENERAL)
+    both = {k: v for k, v in spans.items() if {GENERAL, ON_CHIP} <= v.keys() and k in taken}
+    if not both:
+        return "Not measured in both families."
+    fastest = {key: min(times[GENERAL], times[ON_CHIP]) for key, times in both.items()}
+    costs = {key: times[taken[key]] / fastest[key] for key, times in both.items()}
+    wrong = sorted((key for key in both if costs[key] > 1), key=costs.get, reverse=True)
+    if not wrong:
+        return f"Of {len(both)} calls all took the faster family."
+    worst: dict[tuple[str, str], tuple[object, ...]] = {}
+    for key in wrong:
+        us = (f"{both[key][name]:.1f}" for name in (GENERAL, ON_CHIP))
+        worst.setdefault((key[0], key[-1]), (*key, *us, taken[key], f"{costs[key]:.2f}"))
+    header = ("shape", "layout", "combine", "", "general, us", "on chip, us", "taken", "times")
+    return (
+        f"Of {len(both)} calls {len(wrong)} took the slower family; the worst of each shape and"
+        f" direction:\n\n{table(header, worst.values())}"
+    )
+
+
+def constants(facts: Mapping, kernels: list[Row]) -> str:
+    """The constants of choose.h beside what was measured."""
+    source = (plan.ROOT / "csrc/cuda/choose.h").read_text()
+    own = [row for row in kernels if row["backend"] == "cuda" and row["direction"]]
+    on_chip = [
+        float(row["speed"]) / int(row["blocks"])
+        for row in own
+        if row["kernel"].startswith("on_chip")
+        and row["speed"]
+        and int(row["blocks"]) > 0
+        and int(row["blocks"]) <= facts["multiprocessors"]
+    ]
+    gaps = [float(r["gap"]) for r in own if r["gap"] and r["family"] == ALONE]
+    copy = copy_speed(kernels)
+    measured = {
+        "kBandwidthOfSM": (copy / facts["multiprocessors"] if copy else None, "bytes/us, a copy"),
+        "kBandwidthOfBlock": (
+            max(on_chip, default=None),
+            "bytes/us, the best on-chip kernel with a block to a multiprocessor at most",
+        ),
+        "kNextLaunch": (
+            statistics.median(gaps) if gaps else None,
+            "us, median from a kernel's end to the next one's start, no overlap",
+        ),
+    }
+    rows = []
+    for name, (value, what) in measured.items():
+        estimate = re.search(rf"{name} = ([\d.e]+)", source)
+        estimate = float(estimate[1]) if estimate else None
+        off = f"{value / estimate:.2f}" if value and estimate else ""
+        rows.append((name, _short(estimate), _short(value), off, what))
+    return table(("constant", "estimate", "measured", "times", ""), rows)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def backends(kernels: list[Row]) -> str:
+    """Triton's span over that of CUDA: the faster one is what `auto` should take first."""
+    spans: dict[tuple, dict[str, float]] = {}
+    for row in kernels:
+        if row["kernel"] == SPAN and row["family"] in (AUTO, THREE):
+            key = tuple(row[name] for name in ("shape", "layout", "combine", "direction"))
+            spans.setdefault(key, {})[row["backend"]] = float(row["us"])
+    ratios: dict[str, list[float]] = {}
+    for key, times in spans.items():
+        if {"cuda", "triton"} <= times.keys():
+            ratios.setdefault(key[0], []).append(times["triton"] / times["cuda"])
+    if not ratios:
+        return "Not measured with both."
+    rows = [(s, f"{mean(r):.2f}", f"{min(r):.2f}", f"{max(r):.2f}") for s, r in ratios.items()]
+    header = ("shape", "Triton's time over CUDA's", "least", "most")
+    return table(header, rows)
+
+
+def tiles(folder: Path) -> str:
+    """The tuner's best choice against the heuristic's, by the mean of both states of L2."""
+    times: dict[tuple, dict[tuple, list[float]]] = {}
+    own: dict[tuple, tuple] = {}
+    for row in rows_of([folder / "tune.csv"]):
+        case = tuple(row[n] for n in ("shape", "dtype", "layout", "combine"))
+        choice = tuple(row[n] for n in ("block_c", "block_s", "warps", "tiles", "launches"))
+        # Each step of the search times its own choices, and the package's own among them.
+        times.setdefault((*case, row["step"]), {}).setdefault(choice, []).append(
+            float(row["median_s"])
+        )
+        if row["own"] == "True":
+            own[case] = choice
+    best: dict[tuple, tuple[float, tuple]] = {}
+    for (*case, _), choices in times.items():
+        case = tuple(case)
+        means = {choice: mean(medians) for choice, medians in choices.items()}
+        if own.get(case) in means:
+            fastest = min(means, key=means.get)
+            gain = means[own[case]] / means[fastest]
+            best[case] = max(best.get(case, (0.0, ())), (gain, fastest))
+    if not best:
+        return "Not tuned."
+    rows = [
+        (", ".join(case), " ".join(own[case]), " ".join(choice), f"{gain:.2f}")
+        for case, (gain, choice) in best.items()
+    ]
+    header = ("map", "own: block_c block_s warps tiles launches", "best", "times as fast")
+    return table(header, rows)
