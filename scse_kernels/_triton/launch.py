@@ -61,7 +61,7 @@ class Problem:
             "COMBINE": self.combine,
             "CHANNELS_LAST": self.channels_last,
             "ALIGN": align,
-            "WIDE": any(m.shape[0] * max(_sample(m), prod(m.shape[1:])) >= _WIDE for m in maps),
+            "WIDE": any(self.reach(m) >= _WIDE for m in maps),
             "BLOCK_C": self.tile.block_c,
             "BLOCK_S": self.tile.block_s,
             "num_warps": self.tile.warps,
@@ -110,13 +110,18 @@ class Problem:
             l2,
         )
 
+    def reach(self, map: Tensor) -> int:
+        """More than the largest offset of an element, also if the map were dense."""
+        rows = self.positions if self.channels_last else map.shape[1]
+        return map.shape[0] * max(_sample(map), prod(map.shape[1:]), rows * self.pitch(map))
+
     def pitch(self, map: Tensor) -> int:
         """Elements between rows: from one position to the next, or from channel to channel."""
-        return map.shape[1] if self.channels_last else self.positions
+        return _pitch(map, self.channels_last)
 
     def half(self, map: Tensor) -> int:
         """Elements from the first to the second half of a sample of y or dy (for concat)."""
-        return self.channels * (1 if self.channels_last else self.positions)
+        return self.channels * (1 if self.channels_last else self.pitch(map))
 
 
 def _sample(map: Tensor) -> int:
@@ -124,11 +129,44 @@ def _sample(map: Tensor) -> int:
     return map.stride(0) if map.shape[0] > 1 else prod(map.shape[1:])
 
 
+def _apart(map: Tensor) -> int:
+    """The distance between neighbouring positions where all are that far apart, else -1; 1 where
+    there is one position only."""
+    apart, following = -1, 0
+    for size, stride in zip(reversed(map.shape[2:]), reversed(map.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if apart < 0:
+            apart = stride
+        elif stride != following:
+            return -1
+        following = size * stride
+    return 1 if apart < 0 else apart
+
+
+def _pitch(map: Tensor, channels_last: bool) -> int:
+    """Elements from one row (of positions; channels_last: of channels) to the next; -1 if they
+    are not all that far apart."""
+    channels, positions = map.shape[1], prod(map.shape[2:])
+    if channels_last:
+        return channels if positions == 1 else _apart(map)
+    return positions if channels == 1 else map.stride(1)
+
+
 def _in_format(map: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The map with dense samples in that format; samples may lie further apart."""
-    if map.shape[0] and map[:1].is_contiguous(memory_format=memory_format):
+    """The map in a format that kernels can read: rows are dense, and they and samples may be any
+    distance apart. Itself or a copy; of what is expanded, a copy of one sample or one row."""
+    channels_last = memory_format != torch.contiguous_format
+    along = (1 if map.shape[1] == 1 else map.stride(1)) if channels_last else _apart(map)
+    pitch = _pitch(map, channels_last)
+    if along == 1 and pitch >= 0:
         return map
-    return map.contiguous(memory_format=memory_format)
+    least = map
+    if map.stride(0) == 0:
+        least = least[:1]
+    if pitch == 0:
+        least = least[(..., *(slice(1),) * (map.dim() - 2))] if channels_last else least[:, :1]
+    return least.contiguous(memory_format=memory_format).expand(map.shape)
 
 
 def _describe(
