@@ -155,7 +155,7 @@ def check_allocator(family, device, rounds=50):
 
 
 def check_refusals(family, device):
-    """A call that is refused leaves nothing behind: torch's next operator and our next call work."""
+    """A call that is refused leaves nothing behind: the next operator of torch and ours work."""
     given = inputs("add", SHAPES[0], device)
     with environment(family):
         expected = given.results(family.backend)
