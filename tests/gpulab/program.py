@@ -114,9 +114,7 @@ class Program:
             ):  # reads its operands after the flush
                 needed |= sum(1 << slot for slot in {r.slot for r in block.last.reads()})
             needed &= block.defs
-            written = {
-                r.slot for ins in self.instrs[block.start : block.end] for r in ins.writes()
-            }
+            written = {r.slot for ins in self.instrs[block.start : block.end] for r in ins.writes()}
             block.overwritten = frozenset(slot for slot in written if needed >> slot & 1)
             for ins in reversed(self.instrs[block.start : block.end]):
                 written = ins.writes()
