@@ -49,8 +49,8 @@ def scse(
     four dtypes; each gradient has the dtype of its tensor.
 
     Returns:
-        y [N, C, *S] ([N, 2 * C, *S] for "concat") in x's dtype, channels_last where x is and
-        contiguous otherwise.
+        y [N, C, *S] ([N, 2 * C, *S] for "concat") in x's dtype, channels_last where x is, dense or
+        not, and contiguous otherwise.
 
     Raises:
         TypeError: an argument is not a tensor or has no real floating-point dtype.

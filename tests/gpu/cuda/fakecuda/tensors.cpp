@@ -42,9 +42,10 @@ extern "C" {
   __attribute__((visibility("hidden"))) AOTITorchError __wrap_##function(__VA_ARGS__)
 
 // The operators, under another name and for CPU tensors.
-WRAP(aoti_torch_library_init_impl, const char*, const char*, const char* file, uint32_t line,
+WRAP(aoti_torch_library_init_impl, const char*, const char* key, const char* file, uint32_t line,
      TorchLibraryHandle* library) {
-  return __real_aoti_torch_library_init_impl("scse_kernels_emulated", "CPU", file, line, library);
+  if (std::strcmp(key, "CUDA") == 0) key = "CPU";
+  return __real_aoti_torch_library_init_impl("scse_kernels_emulated", key, file, line, library);
 }
 
 // --- where a tensor is ---
