@@ -59,6 +59,12 @@ inline bool is_channels_last(const Tensor& x) {
   return least > pixel;
 }
 
+inline MemoryFormat format_of(const Tensor& t, bool channels_last) {
+  return !channels_last ? MemoryFormat::Contiguous
+         : t.dim() == 4 ? MemoryFormat::ChannelsLast
+                        : MemoryFormat::ChannelsLast3d;
+}
+
 // A map as the kernels read it: rows of channels (channels_last) or of positions, each dense. Rows
 // and samples may be any distance apart, as in a slice of a concatenation; where a map is expanded,
 // none.
@@ -84,11 +90,15 @@ inline Map map_of(const Tensor& t, bool channels_last) {
   for (int64_t axis = 1; one_row && axis < t.dim(); ++axis) {
     if (channels_last == (axis > 1)) least = torch::stable::narrow(least, axis, 0, 1);
   }
-  const Tensor copy =
-      torch::stable::contiguous(least, !channels_last ? MemoryFormat::Contiguous
-                                       : t.dim() == 4 ? MemoryFormat::ChannelsLast
-                                                      : MemoryFormat::ChannelsLast3d);
+  const Tensor copy = torch::stable::contiguous(least, format_of(t, channels_last));
   return {copy, one_sample ? 0 : one_row ? row : row * rows, one_row ? 0 : row};
+}
+
+// For kernels that know no pitch: `t` itself where its samples are dense, else a copy.
+inline Tensor in_layout(const Tensor& t, bool channels_last) {
+  const Map map = map_of(t, channels_last);
+  const bool dense = map.sample > 0 && map.pitch == (channels_last ? t.size(1) : positions_of(t));
+  return dense ? map.tensor : torch::stable::contiguous(t, format_of(t, channels_last));
 }
 
 // Memory for a tensor, not through the dispatcher: a call makes up to ten of them.
