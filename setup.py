@@ -25,8 +25,9 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 # Oldest torch whose stable ABI has what the kernels use; one binary serves it and all later ones.
 TORCH_MINIMUM, TORCH_TARGET = "2.10", "0x020a000000000000"
 PYTHON_TAG, PYTHON_TARGET = "cp310", "0x030A0000"
-# The oldest CUDA toolkit with thread-block clusters, and the oldest that knows sm_100 and sm_120.
-CUDA_MINIMUM, CUDA_BLACKWELL = (12, 0), (12, 8)
+# The oldest CUDA toolkit with thread-block clusters, the oldest that knows sm_100 and sm_120, and
+# the oldest that knows sm_110 (to those before it was sm_101).
+CUDA_MINIMUM, CUDA_BLACKWELL, CUDA_THOR = (12, 0), (12, 8), (13, 0)
 
 
 def chosen_build() -> str:
@@ -136,12 +137,20 @@ def cpu_kernels() -> Extension:
     )
 
 
+def architectures(toolkit: tuple[int, int]) -> str:
+    """What the CUDA kernels are built for. Code for 9.0 runs on no other major version: PTX of the
+    newest is for GPUs to come, and PTX of 8.0 for those that have neither."""
+    if toolkit < CUDA_BLACKWELL:
+        return "8.0;9.0+PTX"
+    thor = "11.0;" if toolkit >= CUDA_THOR else ""
+    return f"8.0+PTX;9.0;10.0;{thor}12.0+PTX"
+
+
 def cuda_kernels() -> Extension:
     from torch.utils import cpp_extension
 
     # Without a list torch asks the GPUs of this machine, of which there may be none.
-    blackwell = toolkit_version(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")) >= CUDA_BLACKWELL
-    default = "8.0;9.0;10.0;12.0+PTX" if blackwell else "8.0;9.0+PTX"
+    default = architectures(toolkit_version(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")))
     os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
     return cpp_extension.CUDAExtension(
         "scse_kernels._C_cuda",

@@ -11,7 +11,6 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
 namespace scse {
 
@@ -31,43 +30,75 @@ inline int64_t positions_of(const Tensor& x) {
   return positions;
 }
 
-// Whether axes `order` (outermost first) lie densely one inside the other.
-template <typename Order>
-bool dense(const Tensor& t, const Order& order) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  int64_t expected = 1;
-  for (auto axis = order.rbegin(); axis != order.rend(); ++axis) {
-    if (sizes[*axis] != 1 && strides[*axis] != expected) return false;
-    expected *= sizes[*axis];
+// The distance between neighbouring positions where all are that far apart, else -1; 1 where there
+// is one position only.
+inline int64_t stride_of_positions(const Tensor& t) {
+  int64_t stride = -1, next = 0;
+  for (int64_t axis = t.dim(); axis-- > 2;) {
+    if (t.size(axis) == 1) continue;
+    if (stride < 0) {
+      stride = t.stride(axis);
+    } else if (t.stride(axis) != next) {
+      return -1;
+    }
+    next = t.stride(axis) * t.size(axis);
   }
-  return true;
+  return stride < 0 ? 1 : stride;
 }
 
-inline std::vector<int64_t> axes_channels_last(const Tensor& t) {
-  std::vector<int64_t> order{0};
-  for (int64_t axis = 2; axis < t.dim(); ++axis) order.push_back(axis);
-  order.push_back(1);
-  return order;
+// Whether y and dx are channels_last: the same rule as memory_format's in scse_kernels/ops.py.
+inline bool is_channels_last(const Tensor& x) {
+  if (x.dim() < 4 || x.stride(1) != 1 || x.is_contiguous()) return false;
+  const int64_t pixel = std::max<int64_t>(x.size(1), 2);
+  int64_t least = pixel;
+  for (int64_t axis = x.dim(); axis-- > 2;) {
+    if (x.size(axis) == 1) continue;
+    if (x.stride(axis) < least) return false;
+    least = x.stride(axis) * x.size(axis);
+  }
+  return least > pixel;
 }
 
-inline bool is_channels_last(const Tensor& t) {
-  return t.dim() >= 4 && !t.is_contiguous() && dense(t, axes_channels_last(t));
+inline MemoryFormat format_of(const Tensor& t, bool channels_last) {
+  return !channels_last ? MemoryFormat::Contiguous
+         : t.dim() == 4 ? MemoryFormat::ChannelsLast
+                        : MemoryFormat::ChannelsLast3d;
 }
 
-// Every sample is dense; samples may lie further apart, as in a slice of a concatenation.
-inline bool has_dense_planes(const Tensor& t) {
-  std::vector<int64_t> inner;
-  for (int64_t axis = 1; axis < t.dim(); ++axis) inner.push_back(axis);
-  return dense(t, inner);
+// A map as the kernels read it: rows of channels (channels_last) or of positions, each dense. Rows
+// and samples may be any distance apart, as in a slice of a concatenation; where a map is expanded,
+// none.
+struct Map {
+  Tensor tensor;          // its memory
+  int64_t sample, pitch;  // elements from one sample to the next, and from one row to the next
+};
+
+// `t` itself where its rows are dense, else a copy; of what is expanded, one sample or one row.
+inline Map map_of(const Tensor& t, bool channels_last) {
+  const int64_t channels = t.size(1), positions = positions_of(t);
+  const int64_t apart = stride_of_positions(t);
+  const int64_t row = channels_last ? channels : positions,
+                rows = channels_last ? positions : channels;
+  const int64_t along = channels_last ? (channels == 1 ? 1 : t.stride(1)) : apart;
+  const int64_t pitch = rows == 1 ? row : channels_last ? apart : t.stride(1);
+  const int64_t sample = t.size(0) > 1 ? t.stride(0) : channels * positions;
+  if (along == 1 && pitch >= 0) return {t, sample, pitch};
+
+  const bool one_sample = t.size(0) > 1 && sample == 0, one_row = rows > 1 && pitch == 0;
+  Tensor least = t;
+  if (one_sample) least = torch::stable::narrow(least, 0, 0, 1);
+  for (int64_t axis = 1; one_row && axis < t.dim(); ++axis) {
+    if (channels_last == (axis > 1)) least = torch::stable::narrow(least, axis, 0, 1);
+  }
+  const Tensor copy = torch::stable::contiguous(least, format_of(t, channels_last));
+  return {copy, one_sample ? 0 : one_row ? row : row * rows, one_row ? 0 : row};
 }
 
-// `t` itself where the kernels can read it in the given layout, else a copy.
+// For kernels that know no pitch: `t` itself where its samples are dense, else a copy.
 inline Tensor in_layout(const Tensor& t, bool channels_last) {
-  const bool fits = channels_last ? dense(t, axes_channels_last(t)) : has_dense_planes(t);
-  if (fits) return t;
-  return torch::stable::contiguous(t, !channels_last ? MemoryFormat::Contiguous
-                                      : t.dim() == 4 ? MemoryFormat::ChannelsLast
-                                                     : MemoryFormat::ChannelsLast3d);
+  const Map map = map_of(t, channels_last);
+  const bool dense = map.sample > 0 && map.pitch == (channels_last ? t.size(1) : positions_of(t));
+  return dense ? map.tensor : torch::stable::contiguous(t, format_of(t, channels_last));
 }
 
 // Memory for a tensor, not through the dispatcher: a call makes up to ten of them.

@@ -34,11 +34,27 @@ def choose(function: str, backend: str, x: Tensor) -> str:
     return backend
 
 
+#: (backend, device, dtype) -> the reason or None. What can run here doesn't change in a process.
+_KNOWN: dict[tuple, str | None] = {}
+
+
+@compiler.assume_constant_result
 def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """None if `backend` (any but "auto") can run tensors on `device`, else the reason.
 
-    With a `dtype`, of tensors of that dtype: one of the four that the functions take.
+    With a `dtype`, of tensors of that dtype: one of the four that the functions take. torch.compile
+    doesn't look into this function; it calls it while tracing.
     """
+    try:
+        return _KNOWN[backend, device, dtype]
+    except KeyError:
+        reason = _find_out(backend, device, dtype)
+        if device.type == "cpu" or device.index is not None:  # else it is the current one's
+            _KNOWN[backend, device, dtype] = reason
+        return reason
+
+
+def _find_out(backend, device, dtype):
     if backend == "eager":
         return None
     if backend == "triton":
@@ -59,11 +75,18 @@ def _why_not_cuda(device, dtype):
         return "built, no device: torch finds no CUDA device"
     if device.type != "cuda":
         return f"it runs on cuda tensors, got {device.type}"
-    if torch.cuda.get_device_properties(device).major < 8:
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
         return "it needs a device of compute capability 8.0 or more"
     if dtype == torch.float64:
         return "it has no kernels for float64"
-    return None
+    described = f"{properties.name}, of compute capability {properties.major}.{properties.minor}"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        code = torch.ops.scse_kernels.cuda_architecture(index)
+    except RuntimeError as error:  # the driver's
+        return f"its kernels don't load on {described}: {error}"
+    return None if code else f"it was built without code for {described}"
 
 
 def _fastest(device, dtype):

@@ -32,13 +32,24 @@ _BACKWARD = (
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format of y and dx: channels_last where x is, else contiguous."""
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format
+    """The memory format of y and dx: channels_last where x is, else contiguous.
+
+    x need not be dense. The first channels of a channels_last concatenation, say, are channels_last
+    too: what counts is that channels lie side by side and spatial axes around them in their order.
+    Kernels written in C++ go by the same rule, see csrc/tensors.h.
+    """
+    if x.dim() < 4 or x.stride(1) != 1 or x.is_contiguous():
+        return torch.contiguous_format
+    least = pixel = max(x.shape[1], 2)
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size == 1:  # its stride means nothing
+            continue
+        if stride < least:
+            return torch.contiguous_format
+        least = size * stride
+    if least == pixel:  # a single position
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def _fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
@@ -126,3 +137,5 @@ for _key in ("CUDA", "CPU"):
 
 # The instruction set that the cpu kernels chose on this machine: baseline, avx2 or avx512.
 _library.define("cpu_capability() -> str")
+# What the cuda kernels are compiled for on a device, 90 for 9.0; 0 if it can run none of the code.
+_library.define("cuda_architecture(int device) -> int")

@@ -14,10 +14,10 @@ struct ChannelsLast {
   static constexpr int64_t kBlock = 16;   // positions whose channels stay in L1 for a second use
 
   static const T* x_of(const Problem<T>& p, const Strip& strip) {
-    return p.x + strip.n * p.x_sample + strip.begin * p.channels;
+    return p.x + strip.n * p.x_sample + strip.begin * p.x_pitch;
   }
   static const T* dy_of(const Problem<T>& p, const Strip& strip) {
-    return p.dy + strip.n * p.dy_sample + strip.begin * p.out_channels;
+    return p.dy + strip.n * p.dy_sample + strip.begin * p.dy_pitch;
   }
 
   // Forward, first pass over a strip. Reads x; writes channel sums to `partial`, parks the gate.
@@ -44,7 +44,7 @@ struct ChannelsLast {
       V sum{};
       const V w = kSpatial ? load(p.ws + c, extent) : V{};
       for (int k = 0; k < P; ++k) {
-        const V xv = load(x + (i + k) * p.channels + c, extent);
+        const V xv = load(x + (i + k) * p.x_pitch + c, extent);
         if (kSum) sum += xv;
         if (kSpatial) dot[k] += w * xv;
       }
@@ -62,7 +62,7 @@ struct ChannelsLast {
     const T* x = x_of(p, strip);
     T* y = p.y + (n * p.positions + strip.begin) * p.out_channels;
     const A* gate = p.channel_gate + n * p.channels;
-    for (int64_t i = 0; i < strip.len; ++i, x += p.channels, y += p.out_channels) {
+    for (int64_t i = 0; i < strip.len; ++i, x += p.x_pitch, y += p.out_channels) {
       const V sv = broadcast<A>(kSpatial ? s[i] : A(0));
       sweep<A>(p.channels, [&](int64_t c, auto extent) {
         const V xv = load(x + c, extent), cv = kChannel ? load(gate + c, extent) : V{};
@@ -131,8 +131,8 @@ struct ChannelsLast {
       const V cv = kChannel ? load(gate + c, extent) : V{};
       const V w = kSpatial ? load(p.ws + c, extent) : V{};
       for (int k = 0; k < P; ++k) {
-        const T* dyk = dy + (i + k) * p.out_channels + c;
-        const V xv = load(x + (i + k) * p.channels + c, extent), dyv = load(dyk, extent);
+        const T* dyk = dy + (i + k) * p.dy_pitch + c;
+        const V xv = load(x + (i + k) * p.x_pitch + c, extent), dyv = load(dyk, extent);
         const V dyv2 = kConcat ? load(dyk + p.channels, extent) : V{};
         const V sv = F::by_gates ? broadcast<A>(s[i + k]) : V{};
         const Shares<A> share = F::gradient(xv, dyv, dyv2, cv, sv);
@@ -151,7 +151,7 @@ struct ChannelsLast {
                                           A* out) {
     sweep<A>(p.channels, [&](int64_t c, auto extent) {
       V sum{};
-      for (int k = 0; k < P; ++k) sum += dq[i + k] * load(x + (i + k) * p.channels + c, extent);
+      for (int k = 0; k < P; ++k) sum += dq[i + k] * load(x + (i + k) * p.x_pitch + c, extent);
       store(out + c, load(out + c, extent) + sum, extent);
     });
   }
@@ -171,8 +171,7 @@ struct ChannelsLast {
     T* dx = p.dx + (n * p.positions + strip.begin) * p.channels;
     const A* gate = p.channel_gate + n * p.channels;
     const A* mean = p.d_mean + n * p.channels;
-    for (int64_t i = 0; i < strip.len;
-         ++i, x += p.channels, dy += p.out_channels, dx += p.channels) {
+    for (int64_t i = 0; i < strip.len; ++i, x += p.x_pitch, dy += p.dy_pitch, dx += p.channels) {
       const V sv = broadcast<A>(kSpatial ? s[i] : A(0));
       const A dqv = kSpatial ? dq[i] : A(0);
       sweep<A>(p.channels, [&](int64_t c, auto extent) {

@@ -166,8 +166,8 @@ class Scratch {
 };
 
 template <typename T>
-Problem<T> describe(const Tensor& x, const Optional& w1, const Optional& w2, const Optional& ws,
-                    int64_t combine, bool channels_last) {
+Problem<T> describe(const Tensor& x, const Map& map, const Optional& w1, const Optional& w2,
+                    const Optional& ws, int64_t combine, bool channels_last) {
   check_arguments(x, w1, w2, ws, combine);
   Problem<T> p{};
   p.samples = x.size(0);
@@ -177,8 +177,8 @@ Problem<T> describe(const Tensor& x, const Optional& w1, const Optional& w2, con
   p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
   p.channels_last = channels_last;
   p.out_channels = p.combine == Combine::concat ? 2 * p.channels : p.channels;
-  p.x = static_cast<const T*>(x.const_data_ptr());
-  p.x_sample = p.samples > 1 ? x.stride(0) : p.channels * p.positions;
+  p.x = static_cast<const T*>(map.tensor.const_data_ptr());
+  p.x_sample = map.sample, p.x_pitch = map.pitch;
   p.width = strip_width(p.samples, p.positions, channels_last);
   p.strips = (p.positions + p.width - 1) / p.width;
   p.threads = torch::stable::get_num_threads();
@@ -236,14 +236,13 @@ bool streams(const Problem<T>& p, const T* map, int64_t bytes) {
 // --- forward and backward ---
 
 template <typename T>
-ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional& b1,
-                      const Optional& w2, const Optional& b2, const Optional& ws,
-                      const Optional& bs, int64_t combine) {
+ForwardResult forward(const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
+                      const Optional& b2, const Optional& ws, const Optional& bs, int64_t combine) {
   using A = Accumulator<T>;
   constexpr ScalarType acc = kAccumulator<T>;
-  const bool channels_last = is_channels_last(given_x);
-  const Tensor x = in_layout(given_x, channels_last);
-  Problem<T> p = describe<T>(x, w1, w2, ws, combine, channels_last);
+  const bool channels_last = is_channels_last(x);
+  const Map x_map = map_of(x, channels_last);
+  Problem<T> p = describe<T>(x, x_map, w1, w2, ws, combine, channels_last);
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] = p.out_channels;
@@ -277,21 +276,22 @@ ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional&
 }
 
 template <typename T>
-BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Optional& w1,
-                        const Optional& b1, const Optional& w2, const Optional& b2,
-                        const Optional& ws, const Optional& bs, const Tensor& pooled,
-                        const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
-                        bool need_dx, bool need_channel, bool need_spatial) {
+BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1,
+                        const Optional& w2, const Optional& b2, const Optional& ws,
+                        const Optional& bs, const Tensor& pooled, const Tensor& hidden,
+                        const Tensor& channel_gate, int64_t combine, bool need_dx,
+                        bool need_channel, bool need_spatial) {
   using A = Accumulator<T>;
   constexpr ScalarType acc = kAccumulator<T>;
-  const bool channels_last = is_channels_last(given_x);
-  const Tensor x = in_layout(given_x, channels_last), dy = in_layout(given_dy, channels_last);
-  Problem<T> p = describe<T>(x, w1, w2, ws, combine, channels_last);
+  const bool channels_last = is_channels_last(x);
+  const Map x_map = map_of(x, channels_last);
+  Problem<T> p = describe<T>(x, x_map, w1, w2, ws, combine, channels_last);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
                       dy.numel() == p.samples * p.out_channels * p.positions,
                   "scse_kernels: dy must have y's shape and dtype");
-  p.dy = static_cast<const T*>(dy.const_data_ptr());
-  p.dy_sample = p.samples > 1 ? dy.stride(0) : p.out_channels * p.positions;
+  const Map dy_map = map_of(dy, channels_last);
+  p.dy = static_cast<const T*>(dy_map.tensor.const_data_ptr());
+  p.dy_sample = dy_map.sample, p.dy_pitch = dy_map.pitch;
   p.need_dx = need_dx;
   p.need_channel = need_channel && w1;
   p.need_spatial = need_spatial && ws;

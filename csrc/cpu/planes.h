@@ -37,7 +37,7 @@ struct Planes {
     sweep<A>(len, [&](int64_t i, auto extent) {
       V qv = kSpatial ? load_raw<V>(q + i) : V{};
       for (int r = 0; r < R; ++r) {
-        const V xv = load(x + (c + r) * p.positions + i, extent);
+        const V xv = load(x + (c + r) * p.x_pitch + i, extent);
         if (kSum) sum[r] += xv;
         if (kSpatial) qv += w[r] * xv;
       }
@@ -53,7 +53,7 @@ struct Planes {
     alignas(64) A s[kStripBuffer];
     if (kSpatial) unpark(p, strip, 0, s);
     for (int64_t c = 0; c < p.channels; ++c) {
-      const T* x = p.x + n * p.x_sample + c * p.positions + strip.begin;
+      const T* x = p.x + n * p.x_sample + c * p.x_pitch + strip.begin;
       T* y = p.y + (n * p.out_channels + c) * p.positions + strip.begin;
       T* y2 = y + p.channels * p.positions;
       const V gate = broadcast<A>(kChannel ? p.channel_gate[n * p.channels + c] : A(0));
@@ -115,15 +115,15 @@ struct Planes {
     A w[R] = {}, gate[R] = {};
     if (kSpatial) std::copy(p.ws + c, p.ws + c + R, w);
     if (kChannel) std::copy_n(p.channel_gate + n * p.channels + c, R, gate);
-    const int64_t half = p.channels * p.positions;  // from the first to the second half of y
+    const int64_t half = p.channels * p.dy_pitch;  // from the first to the second half of dy
     V d_gate[R] = {};
     sweep<A>(len, [&](int64_t i, auto extent) {
       V qv = load_raw<V>(q + i), tv = load_raw<V>(t + i);
       const V sv = F::by_gates ? load_raw<V>(s + i) : V{};
       for (int r = 0; r < R; ++r) {
-        const int64_t at = (c + r) * p.positions + i;
-        const V xv = load(x + at, extent), dyv = load(dy + at, extent);
-        const V dyv2 = kConcat ? load(dy + half + at, extent) : V{};
+        const T* dyr = dy + (c + r) * p.dy_pitch + i;
+        const V xv = load(x + (c + r) * p.x_pitch + i, extent), dyv = load(dyr, extent);
+        const V dyv2 = kConcat ? load(dyr + half, extent) : V{};
         const Shares<A> share = F::gradient(xv, dyv, dyv2, broadcast<A>(gate[r]), sv);
         if (kChannel) d_gate[r] += share.c;
         if (kSpatial) tv += share.s;
@@ -141,7 +141,7 @@ struct Planes {
     V sum[R] = {};
     sweep<A>(len, [&](int64_t i, auto extent) {
       const V dqv = load_raw<V>(dq + i);
-      for (int r = 0; r < R; ++r) sum[r] += dqv * load(x + (c + r) * p.positions + i, extent);
+      for (int r = 0; r < R; ++r) sum[r] += dqv * load(x + (c + r) * p.x_pitch + i, extent);
     });
     for (int r = 0; r < R; ++r) out[c + r] = sum_lanes<A>(sum[r]);
   }
@@ -158,11 +158,10 @@ struct Planes {
       unpark(p, strip, 1, dq);
     }
     for (int64_t c = 0; c < p.channels; ++c) {
-      const int64_t plane = c * p.positions + strip.begin;
-      const T* x = p.x + n * p.x_sample + plane;
-      const T* dy = p.dy + n * p.dy_sample + plane;
-      const T* dy2 = dy + p.channels * p.positions;
-      T* dx = p.dx + n * p.channels * p.positions + plane;
+      const T* x = p.x + n * p.x_sample + c * p.x_pitch + strip.begin;
+      const T* dy = p.dy + n * p.dy_sample + c * p.dy_pitch + strip.begin;
+      const T* dy2 = dy + p.channels * p.dy_pitch;
+      T* dx = p.dx + (n * p.channels + c) * p.positions + strip.begin;
       const int64_t nc = n * p.channels + c;
       const V gate = broadcast<A>(kChannel ? p.channel_gate[nc] : A(0));
       const A mean = kChannel ? p.d_mean[nc] : A(0), w = kSpatial ? p.ws[c] : A(0);

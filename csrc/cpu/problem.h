@@ -103,13 +103,14 @@ struct Problem {
   int64_t width, strips;  // positions per strip, strips per sample
   bool stream;            // the second pass stores past the caches; rows begin on cache lines
 
-  // Feature maps: [N, C, S] or [N, S, C]; y and dy hold 2 * C channels for concat. Rows of a
-  // sample are dense, samples may lie further apart in the inputs.
+  // Feature maps: [N, C, S] or [N, S, C]; y and dy hold 2 * C channels for concat. Rows are dense;
+  // those of the inputs, and their samples, may be any distance apart.
   const T* x;
   const T* dy;
   T* y;
   T* dx;
   int64_t x_sample, dy_sample;  // elements from one sample to the next
+  int64_t x_pitch, dy_pitch;    // and from one row to the next
   int64_t out_channels;         // channels of y and dy
 
   // Parameters, as Accumulator<T>; null where absent.

@@ -7,12 +7,20 @@
 #include <stdexcept>
 #include <string>
 
+#include "per_device.h"
 #include "problem.h"
 
 namespace scse::cuda {
 
+// Whether a call of the runtime succeeded. The runtime keeps a thread's last error until somebody
+// asks for it, as torch does after its own launches: one of ours isn't left for others to find.
+inline bool succeeded(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess;
+}
+
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
+  if (!succeeded(error)) {
     throw std::runtime_error(std::string("scse_kernels: ") + what + ": " +
                              cudaGetErrorString(error));
   }
@@ -23,7 +31,7 @@ struct Grid {
   int64_t blocks;
   int threads;
   int64_t shared = 0;    // bytes of dynamic shared memory
-  int64_t most = 0;      // of `shared`, in any launch of this kernel on this device
+  int64_t most = 0;      // of `shared`, in any launch of this kernel on this device: a constant
   int cluster = 1;       // blocks to a cluster
   bool overlap = false;  // may start before the kernel before has ended, see overlap.cuh
 };
@@ -31,6 +39,25 @@ struct Grid {
 // More dynamic shared memory than this has to be asked for: what a kernel's static memory, 16 KiB
 // of it at most, leaves of 48 KiB.
 constexpr int64_t kSharedByDefault = 32 * 1024;
+// So do clusters of more blocks than every device with clusters can place.
+constexpr int kClusterByDefault = 8;
+
+// Asks for what a kernel doesn't get by default; the runtime remembers it.
+inline void ask_for(const char* name, const void* kernel, const Grid& grid, int device) {
+  static OncePerKernel shared, cluster;
+  if (grid.shared > kSharedByDefault) {
+    shared.run(kernel, device, [&] {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(grid.most)),
+            name);
+    });
+  }
+  if (grid.cluster > kClusterByDefault) {
+    cluster.run(kernel, device, [&] {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+    });
+  }
+}
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const Problem& p,
@@ -38,12 +65,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   if (grid.blocks > INT32_MAX) {
     throw std::runtime_error(std::string("scse_kernels: ") + name + ": more than 2**31 - 1 blocks");
   }
-  if (grid.shared > kSharedByDefault) {
-    // Always the same number: another thread may be about to launch this kernel with more.
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(grid.most)),
-          name);
-  }
+  ask_for(name, reinterpret_cast<const void*>(kernel), grid, p.device);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(grid.threads);
@@ -56,13 +78,14 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
     a.id = cudaLaunchAttributeClusterDimension;
     a.val.clusterDim.x = grid.cluster, a.val.clusterDim.y = 1, a.val.clusterDim.z = 1;
   }
-  if (grid.overlap && p.architecture >= 90) {
+  if (grid.overlap && p.overlap && p.architecture >= 90) {
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     a.val.programmaticStreamSerializationAllowed = 1;
   }
+  // What it returns is about this launch (or says that the device is lost); the runtime's last
+  // error may be somebody else's.
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
-  check(cudaGetLastError(), name);
 }
 
 }  // namespace scse::cuda

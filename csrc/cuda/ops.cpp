@@ -10,6 +10,7 @@
 #include "choose.h"
 #include "general/general.h"
 #include "launch.h"
+#include "options.h"
 #include "on_chip/on_chip.h"
 
 namespace scse::cuda {
@@ -63,15 +64,19 @@ Tensor gradient(const Optional& parameter, bool needed, const Tensor& x, void*& 
   return t;
 }
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-  return value;
+int multiprocessors_of(int device) {
+  static PerDevice<int> known;
+  return known.get(device, [&] {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+          "cudaDeviceGetAttribute");
+    return count;
+  });
 }
 
 // What forward and backward have in common, without the parameters.
-Problem describe(const Tensor& x, const Optional& w1, const Optional& w2, const Optional& ws,
-                 int64_t combine, bool channels_last) {
+Problem describe(const Tensor& x, const Map& map, const Optional& w1, const Optional& w2,
+                 const Optional& ws, int64_t combine, bool channels_last) {
   check_arguments(x, w1, w2, ws, combine);
   Problem p{};
   p.dtype = dtype_of(x);
@@ -90,34 +95,45 @@ Problem describe(const Tensor& x, const Optional& w1, const Optional& w2, const 
   p.positions = positions_of(x);
   p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
   p.channels_last = channels_last;
-  p.x = x.const_data_ptr();
-  p.x_sample = p.samples > 1 ? x.stride(0) : p.channels * p.positions;
+  p.x = map.tensor.const_data_ptr();
+  p.x_sample = map.sample, p.x_pitch = map.pitch;
   p.device = x.get_device();
   p.architecture = architecture_of(p.device);
+  STD_TORCH_CHECK(p.architecture > 0, "scse_kernels: this build of backend 'cuda' has no code for",
+                  " device ", p.device);
+  p.overlap = wanted_overlap();
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(p.device, &stream));
   p.stream = static_cast<cudaStream_t>(stream);
   return p;
 }
 
-// The kernels of one call, forward or backward.
-const Launcher& kernels(const Problem& p, bool fits, int passes) {
+// The kernels of one call. `fits`: on_chip_forward_fits or on_chip_backward_fits. `passes`: of the
+// general kernels.
+const Launcher& kernels(const Problem& p, bool (*fits)(const Problem&), int passes) {
+  const Family wanted = wanted_family();
+  if (wanted == Family::general || p.samples == 0) return general;
+  const bool can = fits(p);
+  if (wanted == Family::on_chip) {
+    STD_TORCH_CHECK(can, "SCSE_CUDA_KERNELS=on_chip: ", on_chip_why_not(p));
+    return on_chip_kernels;
+  }
   const int64_t itemsize = p.dtype == Dtype::float32 ? 4 : 2;
   const int64_t bytes = p.samples * p.channels * p.positions * itemsize;
-  const int64_t blocks = fits ? on_chip_blocks(p) : 0;
-  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, p.device);
+  const int64_t blocks = can ? on_chip_blocks(p) : 0;
+  const int multiprocessors = multiprocessors_of(p.device);
   return prefer_on_chip(bytes, blocks, passes, multiprocessors) ? on_chip_kernels : general;
 }
 
 Tensor scratch(int64_t floats, const Tensor& x) { return empty({floats}, ScalarType::Float, x); }
 
-ForwardResult cuda_forward(const Tensor& given_x, const Optional& w1, const Optional& b1,
+ForwardResult cuda_forward(const Tensor& x, const Optional& w1, const Optional& b1,
                            const Optional& w2, const Optional& b2, const Optional& ws,
                            const Optional& bs, int64_t combine) {
-  const torch::stable::accelerator::DeviceGuard guard(given_x.get_device());
-  const bool channels_last = is_channels_last(given_x);
-  const Tensor x = in_layout(given_x, channels_last);
-  Problem p = describe(x, w1, w2, ws, combine, channels_last);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const bool channels_last = is_channels_last(x);
+  const Map x_map = map_of(x, channels_last);
+  Problem p = describe(x, x_map, w1, w2, ws, combine, channels_last);
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] = p.out_channels();
@@ -140,26 +156,27 @@ ForwardResult cuda_forward(const Tensor& given_x, const Optional& w1, const Opti
   p.ws = parameters.add(p, Parameter::ws, "ws", ws, C);
   p.bs = parameters.add(p, Parameter::bs, "bs", bs, 1);
 
-  const Launcher& chosen = kernels(p, on_chip_forward_fits(p), 3);
+  const Launcher& chosen = kernels(p, on_chip_forward_fits, 3);
   const Tensor memory = scratch(chosen.forward_scratch(p), x);
   chosen.forward(p, static_cast<float*>(memory.mutable_data_ptr()));
   return {y, pooled, hidden, channel_gate};
 }
 
-BackwardResult cuda_backward(const Tensor& given_dy, const Tensor& given_x, const Optional& w1,
+BackwardResult cuda_backward(const Tensor& dy, const Tensor& x, const Optional& w1,
                              const Optional& b1, const Optional& w2, const Optional& b2,
                              const Optional& ws, const Optional& bs, const Tensor& pooled,
                              const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
                              bool need_dx, bool need_channel, bool need_spatial) {
-  const torch::stable::accelerator::DeviceGuard guard(given_x.get_device());
-  const bool channels_last = is_channels_last(given_x);
-  const Tensor x = in_layout(given_x, channels_last), dy = in_layout(given_dy, channels_last);
-  Problem p = describe(x, w1, w2, ws, combine, channels_last);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const bool channels_last = is_channels_last(x);
+  const Map x_map = map_of(x, channels_last);
+  Problem p = describe(x, x_map, w1, w2, ws, combine, channels_last);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
                       dy.numel() == p.samples * p.out_channels() * p.positions,
                   "scse_kernels: dy must have y's shape and dtype");
-  p.dy = dy.const_data_ptr();
-  p.dy_sample = p.samples > 1 ? dy.stride(0) : p.out_channels() * p.positions;
+  const Map dy_map = map_of(dy, channels_last);
+  p.dy = dy_map.tensor.const_data_ptr();
+  p.dy_sample = dy_map.sample, p.dy_pitch = dy_map.pitch;
   p.pooled = saved<float>("pooled", pooled, w1 ? p.samples * p.channels : 0);
   p.hidden = saved<float>("hidden", hidden, w1 ? p.samples * p.hidden_channels : 0);
   p.channel_gate = saved<float>("channel_gate", channel_gate, w1 ? p.samples * p.channels : 0);
@@ -186,10 +203,16 @@ BackwardResult cuda_backward(const Tensor& given_dy, const Tensor& given_x, cons
 
   // Those formulas that need the gates read x twice.
   const bool by_gates = p.combine == Combine::max || p.combine == Combine::mul;
-  const Launcher& chosen = kernels(p, on_chip_backward_fits(p), by_gates ? 5 : 4);
+  const Launcher& chosen = kernels(p, on_chip_backward_fits, by_gates ? 5 : 4);
   const Tensor memory = scratch(chosen.backward_scratch(p), x);
   chosen.backward(p, static_cast<float*>(memory.mutable_data_ptr()));
   return {dx, dw1, db1, dw2, db2, dws, dbs};
+}
+
+// What the build's kernels are compiled for on a device: 90 for 9.0; 0: there is no code for it.
+int64_t cuda_architecture(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  return architecture_of(static_cast<int>(device));
 }
 
 }  // namespace
@@ -198,6 +221,10 @@ BackwardResult cuda_backward(const Tensor& given_dy, const Tensor& given_x, cons
 STABLE_TORCH_LIBRARY_IMPL(scse_kernels, CUDA, m) {
   m.impl("cuda_forward", TORCH_BOX(&scse::cuda::cuda_forward));
   m.impl("cuda_backward", TORCH_BOX(&scse::cuda::cuda_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(scse_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_architecture", TORCH_BOX(&scse::cuda::cuda_architecture));
 }
 
 // An empty Python module: importing it registers the operators above.

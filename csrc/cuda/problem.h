@@ -18,13 +18,15 @@ struct Problem {
   bool channels_last;
   int device;
   int architecture;  // see architecture_of
+  bool overlap;      // a kernel may start while the one before is finishing
   cudaStream_t stream;
 
-  // Feature maps: [N, C, S] or [N, S, C]; y and dy hold 2 * C channels for concat. Samples are
-  // dense; those of the inputs may lie further apart.
+  // Feature maps: [N, C, S] or [N, S, C]; y and dy hold 2 * C channels for concat. Rows are dense;
+  // those of the inputs, and their samples, may be any distance apart.
   const void *x, *dy;
   void *y, *dx;                 // dx: null unless it is needed
   int64_t x_sample, dy_sample;  // elements from one sample to the next
+  int64_t x_pitch, dy_pitch;    // and from one row to the next
 
   // Parameters, dense, null where absent; their dtypes as in dtypes.h.
   const void *w1, *b1, *w2, *b2, *ws, *bs;
@@ -41,8 +43,8 @@ struct Problem {
   bool has_spatial() const { return combine != Combine::channel; }
   bool need_channel() const { return dw1 != nullptr; }
   bool need_spatial() const { return dws != nullptr; }
-  // Elements from one row to the next: positions in channels_last maps, else channels. Of x and dx.
-  int64_t pitch() const { return channels_last ? channels : positions; }
+  // Elements of a row of x: channels in channels_last maps, else positions.
+  int64_t row() const { return channels_last ? channels : positions; }
 };
 
 // A way to compute it. `scratch`: floats of memory that the launcher wants, aligned to 256 bytes.

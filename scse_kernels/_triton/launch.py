@@ -6,6 +6,7 @@ the results' tensors. No step here waits for the device. Scratch comes from torc
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,14 @@ from .squeeze import squeeze_kernel
 
 _BLOCK = 32  # of the parameters' gradients
 _WIDE = 2**31  # maps of so many elements need 64-bit offsets
+
+
+class Map(NamedTuple):
+    """A map as kernels access it: rows of positions, or (channels_last) of channels, are dense."""
+
+    tensor: Tensor
+    sample: int  # elements from one sample to the next
+    pitch: int  # and from one row to the next
 
 
 @dataclass(frozen=True)
@@ -50,18 +59,18 @@ class Problem:
     def has_spatial(self) -> bool:
         return self.combine != CHANNEL.value
 
-    def constants(self, *maps: Tensor) -> dict:
+    def constants(self, *maps: Map) -> dict:
         """The compile-time arguments that kernels over these maps share."""
         inner = self.channels if self.channels_last else self.positions
-        strides = [stride for m in maps for stride in (_sample(m), self.pitch(m))]
-        align = 16 // maps[0].element_size()
+        strides = [stride for m in maps for stride in (m.sample, m.pitch)]
+        align = 16 // maps[0].tensor.element_size()
         while any(size % align for size in (inner, *strides)):
             align //= 2
         return {
             "COMBINE": self.combine,
             "CHANNELS_LAST": self.channels_last,
             "ALIGN": align,
-            "WIDE": any(m.shape[0] * max(_sample(m), prod(m.shape[1:])) >= _WIDE for m in maps),
+            "WIDE": any(self.reach(m) >= _WIDE for m in maps),
             "BLOCK_C": self.tile.block_c,
             "BLOCK_S": self.tile.block_s,
             "num_warps": self.tile.warps,
@@ -110,25 +119,59 @@ class Problem:
             l2,
         )
 
-    def pitch(self, map: Tensor) -> int:
-        """Elements between rows: from one position to the next, or from channel to channel."""
-        return map.shape[1] if self.channels_last else self.positions
+    def reach(self, map: Map) -> int:
+        """More than the largest offset of an element, also if the map were dense."""
+        samples, channels = map.tensor.shape[:2]
+        rows = self.positions if self.channels_last else channels
+        return samples * max(map.sample, channels * self.positions, rows * map.pitch)
 
-    def half(self, map: Tensor) -> int:
+    def half(self, map: Map) -> int:
         """Elements from the first to the second half of a sample of y or dy (for concat)."""
-        return self.channels * (1 if self.channels_last else self.positions)
+        return self.channels * (1 if self.channels_last else map.pitch)
 
 
-def _sample(map: Tensor) -> int:
-    """Elements from one sample to the next."""
-    return map.stride(0) if map.shape[0] > 1 else prod(map.shape[1:])
+def _dense(map: Tensor, channels_last: bool) -> Map:
+    """A map that is dense in its format."""
+    channels, positions = map.shape[1], prod(map.shape[2:])
+    return Map(map, channels * positions, channels if channels_last else positions)
 
 
-def _in_format(map: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The map with dense samples in that format; samples may lie further apart."""
-    if map.shape[0] and map[:1].is_contiguous(memory_format=memory_format):
-        return map
-    return map.contiguous(memory_format=memory_format)
+def _apart(map: Tensor) -> int:
+    """The distance between neighbouring positions where all are that far apart, else -1; 1 where
+    there is one position only."""
+    apart, following = -1, 0
+    for size, stride in zip(reversed(map.shape[2:]), reversed(map.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if apart < 0:
+            apart = stride
+        elif stride != following:
+            return -1
+        following = size * stride
+    return 1 if apart < 0 else apart
+
+
+def _in_format(map: Tensor, memory_format: torch.memory_format) -> Map:
+    """The map in a format that kernels can read: rows are dense; they and samples may be any
+    distance apart, or the same one. A copy where it must be; of what is expanded, of one sample or
+    one row."""
+    channels_last = memory_format != torch.contiguous_format
+    if map.is_contiguous(memory_format=memory_format):
+        return _dense(map, channels_last)
+    channels, positions = map.shape[1], prod(map.shape[2:])
+    apart, between = _apart(map), 1 if channels == 1 else map.stride(1)
+    row, rows = (channels, positions) if channels_last else (positions, channels)
+    along, pitch = (between, apart) if channels_last else (apart, between)
+    pitch = row if rows == 1 else pitch
+    sample = map.stride(0) if map.shape[0] > 1 else row * rows
+    if along == 1 and pitch >= 0:
+        return Map(map, sample, pitch)
+    least = map[:1] if sample == 0 else map
+    if pitch == 0:
+        least = least[(..., *(slice(1),) * (map.dim() - 2))] if channels_last else least[:, :1]
+        rows = 1
+    copy = least.contiguous(memory_format=memory_format)
+    return Map(copy.expand(map.shape), sample and row * rows, pitch and row)
 
 
 def _describe(
@@ -197,7 +240,8 @@ def forward(
     y, pooled, hidden, channel_gate = results
     if p.samples == 0:
         return
-    x = _in_format(x, memory_format)
+    in_x, out_y = _in_format(x, memory_format), _dense(y, p.channels_last)
+    x = in_x.tensor
     w1, b1, w2, b2, ws, bs = _contiguous(w1, b1, w2, b2, ws, bs)
 
     n, c, s = p.samples, p.channels, p.positions
@@ -211,15 +255,15 @@ def forward(
                 x, w1, b1, w2, b2, ws, bs, partial, spatial_gate,
                 pooled, hidden, channel_gate, y, _counters(x, 1 + n),
                 n, c, p.hidden, s, p.strips, lag,
-                _sample(x), p.pitch(x), _sample(y), p.pitch(y), p.half(y),
+                in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
                 HOLD=p.tile.hold, TILES=p.tile.tiles,
-                **p.constants(x, y), **p.excitation_within(pooled.dtype),
+                **p.constants(in_x, out_y), **p.excitation_within(pooled.dtype),
             )  # fmt: skip
             return
         squeeze_kernel[(n * p.strips,)](
             x, ws, bs, partial, spatial_gate,
-            c, s, p.strips, _sample(x), p.pitch(x),
-            HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(x),
+            c, s, p.strips, in_x.sample, in_x.pitch,
+            HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(in_x),
         )  # fmt: skip
         if p.has_channel:
             excite_kernel[(n,)](
@@ -230,8 +274,9 @@ def forward(
         strips = triton.cdiv(s, p.tile.block_s)
         apply_kernel[(n * strips * triton.cdiv(c, p.tile.block_c),)](
             x, channel_gate, spatial_gate, y,
-            c, s, strips, _sample(x), p.pitch(x), _sample(y), p.pitch(y), p.half(y),
-            **p.constants(x, y),
+            c, s, strips,
+            in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
+            **p.constants(in_x, out_y),
         )  # fmt: skip
 
 
@@ -272,7 +317,9 @@ def backward(
     if not (sum_channel or sum_spatial):
         return
 
-    x, dy = _in_format(x, memory_format), _in_format(dy, memory_format)
+    in_x, in_dy = _in_format(x, memory_format), _in_format(dy, memory_format)
+    out_dx = _dense(dx, p.channels_last) if need_dx else Map(dx, 0, 0)
+    x, dy = in_x.tensor, in_dy.tensor
     w1, w2, ws, bs = _contiguous(w1, w2, ws, bs)
     n, c, s, strips = p.samples, p.channels, p.positions, p.strips
 
@@ -290,7 +337,7 @@ def backward(
 
     blocks = triton.cdiv(c, _BLOCK)
     tasks = 2 * blocks * triton.cdiv(p.hidden, _BLOCK) * need_channel + blocks * need_spatial
-    maps = [x, dy, *([dx] if need_dx else [])]
+    maps = [in_x, in_dy, *([out_dx] if need_dx else [])]
     with torch.cuda.device_of(x):
         if n and p.launches == 1:
             queue = p.queue(x, 8, dy, *([x] if reads_x(p.combine) else []))
@@ -301,8 +348,8 @@ def backward(
                 d_excited, d_hidden, d_mean, sample_ws, sample_bs,
                 dx if need_dx else None, dw1, db1, dw2, db2, dws, dbs, _counters(x, 2 + n),
                 n, c, p.hidden, s, strips, lag, tasks,
-                _sample(dy), p.pitch(dy), p.half(dy), _sample(x), p.pitch(x),
-                _sample(dx) if need_dx else 0, p.pitch(x),
+                in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
+                out_dx.sample, out_dx.pitch,
                 SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
                 STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
                 BLOCK=_BLOCK, **p.constants(*maps), **p.excitation_within(pooled.dtype),
@@ -312,10 +359,10 @@ def backward(
         if n:
             reduce_kernel[(n * strips,)](
                 dy, x, ws, bs, channel_gate, partial, partial_ws, partial_bs, spatial_gate, dq,
-                c, s, strips, _sample(dy), p.pitch(dy), p.half(dy), _sample(x), p.pitch(x),
+                c, s, strips, in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
                 SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
                 STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles,
-                **p.constants(x, dy),
+                **p.constants(in_x, in_dy),
             )  # fmt: skip
             if sum_channel or need_spatial:
                 excite_backward_kernel[(n, sum_channel + need_spatial)](
@@ -332,8 +379,8 @@ def backward(
                 d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs,
                 dw1, db1, dw2, db2, dws, dbs,
                 n, c, p.hidden, s, row_strips, tiles,
-                _sample(dy), p.pitch(dy), p.half(dy), _sample(x), p.pitch(x),
-                _sample(dx) if need_dx else 0, p.pitch(x),
+                in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
+                out_dx.sample, out_dx.pitch,
                 NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=_BLOCK,
                 **p.constants(*maps),
             )  # fmt: skip

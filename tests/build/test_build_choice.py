@@ -130,7 +130,8 @@ def test_no_compiler(build, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "torch_cuda, version, given, expected",
     [
-        ("13.0", "13.0", None, "8.0;9.0;10.0;12.0+PTX"),
+        ("13.0", "13.0", None, "8.0+PTX;9.0;10.0;11.0;12.0+PTX"),
+        ("12.8", "12.9", None, "8.0+PTX;9.0;10.0;12.0+PTX"),
         ("12.6", "12.6", None, "8.0;9.0+PTX"),
         ("13.0", "13.0", "8.6", "8.6"),
     ],
@@ -142,3 +143,6 @@ def test_architectures(build, monkeypatch, toolkit, torch_cuda, version, given, 
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
     build.arguments_of_setup()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == expected
+    flags = cpp_extension._get_cuda_arch_flags()  # torch knows them all
+    assert sum(",code=sm_" in flag for flag in flags) == len(expected.split(";"))
+    assert sum(",code=compute_" in flag for flag in flags) == expected.count("+PTX")

@@ -1,6 +1,7 @@
 """The CUDA backend without a device: who may use it, and its operators."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,14 +27,24 @@ def test_an_extension_that_was_built_loads():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(built, capability): what _native and torch say of it; capability None: no GPU."""
+    """machine(built, capability, code): what _native, torch and the extension say of it; capability
+    None: no GPU; code 0: for another one; an error: it doesn't load."""
 
-    def pretend(built=True, capability=None):
+    def pretend(built=True, capability=None, code=90):
+        def architecture(index):
+            if isinstance(code, Exception):
+                raise code
+            return code
+
+        monkeypatch.setattr(backends, "_KNOWN", {})
+        monkeypatch.setattr(torch.ops.scse_kernels, "cuda_architecture", architecture)
         reasons = {"_C": None, "_C_cuda": None if built else "built without scse_kernels._C_cuda"}
         monkeypatch.setattr(_native, "_WHY_NOT", reasons)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-        properties = type("Properties", (), {"major": capability and capability // 10})
+        major, minor = divmod(capability or 0, 10)
+        properties = SimpleNamespace(major=major, minor=minor, name="NVIDIA A100")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr("scse_kernels._triton.why_not", lambda device: None)
 
     return pretend
@@ -67,6 +78,40 @@ def test_capability(machine, capability, usable):
     assert (reason is None) == usable
     assert usable or "compute capability 8.0" in reason
     assert backends._fastest(CUDA, torch.float16) == ("cuda" if usable else "triton")
+
+
+@pytest.mark.parametrize("device", (CUDA, torch.device("cuda", 1)), ids=str)
+def test_built_for_other_devices(machine, device):
+    """As one for 9.0 alone on an A100: "auto" goes on, who asks for "cuda" is told."""
+    machine(capability=80, code=0)
+    reason = backends.why_not("cuda", device, torch.float16)
+    assert reason == "it was built without code for NVIDIA A100, of compute capability 8.0"
+    assert backends._fastest(device, torch.float16) == "triton"
+
+
+def test_a_driver_that_cannot_load_the_kernels(machine):
+    machine(capability=90, code=RuntimeError("scse_kernels: excite: out of memory"))
+    reason = backends.why_not("cuda", CUDA)
+    assert reason.startswith("its kernels don't load on NVIDIA A100") and "out of memory" in reason
+
+
+def test_what_a_device_can_run_is_looked_up_once(machine, monkeypatch):
+    def never(*_):
+        raise AssertionError("looked up again")
+
+    first = torch.device("cuda", 0)
+    machine(capability=90)
+    assert backends._fastest(first, torch.float16) == backends._fastest(first, torch.float16)
+    assert backends.why_not("cuda", CUDA, torch.float16) is None
+    for name in ("is_available", "get_device_properties", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, never)
+    assert backends.why_not("cuda", first, torch.float16) is None
+    with pytest.raises(AssertionError, match="again"):  # another dtype; another device
+        backends.why_not("cuda", first, torch.float64)
+    with pytest.raises(AssertionError, match="again"):
+        backends.why_not("cuda", torch.device("cuda", 1), torch.float16)
+    with pytest.raises(AssertionError, match="again"):  # the current one may be another by now
+        backends.why_not("cuda", CUDA, torch.float16)
 
 
 def test_float64_goes_elsewhere(machine):

@@ -13,6 +13,7 @@ PACKAGE = Path(scse_kernels.__file__).parent
 ORDER = (
     *(
         "__main__",
+        "selfcheck",
         "__init__",
         "checkpoints",
         "convert",

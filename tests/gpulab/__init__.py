@@ -1,6 +1,6 @@
 """gpulab: run and measure compiled CUDA kernels (PTX) on a CPU."""
 
-from .arrays import as_bf16, bf16_to_float, empty, float_to_bf16
+from .arrays import Struct, as_bf16, bf16_to_float, empty, float_to_bf16
 from .caches import L2Cache
 from .counters import Report
 from .devices import A100, B200, H100, PRESETS, RTX4090, Device
@@ -47,6 +47,7 @@ __all__ = [
     "Report",
     "Resources",
     "SharedRace",
+    "Struct",
     "Trap",
     "UninitialisedRead",
     "UnsupportedInstruction",

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 
+from .arrays import Struct
 from .caches import POLICY_NAMES, L1Filter, L2Cache
 from .counters import AccessSite, Counters, Report, classify, reads_global
 from .devices import H100
@@ -55,6 +56,11 @@ class Module:
         if self._resources is None:
             self._resources = try_resources(self.ptx, self.target)
         return self._resources.get(name)
+
+    def static_shared(self, name):
+        """Bytes of shared memory that a kernel's code declares."""
+        shared = [v for v in self.variables.values() if v.space == "shared"]
+        return self._shared_layout(self.kernels[name], shared)[1]
 
     def registers(self, name):
         """Registers per thread reported by ptxas, or 0 when ptxas is not available."""
@@ -226,8 +232,11 @@ class Module:
             )
         buffers = {}
         for i, a in enumerate(args):
+            name = names[i] if names else f"arg{i}"
             if is_array(a):
-                buffers[i] = HostBuffer(a, names[i] if names else f"arg{i}")
+                buffers[i] = HostBuffer(a, name)
+            elif isinstance(a, Struct):
+                buffers |= {(i, at): HostBuffer(b, name) for at, b in a.pointers.items()}
         for name, storage in self.globals.items():
             buffers[name] = HostBuffer(storage, name)
         if program.uses_envreg:
@@ -239,6 +248,10 @@ class Module:
                 symbols[name] = gmem.address_of(b)
         params = np.zeros(max(kernel.param_bytes, 1), np.uint8)
         for i, (p, a) in enumerate(zip(kernel.params, args, strict=False)):
+            if isinstance(a, Struct):
+                a, pointers = bytearray(a.raw), a.pointers
+                for at in pointers:
+                    a[at : at + 8] = gmem.address_of(buffers[i, at]).to_bytes(8, "little")
             raw = _param_bytes(p, gmem.address_of(buffers[i]) if i in buffers else a)
             params[p.offset : p.offset + p.nbytes] = np.frombuffer(raw, np.uint8)
             symbols[p.name] = p.offset

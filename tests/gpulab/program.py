@@ -113,9 +113,9 @@ class Program:
                 block.last
             ):  # reads its operands after the flush
                 needed |= sum(1 << slot for slot in {r.slot for r in block.last.reads()})
-            block.overwritten = frozenset(
-                r.slot for r in self.kernel.registers if (needed & block.defs) >> r.slot & 1
-            )
+            needed &= block.defs
+            written = {r.slot for ins in self.instrs[block.start : block.end] for r in ins.writes()}
+            block.overwritten = frozenset(slot for slot in written if needed >> slot & 1)
             for ins in reversed(self.instrs[block.start : block.end]):
                 written = ins.writes()
                 ins.result_unused = all(not bits >> r.slot & 1 for r in written)

@@ -45,6 +45,8 @@ STRIDES = {
     "channels_last, batch sliced": lambda t: within(t, 0, arranged=channels_last),
     "channels_last, channel sliced": lambda t: within(t, 1, arranged=channels_last),
     "channels_last, columns sliced": lambda t: within(t, -1, arranged=channels_last),
+    "channels_last, every second sample": lambda t: within(t, 0, step=2, arranged=channels_last),
+    "channels_last, every second channel": lambda t: within(t, 1, step=2, arranged=channels_last),
     "spatial axes swapped": lambda t: t.transpose(2, -1).contiguous().transpose(2, -1),
     "batch and channels swapped": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
     "batch innermost": lambda t: torch.movedim(torch.movedim(t, 0, -1).contiguous(), -1, 0),
@@ -57,6 +59,11 @@ NO_COPY = {  # what broadcasting leaves behind: several indices, one element
     "one channel": lambda t: t[:, :1].expand(t.shape),
     "one position": lambda t: t[(..., *(slice(0, 1),) * (t.dim() - 2))].expand(t.shape),
     "one element": lambda t: t.flatten()[0].expand(t.shape),
+    "one sample, channels_last": lambda t: channels_last(t[:1]).expand(t.shape),
+    "one channel of a sample": lambda t: t[:1, :1].expand(t.shape),
+    "one position of a sample": lambda t: t[(0, ..., *(slice(0, 1),) * (t.dim() - 2))].expand(
+        t.shape
+    ),
 }
 
 
@@ -128,6 +135,37 @@ def test_output_has_the_memory_format_of_x(target, variant, memory_format):
         assert got["y"].is_contiguous(memory_format=memory_format)
         if target.backend != "eager":  # there autograd decides
             assert got["dx"].is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=lambda s: f"{len(s) - 2}d")
+@pytest.mark.parametrize("strides", [name for name in STRIDES if "channels_last, " in name])
+def test_part_of_a_channels_last_map_stays_channels_last(target, strides, shape):
+    """As every second sample does, though not every second channel: channels lie side by side."""
+    stays = strides != "channels_last, every second channel"
+    case = make_case(shape, "max").arranged(x=STRIDES[strides])
+    got = output_and_gradients(
+        lambda v, *a, **k: call(v, *a, **k, backend=target.backend), case, target.device
+    )
+    names = ("y",) if target.backend == "eager" else ("y", "dx")  # of eager's dx autograd decides
+    for name in names:
+        t = got[name]
+        assert t.is_contiguous(memory_format=CHANNELS_LAST[t.dim()]) == stays
+        assert t.is_contiguous() != stays
+
+
+@pytest.mark.parametrize(
+    "shape",
+    ((3, 1, 9, 7), (1, 12, 9, 7), (3, 12, 1, 7), (3, 12, 9, 1), (3, 12, 1, 1), (1, 1, 1, 1)),
+)
+def test_axes_of_size_one(target, shape):
+    """Their strides mean nothing, and may be anything."""
+    for number, strides in enumerate(("channel sliced", "channels_last, channel sliced")):
+        arrange = STRIDES[strides]
+        case = make_case(shape, _variant(number + sum(shape)))
+        check(case.arranged(arrange, arrange), target)
+        check(case.arranged(x=arrange), target)
+    odd = [5 if size == 1 else stride for size, stride in zip(shape, case.x.stride(), strict=True)]
+    check(case.arranged(x=lambda t: t.as_strided(shape, odd)), target)
 
 
 def test_output_of_a_map_with_other_strides_is_contiguous(target):

@@ -1,5 +1,5 @@
 """No copy of a map is made that its layout doesn't need: channels_last passes through from one
-convolution to the next, and dense samples of a larger tensor are read where they are."""
+convolution to the next, and parts of a larger tensor with dense rows are read where they are."""
 
 import pytest
 import torch
@@ -26,12 +26,24 @@ def batch_of_a_larger_tensor(t):
     return torch.cat([t, t], 1).contiguous()[:, : t.shape[1]]
 
 
-def _copies(function):
-    """How many copies of at least a sample a function makes, those inside of operators included."""
+def _copied(function):
+    """The shapes of the maps that a function copies, also inside of operators, and its results."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         results = function()
     shapes = [e.input_shapes[0] for e in recorded.events() if e.name == COPY]
-    return sum(len(shape) > 2 for shape in shapes), results
+    return [shape for shape in shapes if len(shape) > 2], results
+
+
+def _copies(function):
+    """How many those are."""
+    shapes, results = _copied(function)
+    return len(shapes), results
+
+
+def _gradient(case):
+    x = case.x.requires_grad_()
+    y = call(case.variant, x, *case.parameters, backend="cpu")
+    return torch.autograd.grad(y, x, case.dy)
 
 
 def _forward_and_backward(case):
@@ -61,6 +73,41 @@ def test_dense_samples_of_a_larger_tensor():
     case = make_case((3, 12, 9, 7)).arranged(batch_of_a_larger_tensor, batch_of_a_larger_tensor)
     assert not case.x.is_contiguous()
     assert _forward_and_backward(case)[0] == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", ((3, 12, 9, 7), (2, 12, 5, 4, 3)), ids=("2d", "3d"))
+def test_channels_of_a_larger_tensor(shape, variant):
+    """The first channels of a channels_last concatenation: y and dx are dense and channels_last."""
+
+    def first_channels(t):
+        return channels_last(torch.cat([t, t], 1))[:, : t.shape[1]]
+
+    case = make_case(shape, variant).arranged(first_channels, first_channels)
+    assert not case.x.is_contiguous(memory_format=CHANNELS_LAST[len(shape)])
+    copies, (y, dx) = _forward_and_backward(case)
+    assert copies == 0
+    assert y.stride() == channels_last(y).stride() and dx.stride() == channels_last(case.x).stride()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "arrange", (torch.Tensor.contiguous, channels_last), ids=("contiguous", "channels_last")
+)
+def test_of_an_expanded_gradient_one_row_is_copied(arrange, variant):
+    """As y.sum().backward() sends it: a row of positions, or of channels, is what kernels read."""
+    case = make_case((3, 12, 9, 7), variant).arranged(x=arrange)
+    channels = case.dy.shape[1]
+    case = case.arranged(dy=lambda t: t.new_ones(()).expand(t.shape))
+    shapes, _ = _copied(lambda: _gradient(case))
+    assert shapes == [[1, 1, 9, 7] if case.x.is_contiguous() else [1, channels, 1, 1]]
+
+
+def test_a_gradient_of_each_channel_is_read_as_it_is():
+    """As y.sum((2, 3)) sends it, for a channels_last map."""
+    case = make_case((3, 12, 9, 7)).arranged(channels_last, lambda t: t[..., :1, :1].contiguous())
+    case = case.arranged(dy=lambda t: t.expand(case.x.shape))
+    assert _copied(lambda: _gradient(case))[0] == []
 
 
 def test_what_the_kernels_cannot_read_is_copied_once():

@@ -10,6 +10,9 @@ LAYOUTS = {
     "contiguous": lambda t: t,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "channel sliced": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "channels_last, channel sliced": lambda t: torch.cat([t, t], 1).contiguous(
+        memory_format=torch.channels_last
+    )[:, : t.shape[1]],
     "spatial axes swapped": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
 }
 VARIANTS = ("cse", "sse", *ops.COMBINE)

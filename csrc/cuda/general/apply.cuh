@@ -48,13 +48,14 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
           const float* spatial_gate,  // [N, S]
           T* __restrict__ y,          // as x; concat: with 2 * C channels
           int64_t x_sample,           // from one sample to the next
+          int64_t x_pitch,            // from one row to the next
           int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles) {
   let_next_start();
   const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
-  const int64_t pitch = LAST ? channels : positions;
-  const int64_t inside = at.inner < pitch ? (LAST ? positions : channels) - at.outer : 0;
-  x += at.n * x_sample + at.outer * pitch + at.inner;
-  const Accesses<T, W> in = load_accesses<W>(x, pitch, inside);
+  const int64_t row = LAST ? channels : positions;
+  const int64_t inside = at.inner < row ? (LAST ? positions : channels) - at.outer : 0;
+  x += at.n * x_sample + at.outer * x_pitch + at.inner;
+  const Accesses<T, W> in = load_accesses<W>(x, x_pitch, inside);
 
   wait_for_previous();
   Along<W, LAST> c;
@@ -102,8 +103,8 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
                    const void* ws,             // [C]
                    int dtypes,                 // of the parameters, see dtypes.h
                    T* __restrict__ dx,         // as x
-                   int64_t dy_sample, int64_t x_sample, int64_t channels, int64_t positions,
-                   int lanes, int inner_tiles, int outer_tiles,
+                   int64_t dy_sample, int64_t dy_pitch, int64_t x_sample, int64_t x_pitch,
+                   int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles,
                    int64_t tiles,  // blocks for dx
                    // From here on: see ParameterGradients.
                    const float* d_excited, const float* d_hidden, const float* pooled,
@@ -134,17 +135,16 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
     return;
   }
   const Corner at(tiles - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
-  const int64_t pitch = LAST ? channels : positions;
-  const int64_t inside = at.inner < pitch ? (LAST ? positions : channels) - at.outer : 0;
-  const int64_t dy_pitch = LAST && K == Combine::concat ? 2 * channels : pitch;
+  const int64_t row = LAST ? channels : positions;
+  const int64_t inside = at.inner < row ? (LAST ? positions : channels) - at.outer : 0;
   dy += at.n * dy_sample + at.outer * dy_pitch + at.inner;
   const Accesses<T, W> d_in = load_accesses<W>(dy, dy_pitch, inside);
   Accesses<T, W> d2_in{}, in{};
   if (K == Combine::concat) {
-    d2_in = load_accesses<W>(dy + channels * (LAST ? 1 : positions), dy_pitch, inside);
+    d2_in = load_accesses<W>(dy + channels * (LAST ? 1 : dy_pitch), dy_pitch, inside);
   }
-  const int64_t offset = at.outer * pitch + at.inner;
-  if (reads_x) in = load_accesses<W>(x + at.n * x_sample + offset, pitch, inside);
+  x += at.n * x_sample + at.outer * x_pitch + at.inner;
+  if (reads_x) in = load_accesses<W>(x, x_pitch, inside);
   Along<W, LAST> c, mean, weight;
   Along<W, !LAST> s, d;
   if (has_spatial(K)) weight.load(ws, dtype_of(dtypes, Parameter::ws), at, channels);
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
     s.load(spatial_gate + at.n * positions, at, positions);
     d.load(dq + at.n * positions, at, positions);
   }
-  dx += at.n * channels * positions + offset;
+  dx += at.n * channels * positions + at.outer * row + at.inner;
 #pragma unroll
   for (int u = 0; u < kOuter; ++u) {
     if (u >= inside) break;
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
       if (has_channel(K)) out[i] += mean.of(u, i);
       if (has_spatial(K)) out[i] += weight.of(u, i) * d.of(u, i);
     }
-    store<W>(dx + u * pitch, narrow<T, W>(out));
+    store<W>(dx + u * row, narrow<T, W>(out));
   }
 }
 

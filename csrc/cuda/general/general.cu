@@ -2,6 +2,7 @@
 #include "general.h"
 
 #include "excite.cuh"
+#include "../gradient_tasks.h"
 #include "../launch.h"
 #include "../per_device.h"
 
@@ -30,7 +31,7 @@ int itemsize(const Problem& p) { return p.dtype == Dtype::float32 ? 4 : 2; }
 Tile tile_for(const Problem& p) {
   const int wide = 16 / itemsize(p);
   // Everything that a vector's address is made of. Zero for a map that is absent.
-  int64_t parts = p.pitch() | p.x_sample | p.dy_sample;
+  int64_t parts = p.row() | p.x_sample | p.x_pitch | p.dy_sample | p.dy_pitch;
   for (const void* map :
        {p.x, p.dy, static_cast<const void*>(p.y), static_cast<const void*>(p.dx)}) {
     parts |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(map) / itemsize(p));
@@ -124,9 +125,14 @@ Backward plan_backward(const Problem& p, float* scratch) {
 
 int architecture_of(int device) {
   static PerDevice<int> known;
-  return known.get(device, [] {
+  return known.get(device, []() -> int {
     cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, excite), "excite");
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, excite);
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+      succeeded(error);
+      return 0;
+    }
+    check(error, "excite");
     return attributes.ptxVersion;
   });
 }

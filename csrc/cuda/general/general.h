@@ -45,9 +45,9 @@ struct Passes {
 
 extern const Launcher general;
 
-// What this build's kernels are compiled for on `device`, the current one: 80 for 8.0. Less than
-// the device's own where it compiles PTX for an older one, which knows neither clusters nor waiting
-// for the kernel before.
+// What this build's kernels are compiled for on `device`, the current one: 80 for 8.0, 0 where
+// there is no code that it can run. Less than the device's own where it compiles PTX for an older
+// one, which knows neither clusters nor waiting for the kernel before.
 int architecture_of(int device);
 
 }  // namespace scse::cuda

@@ -31,7 +31,8 @@ namespace scse::cuda {
       float *partial_bs,                      /* [N, strips]: of dq */         \
       float *spatial_gate,                    /* [N, S] */                     \
       float *dq,                              /* [N, S] */                     \
-      int64_t dy_sample, int64_t x_sample,    /* to the next sample */         \
+      int64_t dy_sample, int64_t dy_pitch,    /* to the next sample, row */    \
+      int64_t x_sample, int64_t x_pitch,      /* the same of x */              \
       int channels, int64_t positions, int lanes, int tiles, int strips,       \
       int kept /* accesses of a thread that wait in shared memory */
 
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGU
     if (F::by_gates) {
       for (int step = 0; step * size < channels; ++step) {
         const int c = step * size + mine;
-        const Accesses<T, W> in = xs.load(step, true, x + c * positions + s, positions, inside(c));
+        const Accesses<T, W> in = xs.load(step, true, x + c * x_pitch + s, x_pitch, inside(c));
         float weight[kOuter];
         load_parameters(ws, ws_dtype, c, channels - c, weight);
 #pragma unroll
@@ -118,12 +119,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGU
     for (int step = 0; step * size < channels; ++step) {
       const int c = step * size + mine;
       const Accesses<T, W> in =
-          xs.load(step, !F::by_gates, x + c * positions + s, positions, inside(c));
-      const T* d = dy + c * positions + s;
-      const Accesses<T, W> d_in = load_accesses<W>(d, positions, inside(c));
+          xs.load(step, !F::by_gates, x + c * x_pitch + s, x_pitch, inside(c));
+      const T* d = dy + c * dy_pitch + s;
+      const Accesses<T, W> d_in = load_accesses<W>(d, dy_pitch, inside(c));
       Accesses<T, W> d2_in{};
       if (K == Combine::concat) {
-        d2_in = load_accesses<W>(d + channels * positions, positions, inside(c));
+        d2_in = load_accesses<W>(d + channels * dy_pitch, dy_pitch, inside(c));
       }
       float weight[kOuter] = {}, channel[kOuter] = {}, sum[kOuter] = {};
       if (F::by_gates) {
@@ -168,8 +169,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGU
         const Floats<W> d = load_inner<W>(dqs, me.lane, lanes);
         for (int step = 0; step * size < channels; ++step) {
           const int c = step * size + mine;
-          const Accesses<T, W> in =
-              xs.load(step, false, x + c * positions + s, positions, inside(c));
+          const Accesses<T, W> in = xs.load(step, false, x + c * x_pitch + s, x_pitch, inside(c));
           float sum[kOuter] = {};
 #pragma unroll
           for (int u = 0; u < kOuter; ++u) {
@@ -198,7 +198,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
   const Kept<T, W> xs(kept);
   const int64_t n = blockIdx.x / strips, strip = blockIdx.x % strips;
   const int64_t row = int64_t(blockIdx.x) * channels;
-  const int64_t dy_pitch = K == Combine::concat ? 2 * int64_t(channels) : channels;
   const bool spatial = partial_ws != nullptr || dq != nullptr;
   const bool one_step = channels <= lanes * W;  // it has all channels
   const Dtype ws_dtype = dtype_of(dtypes, Parameter::ws);
@@ -239,7 +238,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
     if (F::by_gates) {
       for (int step = 0; step * size < channels; ++step) {
         const int c = step * size + mine;
-        const Accesses<T, W> in = xs.load(step, true, x + s * channels + c, channels, inside(c));
+        const Accesses<T, W> in = xs.load(step, true, x + s * x_pitch + c, x_pitch, inside(c));
         float weight[W];
         load_parameters(ws, ws_dtype, c, channels - c, weight);
 #pragma unroll
@@ -251,7 +250,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
     for (int step = 0; step * size < channels; ++step) {
       const int c = step * size + mine;
       const Accesses<T, W> in =
-          xs.load(step, !F::by_gates, x + s * channels + c, channels, inside(c));
+          xs.load(step, !F::by_gates, x + s * x_pitch + c, x_pitch, inside(c));
       const T* d = dy + s * dy_pitch + c;
       const Accesses<T, W> d_in = load_accesses<W>(d, dy_pitch, inside(c));
       Accesses<T, W> d2_in{};
@@ -293,7 +292,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
       if (partial_ws != nullptr) {
         for (int step = 0; step * size < channels; ++step) {
           const int c = step * size + mine;
-          const Accesses<T, W> in = xs.load(step, false, x + s * channels + c, channels, inside(c));
+          const Accesses<T, W> in = xs.load(step, false, x + s * x_pitch + c, x_pitch, inside(c));
 #pragma unroll
           for (int u = 0; u < kOuter; ++u) {
             const Floats<W> f = widen<T, W>(in.at[u]);

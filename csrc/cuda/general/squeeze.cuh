@@ -17,6 +17,7 @@ namespace scse::cuda {
       float *partial,              /* [N, strips, C]: sums of x */   \
       float *spatial_gate,         /* [N, S] */                      \
       int64_t x_sample,            /* from one sample to the next */ \
+      int64_t x_pitch,             /* from one row to the next */    \
       int channels, int64_t positions, int lanes, int tiles, int strips
 
 template <typename T, int W, bool CHANNEL, bool SPATIAL>
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_AR
     for (int first = 0; first < channels; first += me.rows * kOuter) {
       const int c = first + me.row * kOuter;
       const Accesses<T, W> in =
-          load_accesses<W>(x + c * positions + s, positions, s < positions ? channels - c : 0);
+          load_accesses<W>(x + c * x_pitch + s, x_pitch, s < positions ? channels - c : 0);
       float weight[kOuter], sum[kOuter] = {};
       if (SPATIAL) {
         load_parameters(ws, dtype_of(dtypes, Parameter::ws), c, channels - c, weight);
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQU
     for (int first = 0; first < channels; first += lanes * W) {
       const int c = first + me.lane * W;
       const Accesses<T, W> in =
-          load_accesses<W>(x + s * channels + c, channels, c < channels ? positions - s : 0);
+          load_accesses<W>(x + s * x_pitch + c, x_pitch, c < channels ? positions - s : 0);
       float weight[W];
       if (SPATIAL) {
         load_parameters(ws, dtype_of(dtypes, Parameter::ws), c, channels - c, weight);

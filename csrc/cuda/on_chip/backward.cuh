@@ -32,9 +32,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                     float* sample_ws,           // [N, C]: the sample's part of dws, or null
                     float* sample_bs,           // [N]: the sample's part of dbs, or null
                     int dtypes, int C, int Cr, int S, int slice, int64_t dy_sample,
-                    int64_t x_sample,           // elements from one sample to the next
-                    int dy_bytes, int x_bytes,  // that can be read at once
-                    int dx_bytes) {             // that can be written at once: 16 or one element's
+                    int64_t dy_pitch,                   // elements to the next sample, row
+                    int64_t x_sample, int64_t x_pitch,  // the same of x
+                    int dy_bytes, int x_bytes,          // that can be read at once
+                    int dx_bytes) {  // that can be written at once: 16 or one element's
 #ifdef SCSE_HAS_CLUSTERS
   using F = Formula<float, K>;
   constexpr int W = wide<T>;
@@ -60,21 +61,19 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   float *const bs_sum = floats(at.bs_sum), *const d_mean = floats(at.d_mean);
   float* const partial = floats(at.partial);
 
-  const auto first = [&](int channels) {
-    return channels_last ? int64_t{position} * channels : int64_t{position};
-  };
-  const T* const from_x = x + n * x_sample + first(C);
-  const T* const from_dy = dy + n * dy_sample + first(halves * C);
-  const int pitch = channels_last ? C : S, pitch_dy = channels_last ? halves * C : S;
+  // Of the block's first row, in a map with that distance between rows.
+  const auto first = [&](int64_t pitch) { return channels_last ? position * pitch : position; };
+  const T* const from_x = x + n * x_sample + first(x_pitch);
+  const T* const from_dy = dy + n * dy_sample + first(dy_pitch);
   const Parts parts(here.rows, here.vectors);
 #pragma unroll 1
   for (int part = 0; part < parts.count; ++part) {
     const int begin = parts.begin(part), end = parts.end(part);
-    here.request(slice_x, from_x, pitch, begin, end, x_bytes);
-    here.request(slice_dy, from_dy, pitch_dy, begin, end, dy_bytes);
+    here.request(slice_x, from_x, x_pitch, begin, end, x_bytes);
+    here.request(slice_dy, from_dy, dy_pitch, begin, end, dy_bytes);
     if constexpr (halves == 2) {
-      const int64_t half = channels_last ? C : int64_t{C} * S;
-      here.request(slice_dy2, from_dy + half, pitch_dy, begin, end, dy_bytes);
+      const int64_t half = channels_last ? C : C * dy_pitch;
+      here.request(slice_dy2, from_dy + half, dy_pitch, begin, end, dy_bytes);
     }
     __pipeline_commit();
   }
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
 
   if (dx) {
-    here.write(dx + n * C * S + first(C), pitch, dx_bytes, [&](int vector) {
+    here.write(dx + n * C * S + first(C), channels_last ? C : S, dx_bytes, [&](int vector) {
       const Values<channels_last, W> c(gate_c, vector), w(slice_ws, vector), m(d_mean, vector);
       const Values<!channels_last, W> s(gate_s, vector), d(dq, vector);
       return [&, vector, c, w, m, s, d](int row, const auto& put) {

@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                    float* channel_gate,  // [N, C]
                    int dtypes, int C, int Cr, int S, int slice,
                    int64_t x_sample,  // elements from one sample to the next
+                   int64_t x_pitch,   // and from one row to the next
                    int x_bytes,       // that can be read at once
                    int y_bytes) {     // that can be written at once: 16 or one element's
 #ifdef SCSE_HAS_CLUSTERS
@@ -42,13 +43,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   float *const slice_ws = floats(at.ws), *const gate_s = floats(at.spatial_gate);
   float *const channel_sum = floats(at.channel_sum), *const gate_c = floats(at.channel_gate);
 
-  const int pitch = channels_last ? C : S;
-  const int64_t first = channels_last ? int64_t{position} * C : position;
+  const T* const from = x + n * x_sample + (channels_last ? position * x_pitch : position);
   const Parts parts(here.rows, here.vectors);
 #pragma unroll 1
   for (int part = 0; part < parts.count; ++part) {
     const int begin = parts.begin(part), end = parts.end(part);
-    here.request(slice_x, x + n * x_sample + first, pitch, begin, end, x_bytes);
+    here.request(slice_x, from, x_pitch, begin, end, x_bytes);
     __pipeline_commit();
   }
   if constexpr (by_position) {

@@ -17,7 +17,8 @@ template <typename T>
 struct Kernels {
   static void forward(const Problem& p, const Plan& plan);
   static void backward(const Problem& p, const Plan& plan, const PerSample& sums);
-  // Of `device`, which is the current one.
+  // Of `device`, which is the current one. No clusters where it can't say how many blocks they may
+  // have, as a part of a device (MIG, vGPU, MPS) may not.
   static Limits limits(int device);
 };
 

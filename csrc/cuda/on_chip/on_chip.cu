@@ -92,6 +92,17 @@ void backward(const Problem& p, float* scratch) {
 
 bool on_chip_forward_fits(const Problem& p) { return on_chip::plan_of(p, false).cluster > 0; }
 bool on_chip_backward_fits(const Problem& p) { return on_chip::plan_of(p, true).cluster > 0; }
+std::string on_chip_why_not(const Problem& p) {
+  if (p.architecture < 90) {
+    return "the device runs code for " + std::to_string(p.architecture / 10) + "." +
+           std::to_string(p.architecture % 10) + ", and clusters need 9.0";
+  }
+  const int blocks = on_chip::limits_of(p).cluster;
+  if (blocks == 0) return "the device offers no clusters";
+  return "a sample of " + std::to_string(p.channels) + " channels and " +
+         std::to_string(p.positions) + " positions does not fit a cluster of " +
+         std::to_string(blocks) + " blocks";
+}
 int64_t on_chip_blocks(const Problem& p) { return p.samples * on_chip::plan_of(p, false).cluster; }
 
 const Launcher on_chip_kernels{[](const Problem&) -> int64_t { return 0; }, on_chip::forward,

@@ -77,7 +77,8 @@ struct Slice {
 
   // Requests rows [begin, end) of the slice whose first element is map[0] and whose rows are
   // `pitch` elements apart. `bytes`: how much can be copied at once, at these addresses.
-  SCSE_DEVICE void request(T* slice, const T* map, int pitch, int begin, int end, int bytes) const {
+  SCSE_DEVICE void request(T* slice, const T* map, int64_t pitch, int begin, int end,
+                           int bytes) const {
     if (bytes == 16) {
       request_in<16>(slice, map, pitch, begin, end);
     } else if (bytes == 4) {
@@ -125,12 +126,12 @@ struct Slice {
 
  private:
   template <int bytes>
-  SCSE_DEVICE void request_in(T* slice, const T* map, int pitch, int begin, int end) const {
+  SCSE_DEVICE void request_in(T* slice, const T* map, int64_t pitch, int begin, int end) const {
     if constexpr (bytes >= static_cast<int>(sizeof(T))) {
       constexpr int n = bytes / sizeof(T);
       spread(end - begin, columns / n, [&](int row, int piece) {
         T* to = cell(slice, begin + row, 0) + piece * n;
-        const T* from = map + static_cast<int64_t>(begin + row) * pitch + piece * n;
+        const T* from = map + (begin + row) * pitch + piece * n;
         if constexpr (bytes >= 4) {
           __pipeline_memcpy_async(to, from, bytes);
         } else {

@@ -10,24 +10,20 @@
 namespace scse::cuda::on_chip {
 
 // The most bytes, of 16, 4 and an element's, at multiples of which all rows of a map begin and end.
-inline int access_bytes(const Problem& p, const void* map, int64_t sample) {
+inline int access_bytes(const Problem& p, const void* map, int64_t sample, int64_t pitch) {
   const int size = itemsize(p.dtype);
   const int64_t parts =
-      static_cast<int64_t>(reinterpret_cast<uintptr_t>(map)) | sample * size | p.pitch() * size;
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(map)) | (p.row() | sample | pitch) * size;
   return parts % 16 == 0 ? 16 : parts % 4 == 0 ? 4 : size;
 }
 
 // Maps are written in whole vectors or element by element.
 inline int store_bytes(const Problem& p, const void* map) {
-  return access_bytes(p, map, 0) == 16 ? 16 : itemsize(p.dtype);
+  return access_bytes(p, map, 0, 0) == 16 ? 16 : itemsize(p.dtype);
 }
 
 // A cluster to a sample.
-template <typename Kernel>
-Grid grid_of(const char* name, Kernel* kernel, const Problem& p, const Plan& plan) {
-  if (plan.cluster > 8) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
-  }
+inline Grid grid_of(const Problem& p, const Plan& plan) {
   Grid grid{p.samples * plan.cluster, plan.threads};
   grid.shared = plan.shared;
   grid.most = plan.most;
@@ -48,10 +44,10 @@ void Kernels<T>::forward(const Problem& p, const Plan& plan) {
   with_kernel(p, [&](auto combine, auto channels_last) {
     constexpr const char* name = "on_chip_forward";
     const auto kernel = forward_kernel<T, decltype(combine)::value, decltype(channels_last)::value>;
-    launch(name, kernel, grid_of(name, kernel, p, plan), p, static_cast<const T*>(p.x), p.w1, p.b1,
-           p.w2, p.b2, p.ws, p.bs, static_cast<T*>(p.y), p.pooled, p.hidden, p.channel_gate,
-           p.dtypes, p.channels, p.hidden_channels, p.positions, plan.slice, p.x_sample,
-           access_bytes(p, p.x, p.x_sample), store_bytes(p, p.y));
+    launch(name, kernel, grid_of(p, plan), p, static_cast<const T*>(p.x), p.w1, p.b1, p.w2, p.b2,
+           p.ws, p.bs, static_cast<T*>(p.y), p.pooled, p.hidden, p.channel_gate, p.dtypes,
+           p.channels, p.hidden_channels, p.positions, plan.slice, p.x_sample, p.x_pitch,
+           access_bytes(p, p.x, p.x_sample, p.x_pitch), store_bytes(p, p.y));
   });
 }
 
@@ -61,29 +57,32 @@ void Kernels<T>::backward(const Problem& p, const Plan& plan, const PerSample& s
     constexpr const char* name = "on_chip_backward";
     const auto kernel =
         backward_kernel<T, decltype(combine)::value, decltype(channels_last)::value>;
-    launch(name, kernel, grid_of(name, kernel, p, plan), p, static_cast<const T*>(p.dy),
+    launch(name, kernel, grid_of(p, plan), p, static_cast<const T*>(p.dy),
            static_cast<const T*>(p.x), p.w1, p.w2, p.ws, p.bs, p.hidden, p.channel_gate,
            static_cast<T*>(p.dx), sums.d_excited, sums.d_hidden, sums.sample_ws, sums.sample_bs,
            p.dtypes, p.channels, p.hidden_channels, p.positions, plan.slice, p.dy_sample,
-           p.x_sample, access_bytes(p, p.dy, p.dy_sample), access_bytes(p, p.x, p.x_sample),
-           store_bytes(p, p.dx));
+           p.dy_pitch, p.x_sample, p.x_pitch, access_bytes(p, p.dy, p.dy_sample, p.dy_pitch),
+           access_bytes(p, p.x, p.x_sample, p.x_pitch), store_bytes(p, p.dx));
   });
 }
 
 template <typename T>
 Limits Kernels<T>::limits(int device) {
   const auto kernel = forward_kernel<T, Combine::add, false>;
-  constexpr const char* name = "on_chip_forward";
   int shared = 0;
-  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+  const bool asked =
+      succeeded(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) &&
+      succeeded(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) &&
+      succeeded(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(16);
   config.blockDim = dim3(kMostThreads);
   config.dynamicSmemBytes = shared;
   int cluster = 0;
-  check(cudaOccupancyMaxPotentialClusterSize(&cluster, kernel, &config), name);
+  if (!asked || !succeeded(cudaOccupancyMaxPotentialClusterSize(&cluster, kernel, &config))) {
+    return {0, 0};
+  }
   return {shared, cluster < 16 ? cluster : 16};
 }
 

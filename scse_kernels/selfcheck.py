@@ -1,0 +1,237 @@
+"""Whether a backend computes what the reference defines: `python -m scse_kernels` asks."""
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, functional, ops, reference
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Odd sizes leave a remainder in every vector and strip; one, two and three spatial axes.
+SHAPES = ((3, 19, 201), (2, 67, 33, 31), (2, 24, 7, 9, 11))
+# On GPUs also these, which kernels access 16 bytes at a time; those above mostly one by one.
+WIDE_SHAPES = ((4, 64, 32, 32), (2, 512, 14, 14))
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+OPERATIONS = ("cse", "sse", *ops.COMBINE)
+ARGUMENTS = ("x", "w1", "b1", "w2", "b2", "ws", "bs")
+
+
+class Case(NamedTuple):
+    """One comparison: an operation ("cse", "sse" or how scse combines) on one kind of input."""
+
+    operation: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    channels_last: bool
+
+    def __str__(self) -> str:
+        layout = ", channels_last" if self.channels_last else ""
+        return f"{self.operation} {list(self.shape)}{layout}"
+
+
+class Worst(NamedTuple):
+    """The largest error found, in units of its tolerance (so more than one is too much)."""
+
+    error: float
+    where: str
+
+
+class Family(NamedTuple):
+    """Kernels that can be asked for: a backend and what of it the environment chooses."""
+
+    name: str
+    backend: str
+    environment: dict[str, str]
+
+
+class Refused(Exception):
+    """The kernels asked for can't compute a case, and say so."""
+
+
+#: How the refusal of a sample that doesn't fit on chip begins.
+REFUSAL = "SCSE_CUDA_KERNELS=on_chip:"
+
+
+def families(backend: str, device: torch.device) -> list[Family]:
+    """The families of kernels that a backend, which can be used there, has on `device`."""
+    if device.type == "cuda" and backend == "cuda":
+        # Code for 8.0 has neither clusters nor overlap.
+        newer = torch.ops.scse_kernels.cuda_architecture(device.index) >= 90
+        return [
+            Family(name, backend, {"SCSE_CUDA_KERNELS": kernels, "SCSE_CUDA_OVERLAP": overlap})
+            for name, kernels, overlap in (
+                ("cuda, general", "general", "1"),
+                ("cuda, general, no overlap", "general", "0"),
+                ("cuda, on chip", "on_chip", "1"),
+            )[: 3 if newer else 1]
+        ]
+    if device.type == "cuda" and backend == "triton":
+        return [
+            Family("triton", backend, {"SCSE_TRITON_LAUNCHES": "3"}),
+            Family("triton, one launch", backend, {"SCSE_TRITON_LAUNCHES": "1"}),
+        ]
+    return [Family(backend, backend, {})]
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Has these environment variables set meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    for shape in (*SHAPES, *(WIDE_SHAPES if device.type == "cuda" else ())):
+        for channels_last in (False, True)[: 1 + (len(shape) in CHANNELS_LAST)]:
+            for operation in OPERATIONS:
+                yield Case(operation, dtype, shape, channels_last)
+
+
+def inputs(case: Case) -> tuple[dict[str, Tensor | None], Tensor]:
+    """The arguments of scse() by name, None for an absent branch, and dy, all on the CPU.
+
+    x has zeros, as after a ReLU: there the two products of "max" tie.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    n, c, *spatial = case.shape
+    hidden = c // 2
+    x = normal(*case.shape)
+    x = torch.where(x.abs() < 0.2, 0.0, x)
+    # Layers' usual scale, 1 / sqrt(fan in), keeps the gates away from 0 and 1.
+    channel = (normal(hidden, c) * c**-0.5, normal(hidden), normal(c, hidden) * hidden**-0.5)
+    tensors = (x, *channel, normal(c), normal(c) * c**-0.5, normal(1))
+    absent = {"cse": ("ws", "bs"), "sse": ("w1", "b1", "w2", "b2")}.get(case.operation, ())
+    named = {
+        name: None if name in absent else tensor.to(case.dtype)
+        for name, tensor in zip(ARGUMENTS, tensors, strict=True)
+    }
+    dy = normal(n, 2 * c if case.operation == "concat" else c, *spatial).to(case.dtype)
+    if case.channels_last:
+        memory_format = CHANNELS_LAST[x.dim()]
+        named["x"] = named["x"].contiguous(memory_format=memory_format)
+        dy = dy.contiguous(memory_format=memory_format)
+    return named, dy
+
+
+def with_gradients(function, named: dict[str, Tensor | None], dy: Tensor) -> dict[str, Tensor]:
+    """y = function(**named) under "y", and under "d<name>" the gradient of each argument there."""
+    leaves = {k: t.detach().requires_grad_() for k, t in named.items() if t is not None}
+    y = function(**{**named, **leaves})
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **{f"d{k}": g for k, g in zip(leaves, gradients, strict=True)}}
+
+
+@functools.cache
+def expected(case: Case) -> dict[str, Tensor]:
+    """What the reference computes in float64 from the same, already rounded, inputs."""
+    named, dy = inputs(case)
+    named = {name: None if t is None else t.double() for name, t in named.items()}
+    combine = case.operation if case.operation in ops.COMBINE else "add"
+    return with_gradients(lambda **a: reference.scse(**a, combine=combine), named, dy.double())
+
+
+def computed(case: Case, backend: str, device: torch.device) -> dict[str, Tensor]:
+    """What the backend computes, by way of the public functions."""
+
+    def function(**named):
+        if case.operation in ops.COMBINE:
+            return functional.scse(**named, combine=case.operation, backend=backend)
+        branch = {name: t for name, t in named.items() if t is not None or name == "x"}
+        return getattr(functional, case.operation)(**branch, backend=backend)
+
+    named, dy = inputs(case)
+    named = {name: None if t is None else t.to(device) for name, t in named.items()}
+    return with_gradients(function, named, dy.to(device))
+
+
+def tolerance(want: Tensor, case: Case) -> float:
+    """How far a result may be from `want`.
+
+    Backends form sums in float32 (float64 for float64) and round the result once to case.dtype:
+    a few roundings of that dtype, of the largest magnitude. A gradient that is a sum of n terms of
+    either sign is about sqrt(n) times smaller than its terms are together, so the roundings of the
+    sum weigh that much more.
+    """
+    rounding = torch.finfo(case.dtype).eps
+    rounding_of_sums = torch.finfo(reference.accumulation_dtype(case.dtype)).eps
+    few = 4 * rounding + 4 * math.sqrt(math.prod(case.shape)) * rounding_of_sums
+    return few * want.abs().max().item()
+
+
+def error(got: Tensor, want: Tensor, case: Case) -> float:
+    """The largest error of `got` in tolerances; infinite where it isn't even comparable."""
+    if got.shape != want.shape or got.dtype != case.dtype:
+        return math.inf
+    largest = (got.cpu().double() - want).abs().max().item()
+    return math.inf if math.isnan(largest) else largest / tolerance(want, case)
+
+
+def worst(family: Family, device: torch.device, dtype: torch.dtype) -> Worst:
+    """Compares kernels with the reference. Leaves out cases for which they are asked in vain.
+
+    Raises:
+        Refused: these are all.
+    """
+    found = refused = None
+    for case in cases(dtype, device):
+        try:
+            with environment(family.environment):
+                got = computed(case, family.backend, device)
+        except Exception as raised:  # a broken backend may fail in any way; it is to be reported
+            if REFUSAL in str(raised):
+                refused = refused or raised
+                continue
+            return Worst(math.inf, f"{case}: {type(raised).__name__}: {raised}")
+        for name, want in expected(case).items():
+            here = Worst(error(got[name], want, case), f"{name} of {case}")
+            found = max(found or here, here, key=lambda w: w.error)
+    if found is None:
+        raise Refused(str(refused))
+    return found
+
+
+class Row(NamedTuple):
+    """How one family of kernels compares with the reference, on one device and in one dtype."""
+
+    family: str
+    device: str
+    dtype: str
+    verdict: str  # "ok", "WRONG" or "refused"
+    error: str
+    where: str
+
+
+def compared(family: Family, device: torch.device, dtype: torch.dtype) -> Row:
+    names = family.name, str(device), str(dtype).removeprefix("torch.")
+    try:
+        found = worst(family, device, dtype)
+    except Refused as reason:
+        return Row(*names, "refused", "", str(reason))
+    return Row(*names, "ok" if found.error <= 1 else "WRONG", f"{found.error:.2g}", found.where)
+
+
+def check(pairs: list[tuple[str, torch.device]]) -> Iterator[Row]:
+    """Compares every family of these usable backends, in each dtype that it takes."""
+    for backend, device in pairs:
+        for family in families(backend, device):
+            for dtype in DTYPES:
+                if not backends.why_not(backend, device, dtype):
+                    yield compared(family, device, dtype)
