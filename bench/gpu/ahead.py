@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from scse_kernels import __main__ as selfcheck
+from scse_kernels import selfcheck
 
 from .. import options
 from ..cases import LAYOUTS, Case
@@ -27,8 +27,9 @@ _Task = tuple[str, tuple]
 def tasks() -> Iterator[_Task]:
     """Those of the first steps first."""
     for dtype in selfcheck.DTYPES:
-        for case in selfcheck.cases(dtype):
-            yield "check", (case,)
+        for case in selfcheck.cases(dtype, torch.device("cuda")):
+            for launches in ("3", "1"):
+                yield "check", (case, launches)
     levels = [options.shape(shape) for shape in LEVELS]
     dtypes = (torch.float16, torch.bfloat16)
     for dtype, layout, combine in itertools.product(dtypes, LAYOUTS, ("add", "max")):
@@ -41,9 +42,10 @@ def tasks() -> Iterator[_Task]:
             yield "provider", (name, shape, torch.float16, layout, combine)
 
 
-def check(case: selfcheck.Case) -> None:
-    """A case of the self-check, through Triton."""
-    selfcheck.computed(case, "triton", torch.device("cuda"))
+def check(case: selfcheck.Case, launches: str) -> None:
+    """A case of the self-check, through Triton in one launch or in three."""
+    with selfcheck.environment({"SCSE_TRITON_LAUNCHES": launches}):
+        selfcheck.computed(case, "triton", torch.device("cuda"))
 
 
 def provider(
