@@ -2,6 +2,7 @@
 #include "general.h"
 
 #include "excite.cuh"
+#include "../gradient_tasks.h"
 #include "../launch.h"
 #include "../per_device.h"
 
