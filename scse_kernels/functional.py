@@ -3,11 +3,11 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 from torch._C import _get_tracing_state
 
 from . import backends, reference
-from .autograd import SCSE
+from .autograd import SCSE, once_differentiable
 from .ops import ACTIVATION, COMBINE, FORWARD, GATE, codes, memory_format
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -129,6 +129,8 @@ def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, excitation, backend):
         y = reference.scse(x, w1, b1, w2, b2, ws, bs, combine, *excitation)
         return y if backend == "operations" else y.contiguous(memory_format=memory_format(x))
     if torch.is_grad_enabled():
+        if compiler.is_dynamo_compiling():
+            x, w1, b1, w2, b2, ws, bs = once_differentiable(x, w1, b1, w2, b2, ws, bs)
         return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, excitation, backend)
     return FORWARD[backend](x, w1, b1, w2, b2, ws, bs, *codes(combine, excitation))[0]
 
