@@ -3,6 +3,7 @@ execute the rest."""
 
 import contextlib
 import ctypes
+import re
 import subprocess
 from collections.abc import Iterator
 from ctypes import (
@@ -431,8 +432,8 @@ class Driver:
         lab.reports.append(report)
 
     def _argument(self, parameter, address):
-        """A kernel's parameter as the emulator takes it. What in it, at multiples of 8 bytes, points
-        into known memory is a pointer; other numbers are no addresses of this process."""
+        """A kernel's parameter as the emulator takes it. What in it, at multiples of 8 bytes,
+        points into known memory is a pointer: no other number is an address of this process."""
         raw = ctypes.string_at(address, parameter.nbytes)
         pointers = {}
         for offset in range(0, parameter.nbytes - 7, 8):
@@ -451,16 +452,16 @@ def _most_threads(kernel) -> int:
 
 
 def _short(readable: str) -> str:
-    """void scse::cuda::apply<float, 4, (scse::Combine)0, true>(...) -> apply<float, 4, 0, true>"""
-    name = readable.split("(anonymous namespace)::")[-1]
-    name = name.replace("(bool)", "").replace("(scse::cuda::Combine)", "").replace("void ", "")
-    depth, kept = 0, ""
-    for c in name:
-        if c == "(" and not depth and kept[-1:] not in "<, ":
-            break
+    """A demangled name without result, namespace, parameters and casts:
+    apply<float, 4, 0, true>."""
+    name = readable.replace("(anonymous namespace)::", "").replace("void ", "")
+    name = re.sub(r"\((?:bool|[\w:]+::\w+)\)(?=\w)", "", name).replace("scse::cuda::", "")
+    depth = 0
+    for i, c in enumerate(name):
         depth += (c == "<") - (c == ">")
-        kept += c
-    return kept.replace("scse::cuda::", "").replace("(scse::Combine)", "").strip()
+        if c == "(" and depth == 0:
+            return name[:i]
+    return name
 
 
 # --- running the operators ---
