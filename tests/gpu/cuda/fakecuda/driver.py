@@ -208,6 +208,7 @@ class Lab:
     dry: bool
     reports: list[gpulab.Report] = field(default_factory=list)
     launched: list[str] = field(default_factory=list)  # readable names
+    clusters: list[int] = field(default_factory=list)  # of each: blocks to a cluster
     overlapped: list[str] = field(default_factory=list)  # those that had leave to start early
     refused: list[str] = field(default_factory=list)
     fault: BaseException | None = None
@@ -393,6 +394,7 @@ class Driver:
             )
         image = function.image(device.arch)
         lab.launched.append(readable)
+        lab.clusters.append(int(np.prod(launch.cluster)) or 1)
         if lab.dry:
             return
         module = image.module(name)
@@ -466,11 +468,11 @@ def _short(readable: str) -> str:
 
 # --- running the operators ---
 
-#: Device numbers in use and of which kind each is. Host code looks things up once for each device,
-#: and functions' attributes are set for a device once and for all: so that no test lives on what
-#: another has done, each gets a number of its own, as far as they go (they are an int8_t). Number 0
-#: is the current device at first, and nothing may happen there.
-MOST_DEVICES = 127
+#: Host code looks things up once for each device, and functions' attributes are set for a device
+#: once and for all. So that no call lives on what another has done, each gets a device of another
+#: number, as far as they go: they are an int8_t. Number 0 is the current device at first, and
+#: nothing may happen there.
+MOST_DEVICES, MOST_OF_A_KIND = 127, 20
 
 
 @cache
@@ -497,12 +499,12 @@ def _define_operators():
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
-def _number(gpu: GPU) -> int:
+def _number(gpu: GPU, dry: bool) -> int:
     known = connect().gpus
-    if len(known) + 1 < MOST_DEVICES:
-        number = len(known) + 1
-    else:
-        number = next(n for n, other in known.items() if other == gpu)
+    mine = [number for number, other in known.items() if other == gpu]
+    new = len(mine) < (1 if dry else MOST_OF_A_KIND)
+    number = len(known) + 1 if new else mine[0]
+    assert number < MOST_DEVICES, "too many kinds of devices in one process"
     known.pop(number, None)
     known[number] = gpu  # the one used longest ago comes first
     return number
@@ -525,7 +527,7 @@ def running_on(
     lab = Lab(gpu, seed, resident, l2 or gpulab.L2Cache(gpu.device.l2_bytes), count, dry)
     emulated = torch.ops.scse_kernels_emulated
     it.library.fakecuda_reset()
-    it.library.fakecuda_put_tensors_on(_number(gpu))
+    it.library.fakecuda_put_tensors_on(_number(gpu, dry))
     it.lab = lab
     try:
         with (
@@ -543,3 +545,5 @@ def running_on(
         it.memory.clear()
     if lab.fault is not None:  # host code has not looked at the error
         raise lab.fault
+    if error := it.library.cudaPeekAtLastError():
+        raise AssertionError(f"host code left error {error} behind, for whoever comes next")
