@@ -231,7 +231,7 @@ def test_an_error_stays_until_it_is_read(host):
 def test_a_fault_breaks_the_device(host):
     h = host(H100, "excite")
     assert h.launch() == LAUNCH_FAILURE  # it reads where nothing is
-    assert isinstance(h.lab.fault, gpulab.OutOfBounds)
+    assert isinstance(h.lab.fault, gpulab.KernelFault)
     assert [h.last(), h.last(), h.peek()] == [LAUNCH_FAILURE] * 3
     assert h.set(MAX_DYNAMIC_SHARED, KIB) == LAUNCH_FAILURE
 
