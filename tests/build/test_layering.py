@@ -20,6 +20,7 @@ ORDER = (
         "keras",
         "layouts",
         "modules",
+        "children",
         "functional",
         "backends",
         "autograd",
