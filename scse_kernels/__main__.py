@@ -4,7 +4,8 @@
 
 Every backend that can run on a device of this machine is compared with the reference in float64:
 output and all gradients of scse (each way to combine), cse and sse, for each dtype and memory
-format. Takes a few seconds. Exits with 1 if one disagrees.
+format. Takes a few seconds. Exits with 1 if one disagrees, and if the package in a checkout's
+folder hides an installed one.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import math
 import platform
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 
 import scse_kernels
 
-from . import backends, functional, ops, reference
+from . import _build_info, _native, backends, functional, ops, reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Odd sizes leave a remainder in every vector and strip; one, two and three spatial axes.
@@ -182,6 +184,29 @@ def status(backend: str, device: torch.device) -> str:
     return "usable"
 
 
+def built() -> list[tuple[str, str]]:
+    """What the installation has of kernels that must be compiled, or why it has not."""
+    rows = []
+    for kernels, module in (("CPU, C++", "_C"), ("CUDA, C++", "_C_cuda")):
+        against = _build_info.built_against(module)
+        if against is None and _native.why_not(module) is None:
+            against = "(nothing is written about it)"
+        rows.append((kernels, against or f"none: {_build_info.why_left_out(module)}"))
+    return rows
+
+
+def hidden_installation() -> Path | None:
+    """The folder of an installed package in whose place a checkout's was loaded, since the
+    checkout's folder is where Python was started."""
+    if not _build_info.is_checkout():
+        return None
+    for entry in sys.path:
+        package = Path(entry, "scse_kernels")
+        if (package / "__init__.py").exists() and package.resolve() != _build_info.PACKAGE:
+            return package
+    return None
+
+
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
@@ -190,12 +215,12 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     print()
 
 
-def check(backends: list[tuple[str, torch.device]]) -> int:
+def check(pairs: list[tuple[str, torch.device]]) -> int:
     """Prints how each backend compares with the reference; returns how many rows disagree."""
     rows, wrong = [], 0
     for dtype in DTYPES:
         results = {case: expected(case) for case in cases(dtype)}
-        for backend, device in backends:
+        for backend, device in pairs:
             if backends.why_not(backend, device, dtype):
                 continue
             found = worst(results, backend, device)
@@ -224,11 +249,24 @@ def main(arguments: list[str] | None = None) -> int:
         ("python", platform.python_version()),
     )
     print_table(("package", "version"), list(versions))
+    print(f"  loaded from {_build_info.PACKAGE}\n")
+    if hidden := hidden_installation():
+        print(
+            f"This checkout hides the package that is installed in {hidden}.\n"
+            "Start Python in another folder to use that one, or give the checkout kernels by\n"
+            f"    {_build_info.mending_command()}"
+        )
+        return 1
+    print_table(("kernels", "built against"), built())
     print_table(("device", ""), [(str(device), describe(device)) for device in devices()])
 
     pairs = [(backend, device) for backend in ("eager", *ops.BACKENDS) for device in devices()]
     rows = [(backend, str(device), status(backend, device)) for backend, device in pairs]
     print_table(("backend", "device", ""), rows)
+    if chosen := backends.chosen():
+        print(f"  Calls that name no backend use {chosen}.\n")
+    if without := backends.missing_kernels():
+        print(f"{without}\n")
 
     usable = [pair for pair in pairs if backends.why_not(*pair) is None]
     wrong = check(usable)

@@ -8,6 +8,7 @@ from torch._C import _get_tracing_state
 
 from . import backends, reference
 from .autograd import SCSE
+from .literals import Backend, Combine
 from .ops import COMBINE, FORWARD, memory_format
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -22,8 +23,8 @@ def scse(
     ws: Tensor,
     bs: Tensor | None,
     *,
-    combine: str = "add",
-    backend: str = "auto",
+    combine: Combine = "add",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Concurrent spatial and channel squeeze & excitation (arXiv:1803.02579, arXiv:1808.08127).
 
@@ -72,7 +73,7 @@ def cse(
     w2: Tensor,
     b2: Tensor | None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Spatial squeeze and channel excitation alone (cSE): x * channel_gate.
 
@@ -84,7 +85,7 @@ def cse(
     return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", backend)
 
 
-def sse(x: Tensor, ws: Tensor, bs: Tensor | None, *, backend: str = "auto") -> Tensor:
+def sse(x: Tensor, ws: Tensor, bs: Tensor | None, *, backend: Backend = "auto") -> Tensor:
     """Channel squeeze and spatial excitation alone (sSE): x * spatial_gate.
 
     Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
@@ -160,8 +161,13 @@ def _check_parameter(function, x, argument, value, expected, described):
     if shape != expected and (
         shape[: len(expected)] != expected or shape.numel() != math.prod(expected)
     ):
+        # The first parameter of a layer says how many channels it is for.
+        channels = shape[1] if len(shape) > 1 else 0
+        first = argument == "w1" or (function == "sse" and argument == "ws")
+        unfit = first and channels and channels != x.shape[1]
+        x_too = f"x has {x.shape[1]} channels, this layer is for {channels}: " if unfit else ""
         raise ValueError(
-            f"{function}(): {argument} must have shape {described} = {list(expected)},"
+            f"{function}(): {x_too}{argument} must have shape {described} = {list(expected)},"
             f" got {list(shape)}"
         )
 

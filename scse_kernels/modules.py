@@ -1,8 +1,13 @@
-"""The nn.Modules: parameters and repr. What they compute is in functional.py."""
+"""The nn.Modules: parameters and repr. What they compute is in functional.py.
 
+All take device and dtype of their parameters as torch's own layers do, by default torch's defaults.
+"""
+
+import torch
 from torch import Tensor, nn
 
 from .functional import COMBINE, cse, few_shot_sse, scse, sse
+from .literals import Combine, Device
 
 
 def _hidden_channels(num_channels: int, reduction: int, argument: str) -> int:
@@ -26,12 +31,18 @@ class ChannelSELayer(nn.Module):
     Shape: x [N, C, *S] with one to three spatial axes -> [N, C, *S].
     """
 
-    def __init__(self, num_channels: int, reduction_ratio: int = 2) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        reduction_ratio: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         hidden = _hidden_channels(num_channels, reduction_ratio, "reduction_ratio")
         self.num_channels, self.reduction_ratio = num_channels, reduction_ratio
-        self.fc1 = nn.Linear(num_channels, hidden)
-        self.fc2 = nn.Linear(hidden, num_channels)
+        self.fc1 = nn.Linear(num_channels, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, num_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
@@ -50,11 +61,16 @@ class SpatialSELayer(nn.Module):
     Shape: x [N, C, *S] with one to three spatial axes -> [N, C, *S].
     """
 
-    _conv = nn.Conv2d
+    _conv: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv2d
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.conv = self._conv(num_channels, 1, 1)
+        self.conv = self._conv(num_channels, 1, 1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Recalibrate x by position.
@@ -81,17 +97,24 @@ class ChannelSpatialSELayer(nn.Module):
     Both branches are computed together, so forward hooks of the children don't fire.
     """
 
-    _layers = (ChannelSELayer, SpatialSELayer)
+    _layers: tuple[type[ChannelSELayer], type[SpatialSELayer]] = (ChannelSELayer, SpatialSELayer)
 
-    def __init__(self, num_channels: int, reduction_ratio: int = 2, combine: str = "add") -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        reduction_ratio: int = 2,
+        combine: Combine = "add",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if combine not in COMBINE:
             names = ", ".join(map(repr, COMBINE))
             raise ValueError(f"combine must be one of {names}, got {combine!r}")
         channel_layer, spatial_layer = self._layers
-        self.cSE = channel_layer(num_channels, reduction_ratio)
-        self.sSE = spatial_layer(num_channels)
-        self.combine = combine
+        self.cSE = channel_layer(num_channels, reduction_ratio, device, dtype)
+        self.sSE = spatial_layer(num_channels, device, dtype)
+        self.combine: Combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
         channel, conv = self.cSE, self.sSE.conv
@@ -127,8 +150,15 @@ class ChannelSpatialSELayer3D(ChannelSpatialSELayer):
 
     _layers = (ChannelSELayer3D, SpatialSELayer3D)
 
-    def __init__(self, num_channels: int, reduction_ratio: int = 2, combine: str = "max") -> None:
-        super().__init__(num_channels, reduction_ratio, combine)
+    def __init__(
+        self,
+        num_channels: int,
+        reduction_ratio: int = 2,
+        combine: Combine = "max",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_channels, reduction_ratio, combine, device, dtype)
 
 
 class SCSEModule(nn.Module):
@@ -144,17 +174,25 @@ class SCSEModule(nn.Module):
     computed together, so forward hooks of the children don't fire.
     """
 
-    def __init__(self, in_channels: int, reduction: int = 16) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        reduction: int = 16,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         hidden = _hidden_channels(in_channels, reduction, "reduction")
         self.cSE = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(in_channels, hidden, 1),
+            nn.Conv2d(in_channels, hidden, 1, device=device, dtype=dtype),
             nn.ReLU(inplace=True),
-            nn.Conv2d(hidden, in_channels, 1),
+            nn.Conv2d(hidden, in_channels, 1, device=device, dtype=dtype),
             nn.Sigmoid(),
         )
-        self.sSE = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Sigmoid())
+        self.sSE = nn.Sequential(
+            nn.Conv2d(in_channels, 1, 1, device=device, dtype=dtype), nn.Sigmoid()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         _, fc1, _, fc2, _ = self.cSE  # an index would take longer

@@ -8,13 +8,17 @@ A missing branch is a missing w1 (and b1, w2, b2) or ws (and bs). Parameters kee
 module gave them: w1 [Cr, C, ...], w2 [C, Cr, ...], ws C elements, bs one element.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from ._library import library
+from .literals import Combine
 from .reference import accumulation_dtype
 
 #: combine -> the code that operators take (an integer crosses into C++ for nothing).
-COMBINE = {"add": 0, "max": 1, "mul": 2, "concat": 3}
+COMBINE = {name: code for code, name in enumerate(get_args(Combine))}
 
 BACKENDS = ("cpu", "cuda", "triton")
 
@@ -85,14 +89,14 @@ def _fake_backward(
     )
 
 
-_library = torch.library.Library("scse_kernels", "DEF")
+_library = library()
 for _backend in BACKENDS:
     for _name, _schema, _fake in (
         (f"{_backend}_forward", _FORWARD, _fake_forward),
         (f"{_backend}_backward", _BACKWARD, _fake_backward),
     ):
-        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"scse_kernels::{_name}", _fake, lib=_library)
+        _library.define(_name, _schema)
+        _library.register_fake(_name, _fake)
         # Differentiation happens outside, in autograd.py; without this a call stops on its way to
         # look for what would be differentiated.
         _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
@@ -125,4 +129,4 @@ for _key in ("CUDA", "CPU"):
     _library.impl("triton_backward", _triton_backward, _key)
 
 # The instruction set that the cpu kernels chose on this machine: baseline, avx2 or avx512.
-_library.define("cpu_capability() -> str")
+_library.define("cpu_capability", "() -> str")
