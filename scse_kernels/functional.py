@@ -162,9 +162,9 @@ def _check_parameter(function, x, argument, value, expected, described):
         shape[: len(expected)] != expected or shape.numel() != math.prod(expected)
     ):
         # The first parameter of a layer says how many channels it is for.
-        channels = shape[1] if len(shape) > 1 else 0
         first = argument == "w1" or (function == "sse" and argument == "ws")
-        unfit = first and channels and channels != x.shape[1]
+        channels = shape[1] if len(shape) > 1 else shape.numel() if argument == "ws" else 0
+        unfit = first and channels not in (0, x.shape[1])
         x_too = f"x has {x.shape[1]} channels, this layer is for {channels}: " if unfit else ""
         raise ValueError(
             f"{function}(): {x_too}{argument} must have shape {described} = {list(expected)},"

@@ -26,15 +26,17 @@ def test_an_extension_that_was_built_loads():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(built, capability): what _native and torch say of it; capability None: no GPU."""
+    """machine(built, capability, triton): what _native, torch and Triton say of it; capability
+    None: no GPU."""
 
-    def pretend(built=True, capability=None):
+    def pretend(built=True, capability=None, triton=None):
         reasons = {"_C": None, "_C_cuda": None if built else "built without scse_kernels._C_cuda"}
         monkeypatch.setattr(_native, "_WHY_NOT", reasons)
+        monkeypatch.setattr(backends, "_warned", set())
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         properties = type("Properties", (), {"major": capability and capability // 10})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        monkeypatch.setattr("scse_kernels._triton.why_not", lambda device: None)
+        monkeypatch.setattr("scse_kernels._triton.why_not", lambda device: triton)
 
     return pretend
 
@@ -66,7 +68,13 @@ def test_capability(machine, capability, usable):
     reason = backends.why_not("cuda", CUDA)
     assert (reason is None) == usable
     assert usable or "compute capability 8.0" in reason
-    assert backends._fastest(CUDA, torch.float16) == ("cuda" if usable else "triton")
+    assert backends._fastest(CUDA, torch.float16) == "triton"
+    machine(capability=capability, triton="Triton can't be imported")
+    if usable:
+        assert backends._fastest(CUDA, torch.float16) == "cuda"
+    else:
+        with pytest.warns(RuntimeWarning, match=r"compute capability 8.0"):
+            assert backends._fastest(CUDA, torch.float16) == "eager"
 
 
 def test_float64_goes_elsewhere(machine):
