@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,7 @@ def test_triton_before_cuda(usable):
 
 
 def test_auto_warns_once_where_kernels_are_missing(usable, recwarn):
+    warnings.simplefilter("always")
     usable("eager")
     case = make_case((2, 6, 5, 7))
     for _ in range(3):
