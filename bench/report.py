@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, NullLocator
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -277,6 +277,10 @@ def plot(path: Path, measurements: list[Measurement], environment: dict[str, str
                 panel.plot(sizes, means, lw=1.8, label=label, **style)
                 panel.plot(*zip(*points, strict=True), ".", ms=5, color=style["color"])
             panel.set_xscale("log", base=2)
+            sizes = sorted({m.case.x_bytes / 2**20 for m in measurements})
+            if len(sizes) < 4:  # there may be one power of two in their range, or none
+                panel.set_xticks(sizes)
+                panel.xaxis.set_minor_locator(NullLocator())
             panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)

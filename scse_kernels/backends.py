@@ -161,10 +161,10 @@ def missing_kernels(
     why not, and what mends it. Without a device: for a GPU if there is one, else for the CPU."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reasons = {backend: why_not(backend, device, dtype) for backend in AUTO[device.type]}
+    reasons = {b: why_not(b, device, dtype) for b in AUTO.get(device.type, ())}
     if None in reasons.values():
         return None
-    told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+    told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items()) or "no backend"
     return (
         f"scse_kernels has no kernels for {device.type} tensors here and computes them by PyTorch's"
         f" eager operations ({told}). `python -m scse_kernels` says more;"

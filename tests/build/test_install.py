@@ -87,8 +87,8 @@ class Environment:
 
     def __init__(self, python: Path, compiler: Path) -> None:
         self.python, self.compiler = python, compiler
-        self.site = Path(self.run(
-            "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())  # fmt: skip
+        where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        self.site = Path(self.run("-c", where).stdout.strip())
 
     def run(self, *words, **variables):
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SCSE_", "PYTHON"))}
