@@ -215,12 +215,12 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     print()
 
 
-def check(pairs: list[tuple[str, torch.device]]) -> int:
-    """Prints how each backend compares with the reference; returns how many rows disagree."""
+def check(usable: list[tuple[str, torch.device]]) -> int:
+    """Prints how each usable backend compares with the reference; returns how many rows disagree."""
     rows, wrong = [], 0
     for dtype in DTYPES:
         results = {case: expected(case) for case in cases(dtype)}
-        for backend, device in pairs:
+        for backend, device in usable:
             if backends.why_not(backend, device, dtype):
                 continue
             found = worst(results, backend, device)

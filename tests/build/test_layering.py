@@ -16,6 +16,7 @@ ORDER = (
         "__init__",
         "checkpoints",
         "convert",
+        "keras",
         "layouts",
         "modules",
         "functional",
@@ -80,6 +81,12 @@ def test_triton_is_imported_late(path):
         if at_module_level and _module(path) != "_triton":
             assert name.split(".")[0] != "triton", "triton is imported with the package"
             assert not name.startswith("._triton"), f"{name} is imported with the package"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_keras_is_imported_by_one_module(path):
+    names = {name.split(".")[0] for name, _ in _imports(path)}
+    assert ("keras" in names) == (_module(path) == "keras")
 
 
 def test_modules_do_not_choose_backends():

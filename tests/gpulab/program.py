@@ -1,7 +1,6 @@
 """A kernel compiled for execution: basic blocks, liveness and one closure per instruction."""
 
-from . import ops_arith
-from . import ops_memory, ops_warp, ops_async  # noqa: F401  (they register their instructions)
+from . import ops_arith, ops_async, ops_memory, ops_warp  # noqa: F401  (they register their instructions)
 from .errors import GpuLabError
 from .operands import OPS, reader, unsupported
 from .parser import TYPE_BYTES
