@@ -240,5 +240,5 @@ def test_the_last_lines_of_a_failed_build(build, capfd):
         subprocess.run(["sh", "-c", "echo a.cpp:1:2: error: this; echo b.o: undefined that >&2"])
         print("done")
     assert build.last_errors(lines) == "a.cpp:1:2: error: this | b.o: undefined that"
-    assert capfd.readouterr().out.splitlines()[0] == "building"  # it goes out all the same
+    assert "a.cpp:1:2: error: this" in capfd.readouterr().out  # it goes out all the same
     assert build.last_errors(["-Werror=format", "fine"]) == ""

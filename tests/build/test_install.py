@@ -222,7 +222,7 @@ def test_editable(in_venv, sources, compiler):
     assert done.returncode != 0
     told = done.stdout + done.stderr
     assert "would have none: the build failed: k.h:7:1: error: expected a miracle" in told
-    assert _usable(in_venv.self_check())
+    assert len(list((sources / "scse_kernels").glob("*.so"))) == 1
 
     # Without them the package is what it is told to be.
     assert in_venv.pip(*again, SCSE_BUILD="none").returncode == 0
