@@ -216,7 +216,7 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def check(usable: list[tuple[str, torch.device]]) -> int:
-    """Prints how the usable backends compare with the reference; returns how many rows disagree."""
+    """Prints how each backend compares with the reference; returns how many rows disagree."""
     rows, wrong = [], 0
     for dtype in DTYPES:
         results = {case: expected(case) for case in cases(dtype)}
