@@ -20,11 +20,15 @@ PEERS := $(VENV)/peers
 # Other versions of Triton than the pair's, alone and side by side: what torch 2.10 and 2.11, 2.13
 # and 2.14 come with.
 TRITONS := $(foreach v,$(filter-out $(TRITON:triton==%=%),3.6.0 3.7.1 3.8.0),$(VENV)/triton-$(v)/installed)
-# The package as a wheel: without kernels in an environment of its own, and as it is given away.
-PURE := $(VENV)/pure
-WHEEL := $(VENV)/wheel
 # What the tests of code for GPUs have executed.
 PROOF := $(VENV)/proof
+# Environments with the package installed: without kernels, and as users install it.
+PURE := $(VENV)/pure
+WHEEL := $(VENV)/wheel
+# $(call share,ENVIRONMENT): gives it the packages of .venv by a path file; through that the editable
+# install isn't seen.
+share = $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    > $$(echo $(1)/lib/python3.*/site-packages)/venv.pth
 
 # Busy-waiting threads of two processes slow each other tenfold on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -54,11 +58,16 @@ gpu-proof: $(TOOLS) $(TRITONS)
 	SCSE_GPU_PROOF=$(PROOF) $(BIN)/python -m pytest -q -n auto tests/gpu; passed=$$?; \
 	$(BIN)/python tests/gpu/proof.py $(PROOF) && exit $$passed
 
-# Built from the sdist, so that it shows what the sdist lacks.
-test-wheel: wheel
-	rm -rf $(WHEEL)
-	$(PIP) --quiet --no-deps --target $(WHEEL) dist/*.whl
-	cd tests && PYTHONPATH=../$(WHEEL) ../$(BIN)/python -m scse_kernels
+# As users install it, in a fresh environment and with pip's own way of building; from the sdist, so
+# that it shows what the sdist lacks.
+test-wheel: $(TOOLS)
+	rm -rf dist $(WHEEL)
+	$(BIN)/python -m build --no-isolation --sdist
+	$(BIN)/python -m venv --without-pip $(WHEEL)
+	$(call share,$(WHEEL))
+	SCSE_BUILD=cpu $(BIN)/pip --disable-pip-version-check --python $(WHEEL)/bin/python \
+	    install --quiet --no-deps dist/*.tar.gz
+	cd tests && ../$(WHEEL)/bin/python -m scse_kernels
 
 # Builds the CUDA kernels and tests what can be tested without a GPU. It needs a CUDA toolkit of the
 # same major version as the torch (CUDA_HOME names its folder):
@@ -86,14 +95,14 @@ wheel: $(TOOLS)
 	SCSE_BUILD=cpu $(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info scse_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info scse_kernels/*.so scse_kernels/_build_info.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(PAIR): | $(BIN)/python
 	rm -f $(VENV)/pair-*
-	$(PIP) $(TORCH) $(TRITON) ninja "setuptools>=77.0.3" wheel
+	$(PIP) $(TORCH) $(TRITON) ninja "setuptools>=77.0.3,<82" wheel
 	$(BIN)/pip freeze | grep -E '^(torch|triton)==' > $(CONSTRAINTS)
 	touch $@
 
@@ -118,11 +127,10 @@ $(KERNELS): $(TOOLS) setup.py $(shell find csrc -type f)
 	SCSE_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-# It shares the packages of .venv by a path file: through that the editable install isn't seen.
 $(PURE): $(TOOLS) setup.py $(shell find scse_kernels -name '*.py')
 	rm -rf $@ build/lib
 	$(BIN)/python -m venv --without-pip $@
-	site=$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$site/venv.pth && \
-	SCSE_BUILD=none $(PIP) --quiet --no-build-isolation --no-deps --target $$site .
+	$(call share,$@)
+	SCSE_BUILD=none $(PIP) --quiet --no-build-isolation --no-deps \
+	    --target $$(echo $@/lib/python3.*/site-packages) .
 	touch $@

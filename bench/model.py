@@ -65,15 +65,22 @@ MODELS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench model`."""
     parser.add_argument(
-        "--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS), help="default: all"
+        "--models",
+        nargs="+",
+        action=options.Several,
+        choices=tuple(MODELS),
+        default=tuple(MODELS),
+        help="default: all",
     )
     parser.add_argument(
         "--rounds", type=options.positive, default=9, help="of timing (%(default)s)"
     )
+    options.add_reference(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare and time the chosen networks; returns 1 if one was wrong."""
+    providers.fused(args.device, "--reference", args.reference)
     report.print_header(report.environment(args.device), providers.missing(args.device))
     agree = True
     for name in args.models:

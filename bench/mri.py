@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--combine", choices=("add", "max", "mul"), default="add", help="%(default)s"
     )
+    options.add_reference(parser)
 
 
 class _Training:
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     """Train both, compare, report; returns 1 if they disagree."""
     console, device = report.console, args.device
     torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
-    names = ("eager", providers.fused(device)[0])
+    names = ("eager", providers.fused(device, "--reference", args.reference)[0])
     environment = report.environment(device)
     report.print_header(environment, providers.missing(device))
 

@@ -7,8 +7,8 @@ Every round times every provider once, in an order that rotates:
              concat, ai-med's for max
   compile    torch.compile of it
   rewritten  the same mathematics rewritten so that Inductor fuses it best, compiled
-  ...        every backend of scse_kernels that runs on the device (or `reference`, its eager one,
-             where none does)
+  ...        every backend of scse_kernels that runs on the device; `reference`, its eager
+             operations, only if --providers names it
 
 A provider that disagrees with the float64 reference is not timed, and the exit status is 1.
 Bandwidth is the least bytes that any kernel must move (forward reads x, writes y; backward reads x
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         type=options.shape,
         nargs="+",
+        action=options.Several,
         default=SHAPES,
         help="such as 8x64x64x64 1x32x48x48x48",
     )
@@ -64,11 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="contiguous",
         help="%(default)s",
     )
-    parser.add_argument("--reduction", type=options.positive, nargs="+", help="default: 16 2")
     parser.add_argument(
-        "--combine", nargs="+", choices=("add", "max", "mul", "concat"), help="default: add max"
+        "--reduction",
+        type=options.positive,
+        nargs="+",
+        action=options.Several,
+        help="default: 16 2",
     )
-    parser.add_argument("--providers", nargs="+", help="default: all that can run")
+    parser.add_argument(
+        "--combine",
+        nargs="+",
+        action=options.Several,
+        choices=("add", "max", "mul", "concat"),
+        help="default: add max",
+    )
+    parser.add_argument(
+        "--providers", nargs="+", action=options.Several, help="default: all that can run"
+    )
     parser.add_argument("--rounds", type=options.positive, help="default: 15")
     parser.add_argument(
         "--quick", action="store_true", help="unless given: reduction 16, add, 7 rounds"
@@ -84,9 +97,11 @@ def run(args: argparse.Namespace) -> int:
     """Time every provider on every case; returns 1 if one was wrong."""
     if args.layout == "channels_last" and any(len(shape) < 4 for shape in args.shape):
         raise SystemExit("channels_last needs two or three spatial axes")
-    fused = providers.fused(args.device)
-    known = [*providers.COMPETITORS, *fused]
-    chosen = args.providers or known
+    known = [*providers.COMPETITORS, *providers.usable(args.device)]
+    chosen = args.providers or [
+        *providers.COMPETITORS,
+        *providers.fused(args.device, "`--providers eager reference`"),
+    ]
     for name in chosen:
         if name not in (*known, "reference"):
             reason = providers.missing(args.device).get(name, f"known: {', '.join(known)}")

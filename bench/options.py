@@ -16,3 +16,22 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return int(text)
+
+
+class Several(argparse.Action):
+    """Values of an option that may be given more than once: `--shape A B` is `--shape A --shape B`.
+    argparse's "extend" would add them to the default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        given = () if before is self.default else before
+        setattr(namespace, self.dest, [*given, *values])
+
+
+def add_reference(parser: argparse.ArgumentParser) -> None:
+    """The option that lets the eager operations stand in for kernels."""
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help="go on with this package's eager operations where there are no kernels",
+    )

@@ -117,10 +117,16 @@ def missing(device: torch.device) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def fused(device: torch.device) -> list[str]:
-    """Whose speed this is about: the usable backends, or `reference`, this package's eager one,
-    where there are none."""
-    return usable(device) or ["reference"]
+def fused(device: torch.device, asked: str, is_asked: bool = False) -> list[str]:
+    """Whose speed this is about: the usable backends. Where there are none, `reference`, this
+    package's eager operations, only if it `is_asked` for, by the option `asked`: its figures under
+    this package's name would mislead."""
+    if here := usable(device):
+        return here
+    if is_asked:
+        return ["reference"]
+    reason = backends.missing_kernels(device)
+    raise SystemExit(f"There are no kernels to time. {reason}\n{asked} times its eager operations.")
 
 
 def build(name: str, channels: int, reduction: int, combine: str, axes: int) -> nn.Module:

@@ -252,7 +252,7 @@ def plot(path: Path, measurements: list[Measurement], environment: dict[str, str
         ImportError: matplotlib isn't here.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter
+    from matplotlib.ticker import FormatStrFormatter, NullLocator
 
     several = len({m.way for m in measurements}) > 1
     columns = list(dict.fromkeys((m.direction, m.way) for m in measurements))
@@ -282,6 +282,10 @@ def plot(path: Path, measurements: list[Measurement], environment: dict[str, str
                 panel.plot(sizes, means, lw=1.8, label=label, **style)
                 panel.plot(*zip(*points, strict=True), ".", ms=5, color=style["color"])
             panel.set_xscale("log", base=2)
+            sizes = sorted({m.case.x_bytes / 2**20 for m in measurements})
+            if len(sizes) < 4:  # there may be one power of two in their range, or none
+                panel.set_xticks(sizes)
+                panel.xaxis.set_minor_locator(NullLocator())
             panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)

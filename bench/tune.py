@@ -49,15 +49,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         type=options.shape,
         nargs="+",
+        action=options.Several,
         default=SHAPES,
         help="such as 8x64x64x64 1x32x48x48x48",
     )
-    parser.add_argument("--dtype", nargs="+", choices=ops.DTYPES, default=["float16"])
     parser.add_argument(
-        "--layout", nargs="+", choices=ops.LAYOUTS, default=ops.LAYOUTS, help="default: both"
+        "--dtype", nargs="+", action=options.Several, choices=ops.DTYPES, default=["float16"]
     )
     parser.add_argument(
-        "--combine", nargs="+", choices=tuple(scse_kernels.ops.COMBINE), default=["add"]
+        "--layout",
+        nargs="+",
+        action=options.Several,
+        choices=ops.LAYOUTS,
+        default=ops.LAYOUTS,
+        help="default: both",
+    )
+    parser.add_argument(
+        "--combine",
+        nargs="+",
+        action=options.Several,
+        choices=tuple(scse_kernels.ops.COMBINE),
+        default=["add"],
     )
     parser.add_argument("--reduction", type=options.positive, default=16, help="%(default)s")
     parser.add_argument("--rounds", type=options.positive, default=15, help="%(default)s")

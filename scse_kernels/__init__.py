@@ -1,5 +1,7 @@
 """Fused scSE (concurrent spatial and channel squeeze & excitation) for PyTorch."""
 
+from . import _torch_version  # noqa: F401
+from .backends import set_backend, use_backend
 from .checkpoints import convert_state_dict
 from .convert import Report, convert, revert
 from .functional import cse, scse, sse
@@ -29,5 +31,7 @@ __all__ = [
     "cse",
     "revert",
     "scse",
+    "set_backend",
     "sse",
+    "use_backend",
 ]

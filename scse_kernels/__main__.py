@@ -4,18 +4,20 @@
 
 Every backend that can run on a device of this machine is compared with the reference in float64,
 with each family of its kernels: output and all gradients of scse (each way to combine), cse and
-sse, for each dtype and memory format. Takes a few seconds. Exits with 1 if one disagrees.
+sse, for each dtype and memory format. Takes a few seconds. Exits with 1 if one disagrees, and if
+the package in a checkout's folder hides an installed one.
 """
 
 import argparse
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
 import scse_kernels
 
-from . import backends, ops, selfcheck
+from . import _build_info, _native, backends, ops, selfcheck
 
 
 def devices() -> list[torch.device]:
@@ -58,6 +60,29 @@ def status(backend: str, device: torch.device) -> str:
     return "usable"
 
 
+def built() -> list[tuple[str, str]]:
+    """What the installation has of kernels that must be compiled, or why it has not."""
+    rows = []
+    for kernels, module in (("CPU, C++", "_C"), ("CUDA, C++", "_C_cuda")):
+        against = _build_info.built_against(module)
+        if against is None and _native.why_not(module) is None:
+            against = "(nothing is written about it)"
+        rows.append((kernels, against or f"none: {_build_info.why_left_out(module)}"))
+    return rows
+
+
+def hidden_installation() -> Path | None:
+    """The folder of an installed package in whose place a checkout's was loaded, since the
+    checkout's folder is where Python was started."""
+    if not _build_info.is_checkout():
+        return None
+    for entry in sys.path:
+        package = Path(entry, "scse_kernels")
+        if (package / "__init__.py").exists() and package.resolve() != _build_info.PACKAGE:
+            return package
+    return None
+
+
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
@@ -82,11 +107,24 @@ def main(arguments: list[str] | None = None) -> int:
         ("python", platform.python_version()),
     )
     print_table(("package", "version"), list(versions))
+    print(f"  loaded from {_build_info.PACKAGE}\n")
+    if hidden := hidden_installation():
+        print(
+            f"This checkout hides the package that is installed in {hidden}.\n"
+            "Start Python in another folder to use that one, or give the checkout kernels by\n"
+            f"    {_build_info.mending_command()}"
+        )
+        return 1
+    print_table(("kernels", "built against"), built())
     print_table(("device", ""), [(str(device), describe(device)) for device in devices()])
 
     pairs = [(backend, device) for backend in ("eager", *ops.BACKENDS) for device in devices()]
     rows = [(backend, str(device), status(backend, device)) for backend, device in pairs]
     print_table(("backend", "device", ""), rows)
+    if chosen := backends.chosen():
+        print(f"  Calls that name no backend use {chosen}.\n")
+    if without := backends.missing_kernels():
+        print(f"{without}\n")
 
     # Row by row: should one of them not come back, it is known which.
     wrong, line = 0, "  {:24}  {:6}  {:8}  {:7}  {:17}  {}"

@@ -2,14 +2,18 @@
 
 import importlib
 
+from . import _build_info
+
 
 def _load(module: str) -> str | None:
     try:
         importlib.import_module(f"scse_kernels.{module}")
     except ModuleNotFoundError:
-        return f"this installation was built without scse_kernels.{module}"
+        reason = _build_info.why_left_out(module)
+        return f"this installation was built without scse_kernels.{module}: {reason}"
     except (ImportError, OSError) as error:  # built for another torch or another platform
-        return f"scse_kernels.{module} does not load: {error}"
+        built = _build_info.built_against(module) or "another torch"
+        return f"scse_kernels.{module}, built against {built}, does not load: {error}"
     return None
 
 

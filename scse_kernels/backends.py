@@ -1,36 +1,109 @@
 """Which backend a call gets, and why not another."""
 
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import get_args
+
 import torch
 from torch import Tensor, compiler
 from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
 
-from . import _native
+from . import _build_info, _native
+from .literals import Backend
 from .ops import BACKENDS
+
+#: What "auto" tries, by the type of x's device, the first one first. None of it was timed on a GPU.
+#: Triton before CUDA C++, although the latter takes less host time per call and keeps samples on
+#: chip: its kernels have not passed on hardware yet, while Triton's compiler at least has, many
+#: times. When they have, turn the two round.
+AUTO = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+
+
+def _known(said_by: str, backend: str) -> str:
+    if backend not in get_args(Backend):
+        names = ", ".join(map(repr, get_args(Backend)))
+        raise ValueError(f"{said_by} must be one of {names}, got {backend!r}")
+    return backend
+
+
+# The choice for calls that name no backend, and where it comes from. Two globals of the process, as
+# torch.backends has them, and not of a thread: backward passes run in threads of their own, and
+# torch.compile guards on globals.
+_chosen = _known("SCSE_BACKEND", os.environ.get("SCSE_BACKEND") or "auto")
+_chosen_by = " (from SCSE_BACKEND)" if os.environ.get("SCSE_BACKEND") else ""
+
+
+def set_backend(backend: Backend) -> None:
+    """Choose who computes where a call doesn't say it: in the layers, in converted blocks, and in
+    the functions with their default backend="auto". An argument goes before it; it goes before the
+    environment variable SCSE_BACKEND.
+
+    As in the functions, a named backend is used or the call raises; "auto" is the fastest.
+
+    One setting for the process and all its threads. What is in use elsewhere at the time may take
+    the old or the new one; a backward uses the backend of its forward. What torch.compile compiled
+    is compiled anew for another choice.
+
+    Raises:
+        ValueError: backend is unknown.
+    """
+    global _chosen, _chosen_by
+    _chosen = _known("set_backend(): backend", backend)
+    _chosen_by = " (from set_backend())"
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """:func:`set_backend` for as long as a with block lasts; then the choice from before again.
+
+    As that one it holds for all threads, so blocks of several threads must not overlap. What is
+    recomputed later, by torch.utils.checkpoint in the backward, is computed as chosen by then.
+    """
+    global _chosen, _chosen_by
+    before = _chosen, _chosen_by
+    _chosen = _known("use_backend(): backend", backend)
+    _chosen_by = " (from use_backend())"
+    try:
+        yield
+    finally:
+        _chosen, _chosen_by = before
+
+
+def chosen() -> str | None:
+    """The backend for calls that name none, and where that comes from; None if it is "auto"."""
+    return None if _chosen == "auto" else f"'{_chosen}'{_chosen_by}"
 
 
 def choose(function: str, backend: str, x: Tensor) -> str:
     """The backend that `function` computes with for x: a named one is used or raises, "auto" is
-    the fastest. "operations" stands for the reference's ordinary operations, as they are.
+    the one that was chosen for such calls, else the fastest. "operations" stands for the
+    reference's ordinary operations, as they are.
 
     Raises:
         ValueError: backend is unknown.
         RuntimeError: it can't be used for x, or not here.
     """
+    chosen_by = ""
+    if backend == "auto":
+        backend, chosen_by = _chosen, _chosen_by
     if taken_apart_by := _taken_apart_by():
         if backend not in ("auto", "eager"):
             raise RuntimeError(
                 f"{function}(): {taken_apart_by} needs ordinary operations, which backend 'auto'"
-                f" and 'eager' give it, got backend '{backend}'"
+                f" and 'eager' give it, got backend '{backend}'{chosen_by}"
             )
         return "operations"
     if backend == "auto":
         return _fastest(x.device, x.dtype)
     if backend not in ("eager", *BACKENDS):
-        names = ", ".join(map(repr, ("auto", "eager", *BACKENDS)))
-        raise ValueError(f"{function}(): backend must be one of {names}, got {backend!r}")
+        _known(f"{function}(): backend", backend)
     if reason := why_not(backend, x.device, x.dtype):
-        raise RuntimeError(f"{function}(): backend '{backend}' is not available: {reason}")
+        raise RuntimeError(
+            f"{function}(): backend '{backend}'{chosen_by} is not available: {reason}"
+        )
     return backend
 
 
@@ -90,17 +163,36 @@ def _why_not_cuda(device, dtype):
 
 
 def _fastest(device, dtype):
-    """What "auto" takes. Estimates from launches and passes over the map; no GPU was timed.
-
-    `cuda` before `triton`: as many passes in the same number of launches, but each takes a few
-    microseconds of host time instead of tens, and small maps are launch-bound. Where a sample fits
-    on chip, `cuda` passes over the map fewer times still (it chooses by itself, see
-    csrc/cuda/ops.cpp). `triton` has float64 and AMD devices, and needs nothing to be built.
-    """
-    for backend in ("cuda", "triton") if device.type == "cuda" else ("cpu",):
+    """What "auto" takes: the first of AUTO that can be used."""
+    for backend in AUTO.get(device.type, ()):
         if why_not(backend, device, dtype) is None:
             return backend
+    if device.type in AUTO and device.type not in _warned and not compiler.is_compiling():
+        _warned.add(device.type)
+        warnings.warn(missing_kernels(device, dtype), RuntimeWarning, stacklevel=2)
     return "eager"
+
+
+#: The types of devices that a warning told of.
+_warned: set[str] = set()
+
+
+def missing_kernels(
+    device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> str | None:
+    """None if "auto" has kernels for tensors on `device` (and of `dtype`), else one line that says
+    why not, and what mends it. Without a device: for a GPU if there is one, else for the CPU."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reasons = {b: why_not(b, device, dtype) for b in AUTO.get(device.type, ())}
+    if None in reasons.values():
+        return None
+    told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items()) or "no backend"
+    return (
+        f"scse_kernels has no kernels for {device.type} tensors here and computes them by PyTorch's"
+        f" eager operations ({told}). `python -m scse_kernels` says more;"
+        f" `{_build_info.mending_command()}` installs it anew."
+    )
 
 
 def _taken_apart_by() -> str | None:

@@ -1,6 +1,7 @@
 """convert_state_dict: checkpoints of one library's blocks for a model with another's."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> Ma
 
     Wherever `model` has a block and `state_dict` has, under the same name, the parameters of any of
     the layouts in `layouts.LAYOUTS`, these get the keys and shapes of the model's block. So a
-    checkpoint moves between libraries, and between 2-D and 3-D blocks. Everything else stays.
+    checkpoint moves between libraries, and between 2-D and 3-D blocks. Everything else stays; a
+    warning tells of keys that the model has nothing for.
     What a state_dict doesn't say, and must be the same in both models: how the branches combine.
 
     Args:
@@ -47,6 +49,14 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> Ma
                     # Where the number of channels differs, load_state_dict will say so.
                     same = value.numel() == own.numel()
                     result[f"{prefix}{new}.{name}"] = value.reshape(own.shape) if same else value
+    known = model.state_dict().keys()
+    if unknown := [key for key in result if key not in known]:
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        warnings.warn(
+            f"convert_state_dict(): the model has no parameter or buffer for {len(unknown)} of"
+            f" {len(result)} keys, which stay as they are: {shown}",
+            stacklevel=2,
+        )
     return result
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import layouts, modules
+from . import backends, layouts, modules
 from .functional import COMBINE, cse, scse, sse
 from .layouts import Layout, Unfit
 
@@ -81,7 +81,9 @@ class Report:
                 path += f" (shared, {len(entry.paths)} places)"
             rows.append((path, entry.module, f"{entry.status}: {entry.detail}"))
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
+        lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
+        without = backends.missing_kernels() if len(self.left_alone) < len(self.entries) else None
+        return "\n".join([*lines, without] if without else lines)
 
 
 def convert(model: nn.Module) -> Report:
@@ -114,7 +116,7 @@ def revert(model: nn.Module) -> None:
     Raises:
         RuntimeError: something changed a converted block's class after `convert` did.
     """
-    converted = [(path, m) for path, m in model.named_modules() if isinstance(m, _Fused)]
+    converted = [(path, m) for path, m in model.named_modules() if _is_fused(m)]
     for path, module in converted:
         if "_recipe" not in vars(type(module)):
             raise RuntimeError(
@@ -153,6 +155,12 @@ class _Fused:
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
         return (_new, (self._original, self._recipe), *state)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """By name: after a reload of this module, `_Fused` is another class than that of blocks which
+    were converted before."""
+    return any((c.__module__, c.__name__) == (__name__, "_Fused") for c in type(module).__mro__)
 
 
 @functools.cache
@@ -220,7 +228,7 @@ def _convert(module, paths, seen) -> Iterator[Entry]:
     seen.add(module)
     name = type(module).__name__
     where = tuple(paths[module])
-    if isinstance(module, _Fused):
+    if _is_fused(module):
         yield Entry(where, name, "already fused", module._recipe.computes)
         return
     if type(module).__module__ == modules.__name__:
@@ -336,13 +344,14 @@ def _unlike(block: nn.Module, what: str) -> Unfit:
 
 @contextlib.contextmanager
 def _apart():
-    """Gradients on, hooks on all modules off, random generators put back."""
+    """Gradients on, hooks on all modules off, random generators and the backend put back."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
         contextlib.ExitStack() as afterwards,
         torch.random.fork_rng(devices),
         torch.inference_mode(False),
         torch.enable_grad(),
+        backends.use_backend("eager"),  # whatever was chosen for real calls, on a CPU in float64
     ):
         for hooks in _HOOKS_OF_ALL_MODULES:
             afterwards.callback(hooks.update, dict(hooks))

@@ -8,6 +8,7 @@ from torch._C import _get_tracing_state
 
 from . import backends, reference
 from .autograd import SCSE, once_differentiable
+from .literals import Activation, Backend, Combine, Gate
 from .ops import ACTIVATION, COMBINE, FORWARD, GATE, codes, memory_format
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -24,11 +25,11 @@ def scse(
     ws: Tensor,
     bs: Tensor | None,
     *,
-    combine: str = "add",
-    activation: str = "relu",
+    combine: Combine = "add",
+    activation: Activation = "relu",
     slope: float | None = None,
-    gate: str = "sigmoid",
-    backend: str = "auto",
+    gate: Gate = "sigmoid",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Concurrent spatial and channel squeeze & excitation (arXiv:1803.02579, arXiv:1808.08127).
 
@@ -85,10 +86,10 @@ def cse(
     w2: Tensor,
     b2: Tensor | None,
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
     slope: float | None = None,
-    gate: str = "sigmoid",
-    backend: str = "auto",
+    gate: Gate = "sigmoid",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Spatial squeeze and channel excitation alone (cSE): x * channel_gate.
 
@@ -102,7 +103,7 @@ def cse(
 
 
 def sse(
-    x: Tensor, ws: Tensor, bs: Tensor | None, *, gate: str = "sigmoid", backend: str = "auto"
+    x: Tensor, ws: Tensor, bs: Tensor | None, *, gate: Gate = "sigmoid", backend: Backend = "auto"
 ) -> Tensor:
     """Channel squeeze and spatial excitation alone (sSE): x * spatial_gate.
 
@@ -202,17 +203,17 @@ def _check_parameter(function, device, argument, value, expected, described):
         shape[: len(expected)] != expected or shape.numel() != math.prod(expected)
     ):
         raise ValueError(
-            f"{function}(): {argument} must have shape {described} = {list(expected)},"
-            f" got {list(shape)}{_other_channels(x, argument, shape, expected)}"
+            f"{function}(): {_other_channels(argument, shape, expected)}{argument} must have shape"
+            f" {described} = {list(expected)}, got {list(shape)}"
         )
 
 
-def _other_channels(x, argument, shape, expected):
+def _other_channels(argument, shape, expected):
     """Says so where nothing is wrong with the parameter but that it is for another x."""
     axis = len(expected) - 1
     if argument not in ("w1", "ws") or len(shape) <= axis or shape[:axis] != expected[:axis]:
         return ""
-    return f": x has {x.shape[1]} channels, this layer is for {shape[axis]}"
+    return f"x has {expected[axis]} channels, this layer is for {shape[axis]}: "
 
 
 def _check_weights(x, weights):

@@ -2,6 +2,8 @@
 
 A layer takes its children's parameters and computes with the fused kernels. Where a child was
 replaced or has hooks (see children.py), the layer calls its children instead, as an eager one does.
+
+All take device and dtype of their parameters as torch's own layers do, by default torch's defaults.
 """
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from .children import Tree, untouched
 from .functional import COMBINE, cse, few_shot_sse, scse, sse
+from .literals import Combine, Device
 
 
 def _check_int(argument: str, value: int) -> None:
@@ -45,12 +48,18 @@ class ChannelSELayer(nn.Module):
 
     _tree: Tree = ((0, (("fc1", nn.Linear), ("fc2", nn.Linear))),)
 
-    def __init__(self, num_channels: int, reduction_ratio: int = 2) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        reduction_ratio: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         hidden = _hidden_channels(num_channels, reduction_ratio, "num_channels", "reduction_ratio")
         self.num_channels, self.reduction_ratio = num_channels, reduction_ratio
-        self.fc1 = nn.Linear(num_channels, hidden)
-        self.fc2 = nn.Linear(hidden, num_channels)
+        self.fc1 = nn.Linear(num_channels, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, num_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not (below := untouched(self, self._tree)):
@@ -77,13 +86,18 @@ class SpatialSELayer(nn.Module):
     Shape: x [N, C, *S] with one to three spatial axes -> [N, C, *S].
     """
 
-    _conv = nn.Conv2d
+    _conv: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv2d
     _tree: Tree = ((0, (("conv", nn.Conv2d),)),)
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         _check_channels("num_channels", num_channels)
-        self.conv = self._conv(num_channels, 1, 1)
+        self.conv = self._conv(num_channels, 1, 1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Recalibrate x by position.
@@ -122,22 +136,29 @@ class ChannelSpatialSELayer(nn.Module):
     Both branches are computed together, unless a module below has hooks or was replaced.
     """
 
-    _layers = (ChannelSELayer, SpatialSELayer)
+    _layers: tuple[type[ChannelSELayer], type[SpatialSELayer]] = (ChannelSELayer, SpatialSELayer)
     _tree: Tree = (
         (0, (("cSE", ChannelSELayer), ("sSE", SpatialSELayer))),
         (1, ChannelSELayer._tree[0][1]),
         (2, SpatialSELayer._tree[0][1]),
     )
 
-    def __init__(self, num_channels: int, reduction_ratio: int = 2, combine: str = "add") -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        reduction_ratio: int = 2,
+        combine: Combine = "add",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if combine not in COMBINE:
             names = ", ".join(map(repr, COMBINE))
             raise ValueError(f"combine must be one of {names}, got {combine!r}")
         channel_layer, spatial_layer = self._layers
-        self.cSE = channel_layer(num_channels, reduction_ratio)
-        self.sSE = spatial_layer(num_channels)
-        self.combine = combine
+        self.cSE = channel_layer(num_channels, reduction_ratio, device, dtype)
+        self.sSE = spatial_layer(num_channels, device, dtype)
+        self.combine: Combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
         if not (below := untouched(self, self._tree)):
@@ -190,8 +211,15 @@ class ChannelSpatialSELayer3D(ChannelSpatialSELayer):
         (2, SpatialSELayer3D._tree[0][1]),
     )
 
-    def __init__(self, num_channels: int, reduction_ratio: int = 2, combine: str = "max") -> None:
-        super().__init__(num_channels, reduction_ratio, combine)
+    def __init__(
+        self,
+        num_channels: int,
+        reduction_ratio: int = 2,
+        combine: Combine = "max",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_channels, reduction_ratio, combine, device, dtype)
 
 
 class SCSEModule(nn.Module):
@@ -222,17 +250,25 @@ class SCSEModule(nn.Module):
         (2, (("0", nn.Conv2d), ("1", nn.Sigmoid))),
     )
 
-    def __init__(self, in_channels: int, reduction: int = 16) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        reduction: int = 16,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         hidden = _hidden_channels(in_channels, reduction, "in_channels", "reduction")
         self.cSE = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(in_channels, hidden, 1),
+            nn.Conv2d(in_channels, hidden, 1, device=device, dtype=dtype),
             nn.ReLU(inplace=True),
-            nn.Conv2d(hidden, in_channels, 1),
+            nn.Conv2d(hidden, in_channels, 1, device=device, dtype=dtype),
             nn.Sigmoid(),
         )
-        self.sSE = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Sigmoid())
+        self.sSE = nn.Sequential(
+            nn.Conv2d(in_channels, 1, 1, device=device, dtype=dtype), nn.Sigmoid()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if not (below := untouched(self, self._tree)):

@@ -8,17 +8,21 @@ A missing branch is a missing w1 (and b1, w2, b2) or ws (and bs). Parameters kee
 module gave them: w1 [Cr, C, ...], w2 [C, Cr, ...], ws C elements, bs one element.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS, GATES, accumulation_dtype
+from ._library import library
+from .literals import Activation, Combine, Gate
+from .reference import accumulation_dtype
 
 #: combine -> the code that operators take (an integer crosses into C++ for nothing).
-COMBINE = {"add": 0, "max": 1, "mul": 2, "concat": 3}
+COMBINE = {name: code for code, name in enumerate(get_args(Combine))}
 #: activation of the hidden layer -> its code.
-ACTIVATION = {name: code for code, name in enumerate(ACTIVATIONS)}
+ACTIVATION = {name: code for code, name in enumerate(get_args(Activation))}
 #: gate -> its code.
-GATE = {name: code for code, name in enumerate(GATES)}
+GATE = {name: code for code, name in enumerate(get_args(Gate))}
 
 BACKENDS = ("cpu", "cuda", "triton")
 
@@ -122,14 +126,14 @@ def _fake_backward(
     )
 
 
-_library = torch.library.Library("scse_kernels", "DEF")
+_library = library()
 for _backend in BACKENDS:
     for _name, _schema, _fake in (
         (f"{_backend}_forward", _FORWARD, _fake_forward),
         (f"{_backend}_backward", _BACKWARD, _fake_backward),
     ):
-        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"scse_kernels::{_name}", _fake, lib=_library)
+        _library.define(_name, _schema)
+        _library.register_fake(_name, _fake)
         # Differentiation happens outside, in autograd.py; without this a call stops on its way to
         # look for what would be differentiated.
         _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
@@ -162,6 +166,6 @@ for _key in ("CUDA", "CPU"):
     _library.impl("triton_backward", _triton_backward, _key)
 
 # The instruction set that the cpu kernels chose on this machine: baseline, avx2 or avx512.
-_library.define("cpu_capability() -> str")
+_library.define("cpu_capability", "() -> str")
 # What the cuda kernels are compiled for on a device, 90 for 9.0; 0 if it can run none of the code.
-_library.define("cuda_architecture(int device) -> int")
+_library.define("cuda_architecture", "(int device) -> int")

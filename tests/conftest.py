@@ -24,6 +24,13 @@ from scse_kernels.backends import why_not
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
+def pytest_configure(config):
+    if os.environ.get("SCSE_TEST_PURE_PYTHON"):  # a warning that is right there
+        config.addinivalue_line(
+            "filterwarnings", "ignore:scse_kernels has no kernels for cpu:RuntimeWarning"
+        )
+
+
 class Target(NamedTuple):
     """A backend and the device on which a test runs it."""
 

@@ -11,8 +11,10 @@ import torch
 
 timing = pytest.importorskip("bench.timing", reason="only a checkout has bench")
 
-from bench import ops  # noqa: E402
+from bench import ops, providers, report  # noqa: E402
 from bench.__main__ import _parser, main  # noqa: E402
+from bench.cases import Case  # noqa: E402
+from scse_kernels import backends  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -190,6 +192,52 @@ def test_ops_times_all_ways(gpu, options, monkeypatch, tmp_path, capsys):
     assert (tmp_path / "ops.png").exists()
     out = capsys.readouterr().out
     assert "forward + backward, CUDA graph" in out and "of copy" in out
+
+
+@pytest.mark.parametrize("name", ["ops", "tune"])
+def test_an_option_given_twice(options, name):
+    args = options(name, "--shape", "2x8x6x5", "--shape", "1x8x3x3", "2x4x3x3", "--combine", "mul")
+    assert args.shape == [(2, 8, 6, 5), (1, 8, 3, 3), (2, 4, 3, 3)] and args.combine == ["mul"]
+    assert len(options(name).shape) > 3 and options(name, "--shape", "1x8x3x3").shape == [
+        (1, 8, 3, 3)
+    ]
+
+
+@pytest.mark.parametrize("name", ["ops", "mri", "model"])
+def test_the_reference_is_not_timed_under_our_name(options, monkeypatch, name):
+    monkeypatch.setattr(backends, "why_not", lambda backend, *_: "not built")
+    args = options(name)
+    with pytest.raises(SystemExit, match=r"no kernels to time. .*cpu: not built.*\n.*reference"):
+        args.run(args)
+    assert providers.fused(CPU, "--reference", is_asked=True) == ["reference"]
+    monkeypatch.undo()
+    assert "reference" not in providers.fused(CPU, "--reference", is_asked=True)
+
+
+def test_every_size_has_a_tick(tmp_path):
+    shapes = ((2, 8, 30, 30), (2, 8, 31, 31))
+    measurements = [
+        report.Measurement(
+            Case(shape, torch.float32, "contiguous", 2, "add", CPU),
+            "forward", timing.WARM, name, timing.summarize([1e-3], 1, None), 1000, None,
+        )
+        for shape in shapes
+        for name in ("clone", "eager")
+    ]  # fmt: skip
+    ticks = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    savefig = figure.savefig
+
+    def keep(self, *arguments, **options):
+        (panel,) = self.axes
+        savefig(self, *arguments, **options)
+        low, high = panel.get_xlim()
+        ticks.extend(tick for tick in panel.get_xticks() if low <= tick <= high)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "savefig", keep)
+        report.plot(tmp_path / "two.png", measurements, report.environment(CPU))
+    assert ticks == pytest.approx([case.case.x_bytes / 2**20 for case in measurements[::2]])
 
 
 def test_a_graph_that_cannot_be_captured_is_told(gpu):

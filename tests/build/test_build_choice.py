@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import re
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ def build(monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
     monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: "sh")
+    monkeypatch.setattr(module.build_environment, "installed", lambda: None)
     yield module
     os.environ.pop("TORCH_CUDA_ARCH_LIST", None)  # which setup.py sets for torch
 
@@ -31,13 +34,14 @@ def build(monkeypatch):
 def toolkit(monkeypatch, tmp_path):
     """toolkit("12.8"): a CUDA torch, 13.0, and a toolkit of that version, or none for None."""
 
-    def install(version):
+    def install(version, compiling="exit 0"):
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path) if version else None)
         if version:
             nvcc = tmp_path / "bin" / "nvcc"
             nvcc.parent.mkdir()
-            nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {version}, V0\n")
+            says = f"[ $1 != --version ] || exec echo Cuda compilation tools, release {version}, V0"
+            nvcc.write_text(f"#!/bin/sh\n{says}\n{compiling}\n")
             nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
 
     return install
@@ -51,7 +55,10 @@ def _said(build, arguments, monkeypatch, capsys):
     """What the build_py command prints."""
     command = arguments["cmdclass"]["build_py"]
     monkeypatch.setattr(build.build_py, "run", lambda self: None)
-    command.run(command.__new__(command))
+    monkeypatch.setattr(build, "write_info", lambda *_: None)
+    here = command.__new__(command)
+    here.editable_mode = True
+    command.run(here)
     return capsys.readouterr().out.splitlines()
 
 
@@ -146,3 +153,96 @@ def test_architectures(build, monkeypatch, toolkit, torch_cuda, version, given, 
     flags = cpp_extension._get_cuda_arch_flags()  # torch knows them all
     assert sum(",code=sm_" in flag for flag in flags) == len(expected.split(";"))
     assert sum(",code=compute_" in flag for flag in flags) == expected.count("+PTX")
+
+
+@pytest.mark.parametrize(
+    "nvcc, reason",
+    [
+        ("echo empty.cu:3:10: fatal error: cuda_bf16.h: No such file >&2; exit 1", "cuda_bf16.h"),
+        ("echo error -- unsupported GNU version!; exit 1", "unsupported GNU version"),
+        ("exit 139", "exit status 139"),
+    ],
+)
+def test_a_toolkit_that_cannot_compile(build, monkeypatch, toolkit, capsys, nvcc, reason):
+    """It is found out before minutes of compiling."""
+    toolkit("13.0", nvcc)
+    arguments = build.arguments_of_setup()
+    assert _built(arguments) == ["scse_kernels._C"]
+    (said,) = _said(build, arguments, monkeypatch, capsys)
+    assert "without the CUDA kernels: the CUDA compiler" in said and reason in said
+    monkeypatch.setenv("SCSE_BUILD", "cuda")
+    with pytest.raises(SystemExit, match=rf"SCSE_BUILD=cuda: the CUDA compiler .*{reason}"):
+        build.arguments_of_setup()
+
+
+def test_a_toolkit_that_does_not_run(build, monkeypatch, toolkit, tmp_path):
+    toolkit("13.0")
+    (tmp_path / "bin" / "nvcc").write_text("\x7fELF of another machine")
+    assert "nvcc' does not run" in build.missing_for_cuda()
+
+
+NVCC = Path("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.mark.skipif(not NVCC.exists(), reason="there is no CUDA toolkit")
+def test_a_toolkit_that_compiles(build, monkeypatch):
+    """The headers are named as they are called."""
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(NVCC.parents[1]))
+    assert build.compiling_fails(NVCC) is None
+    monkeypatch.setattr(build, "CUDA_HEADERS", ("cuda_runtime.h", "no_such_header.h"))
+    assert "no_such_header.h" in build.compiling_fails(NVCC)
+
+
+def test_the_headers_are_those_that_the_kernels_include(build):
+    included = set()
+    for path in (ROOT / "csrc" / "cuda").rglob("*.*"):
+        found = re.findall(r"#include <((?:cu|coop)\w*\.h)>", path.read_text())
+        included.update(found)
+    assert included - {"cuda_runtime_api.h"} == set(build.CUDA_HEADERS)
+
+
+def test_an_old_torch(build, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
+    assert build.missing_for_cpu() == "torch >= 2.10 is needed to build, found 2.9.1"
+
+
+def test_an_old_setuptools(build, monkeypatch):
+    for version in ("65.5.0", "77.0.2"):
+        monkeypatch.setattr(build.setuptools, "__version__", version)
+        with pytest.raises(SystemExit, match=f"setuptools >= 77.0.3 is needed .*{version}.*<82"):
+            build.check_setuptools()
+    monkeypatch.setattr(build.setuptools, "__version__", "81.0.0.post1")
+    build.check_setuptools()
+
+
+def test_what_is_written_into_the_package(build, monkeypatch, toolkit, tmp_path):
+    toolkit("13.0")
+    package = tmp_path / "scse_kernels"
+    package.mkdir()
+    for name in ("_C.abi3.so", "_C_cuda.abi3.so"):
+        (package / name).touch()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    build.write_info(tmp_path, {"_C": "no compiler"})
+    assert build.build_environment.built_with(package) == {
+        "_C": {"left_out": "no compiler"},
+        "_C_cuda": {
+            "torch": torch.__version__, "toolkit": "CUDA 13.0", "architectures": "9.0",
+        },
+    }  # fmt: skip
+    # What this build left out would be of other sources.
+    assert [p.name for p in package.glob("*.so")] == ["_C_cuda.abi3.so"]
+
+    monkeypatch.setattr(build.build_environment, "installed", lambda: package)
+    build.refuse_to_drop({"_C": "no compiler"})
+    with pytest.raises(SystemExit, match=r"has CUDA kernels, .* no toolkit. SCSE_BUILD=cpu builds"):
+        build.refuse_to_drop({"_C_cuda": "no toolkit"})
+
+
+def test_the_last_lines_of_a_failed_build(build, capfd):
+    with build.recorded_output() as lines:
+        print("building")
+        subprocess.run(["sh", "-c", "echo a.cpp:1:2: error: this; echo b.o: undefined that >&2"])
+        print("done")
+    assert build.last_errors(lines) == "a.cpp:1:2: error: this | b.o: undefined that"
+    assert "a.cpp:1:2: error: this" in capfd.readouterr().out  # it goes out all the same
+    assert build.last_errors(["-Werror=format", "fine"]) == ""

@@ -27,10 +27,10 @@ def test_an_extension_that_was_built_loads():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(built, capability, code): what _native, torch and the extension say of it; capability
-    None: no GPU; code 0: for another one; an error: it doesn't load."""
+    """machine(built, capability, code, triton): what _native, torch, the extension and Triton say
+    of it; capability None: no GPU; code 0: for another one; an error: it doesn't load."""
 
-    def pretend(built=True, capability=None, code=90):
+    def pretend(built=True, capability=None, code=90, triton=None):
         def architecture(index):
             if isinstance(code, Exception):
                 raise code
@@ -40,12 +40,13 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.ops.scse_kernels, "cuda_architecture", architecture)
         reasons = {"_C": None, "_C_cuda": None if built else "built without scse_kernels._C_cuda"}
         monkeypatch.setattr(_native, "_WHY_NOT", reasons)
+        monkeypatch.setattr(backends, "_warned", set())
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         major, minor = divmod(capability or 0, 10)
         properties = SimpleNamespace(major=major, minor=minor, name="NVIDIA A100")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr("scse_kernels._triton.why_not", lambda device: None)
+        monkeypatch.setattr("scse_kernels._triton.why_not", lambda device: triton)
 
     return pretend
 
@@ -77,7 +78,13 @@ def test_capability(machine, capability, usable):
     reason = backends.why_not("cuda", CUDA)
     assert (reason is None) == usable
     assert usable or "compute capability 8.0" in reason
-    assert backends._fastest(CUDA, torch.float16) == ("cuda" if usable else "triton")
+    assert backends._fastest(CUDA, torch.float16) == "triton"
+    machine(capability=capability, triton="Triton can't be imported")
+    if usable:
+        assert backends._fastest(CUDA, torch.float16) == "cuda"
+    else:
+        with pytest.warns(RuntimeWarning, match=r"compute capability 8.0"):
+            assert backends._fastest(CUDA, torch.float16) == "eager"
 
 
 @pytest.mark.parametrize("device", (CUDA, torch.device("cuda", 1)), ids=str)

@@ -26,7 +26,7 @@ ORDER = (
         "autograd",
         "ops",
     ),
-    *("_triton", "_native", "reference"),
+    *("_triton", "_native", "_build_info", "_library", "literals", "_torch_version", "reference"),
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,5 +1,6 @@
 """`python -m scse_kernels` reports what is here, and fails if a backend is wrong in any respect."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from scse_kernels import __version__, backends, functional, selfcheck
+from scse_kernels import __version__, _build_info, _native, backends, functional, selfcheck
 from scse_kernels.__main__ import main
 
 
@@ -27,6 +28,96 @@ def test_passes_here_as_a_command():
 def small(monkeypatch):
     """A report on one small shape; the command above has been through all."""
     monkeypatch.setattr(selfcheck, "SHAPES", ((2, 5, 7, 3),))
+
+
+@pytest.fixture
+def installation(monkeypatch, tmp_path):
+    """installation(info, direct_url, installer): the package as one that pip installed so."""
+
+    def pretend(info, direct_url=None, installer="pip"):
+        package, metadata = tmp_path / "scse_kernels", tmp_path / "scse_kernels-0.1.0.dist-info"
+        package.mkdir()
+        (package / "_build_info.json").write_text(json.dumps(info))
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: scse_kernels\n")
+        (metadata / "INSTALLER").write_text(f"{installer}\n")
+        if direct_url:
+            (metadata / "direct_url.json").write_text(json.dumps(direct_url))
+        monkeypatch.setattr(_build_info, "PACKAGE", package)
+        _build_info._written.cache_clear()
+
+    yield pretend
+    _build_info._written.cache_clear()
+
+
+def test_says_what_was_built_and_why_not_the_rest(small, installation, monkeypatch, capsys):
+    installation({
+        "_C": {"left_out": "no C++ compiler"},
+        "_C_cuda": {"torch": "2.14.1+cu130", "toolkit": "CUDA 13.0", "architectures": "8.0;9.0"},
+    })  # fmt: skip
+    reason = "built without scse_kernels._C: no C++ compiler"
+    monkeypatch.setattr(_native, "_WHY_NOT", {"_C": reason, "_C_cuda": "no driver"})
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert f"loaded from {_build_info.PACKAGE}" in out
+    assert "CPU, C++   none: no C++ compiler" in out
+    assert "CUDA, C++  torch 2.14.1+cu130, CUDA 13.0, for compute capability 8.0;9.0" in out
+    if not torch.cuda.is_available():
+        assert "no kernels for cpu tensors" in out and "`pip install --no-cache-dir" in out
+
+
+COMMIT = {"vcs": "git", "commit_id": "beef", "requested_revision": "main"}
+
+
+@pytest.mark.parametrize(
+    "direct_url, installer, expected",
+    [
+        (
+            {"url": "https://example.org/s.git", "vcs_info": COMMIT},
+            "pip",
+            "pip install --no-cache-dir --no-deps --force-reinstall"
+            " git+https://example.org/s.git@beef",
+        ),
+        (
+            {"url": "file:///src/scse", "dir_info": {}},
+            "uv",
+            "uv pip install --no-build-isolation --no-cache --no-deps"
+            " --reinstall-package scse_kernels /src/scse",
+        ),
+        (
+            {"url": "file:///tmp/scse_kernels-0.1.0-py3-none-any.whl", "archive_info": {}},
+            "pip",
+            "pip install --no-cache-dir --no-deps --force-reinstall .",
+        ),
+        (None, "pip", "pip install --no-cache-dir --no-deps --force-reinstall ."),
+    ],
+)
+def test_the_command_that_mends(installation, direct_url, installer, expected):
+    installation({}, direct_url, installer)
+    assert _build_info.mending_command() == expected
+
+
+def test_a_checkout_that_hides_an_installed_package(installation, monkeypatch, tmp_path, capsys):
+    installation({})
+    (tmp_path / "setup.py").touch()
+    other = tmp_path / "site" / "scse_kernels"
+    other.mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), str(other.parent)])
+    monkeypatch.chdir(tmp_path)
+    assert selfcheck.hidden_installation() is None  # nothing is in it
+    (other / "__init__.py").touch()
+    assert main([]) == 1
+    out = capsys.readouterr().out
+    assert f"hides the package that is installed in {other}" in out
+    assert f"-e {tmp_path}" in out and "all agree" not in out
+    (tmp_path / "setup.py").unlink()  # two installed ones: the first one is meant
+    assert selfcheck.hidden_installation() is None
+
+
+def test_says_who_computes_by_default(small, capsys):
+    with backends.use_backend("eager"):
+        assert main([]) == 0
+    assert "name no backend use 'eager' (from use_backend())" in capsys.readouterr().out
 
 
 def test_says_why_a_backend_is_missing(small, monkeypatch, capsys):

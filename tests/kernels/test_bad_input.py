@@ -77,7 +77,12 @@ def test_shape_of_x(target, shape):
 @pytest.mark.parametrize("channels", (1, 5, 7, 12))
 def test_channels_of_x(target, channels):
     x = torch.ones(2, channels, 5, 7, device=target.device)
-    _check(ValueError, rf"(w1|ws) ({MUST_BE}).*{channels}.*got.*6", target, x=x)
+    message = rf"x has {channels} channels, this layer is for 6: .*(w1|ws) ({MUST_BE}).*got.*6"
+    _check(ValueError, message, target, x=x)
+    layers = (scse_kernels.ChannelSELayer, scse_kernels.SpatialSELayer3D)
+    for layer in (*layers, scse_kernels.ChannelSpatialSELayer):
+        with pytest.raises(ValueError, match=f"x has {channels} channels, this layer is for 6"):
+            layer(6, device=target.device)(x)
 
 
 @pytest.mark.parametrize(

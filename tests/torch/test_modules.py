@@ -36,7 +36,7 @@ for _whole, _channel, _spatial in (
 
 def _build(cls, channels=12, reduction=4, **options):
     spatial = (ours.SpatialSELayer, ours.SpatialSELayer3D)
-    return cls(channels) if cls in spatial else cls(channels, reduction, **options)
+    return cls(channels, **options) if cls in spatial else cls(channels, reduction, **options)
 
 
 @pytest.mark.parametrize("cls", KEYS)
@@ -153,6 +153,15 @@ def test_without_biases():
     parameters = (layer.cSE.fc1.weight, None, layer.cSE.fc2.weight, None, layer.sSE.conv.weight)
     expected = formulas("add", x, *parameters, None)
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("cls", KEYS)
+def test_device_and_dtype(cls):
+    layer = _build(cls, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+    assert {key: tuple(value.shape) for key, value in layer.state_dict().items()} == KEYS[cls]
+    with torch.device("meta"):
+        assert {p.device.type for p in _build(cls).parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("cls", KEYS)
