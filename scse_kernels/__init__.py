@@ -1,7 +1,7 @@
 """Fused scSE (concurrent spatial and channel squeeze & excitation) for PyTorch."""
 
-from .checkpoints import convert_state_dict
 from .convert import Report, convert, revert
+from .convert.checkpoints import convert_state_dict
 from .functional import cse, scse, sse
 from .modules import (
     ChannelSELayer,
