@@ -248,5 +248,5 @@ REAL_OTHERS = {
         "gate is a Hardsigmoid",
     ),
     "timm's, maximum": (lambda: real(_TIMM).SEModule(32, add_maxpool=True), "something else"),
-    "timm's, effective": (lambda: real(_TIMM).EffectiveSEModule(32), "structure"),
+    "timm's, effective": (lambda: real(_TIMM).EffectiveSEModule(32), "its layers are not those"),
 }

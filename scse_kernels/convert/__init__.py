@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .. import modules
 from . import shapes, swap
 from .probe import probe
-from .report import Entry, Report, is_named_so
+from .report import Entry, Report, would_be_missed
 from .shapes import Unfit
 
 # Where pickles of version 0.1.0 look for them.
@@ -99,6 +100,8 @@ class _Plan:
             return
         layers = shapes.parametrised(module)
         try:
+            if any(inner in self.classes for inner in module.modules()):
+                raise Unfit("it holds a block that is shared with others")
             block, recipe = _outermost(module, layers)
         except Unfit as reason:
             yield from self._left_alone(module, layers, reason)
@@ -112,12 +115,12 @@ class _Plan:
     ) -> Iterator[Entry]:
         """What is inside, and the module itself if a reader would expect to be told."""
         inside = [entry for child in module.children() for entry in self.visit(child)]
-        if isinstance(module, torch.jit.ScriptModule):
-            named = bool(layers) and is_named_so(module)
-        else:
-            named = bool(layers) and is_named_so(module)
-        whole = shapes.is_small(layers) and not _is_wrapper(module, layers)
-        if reason.recalibrates or (named and (whole or not inside)):
+        whole = shapes.is_block(layers) or (
+            len(layers) <= 4 and not any(entry.status == "converted" for entry in inside)
+        )
+        if would_be_missed(module, layers) and (
+            not inside or (whole and not _is_wrapper(module, layers))
+        ):
             yield self._entry(module, "left alone", str(reason))
             inside = [entry for entry in inside if entry.status != "left alone"]
         yield from inside
@@ -143,11 +146,12 @@ def _outermost(module: nn.Module, layers: dict[str, nn.Module]) -> tuple[nn.Modu
 
 
 def _is_wrapper(module: nn.Module, layers: dict[str, nn.Module]) -> bool:
-    """Whether one child holds all the layers, and is a class of somebody's own too."""
-    return any(
-        set(shapes.parametrised(child).values()) == set(layers.values()) and is_named_so(child)
-        for child in module.children()
-    )
+    """Whether a child that a reader would call a block holds all the layers."""
+    for child in module.children():
+        inner = shapes.parametrised(child)
+        if set(inner.values()) == set(layers.values()) and would_be_missed(child, inner):
+            return True
+    return False
 
 
 def _recipe(block: nn.Module, layers: dict[str, nn.Module]) -> swap.Recipe:
@@ -160,6 +164,8 @@ def _recipe(block: nn.Module, layers: dict[str, nn.Module]) -> swap.Recipe:
         kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers.values()))
         raise Unfit(f"it holds {len(layers)} layers: {kinds}" if layers else "it has no layers")
     for path, module in block.named_modules(remove_duplicate=False):
+        if any(map(is_lazy, module._parameters.values())):
+            raise Unfit(f"{path} is a {type(module).__name__}")
         if path and swap.is_hooked(module):
             raise Unfit(f"{path} has hooks, which would not run")
     if not shapes.channels(shapes.plain_layers(layers)):

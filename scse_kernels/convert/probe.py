@@ -76,17 +76,19 @@ class _Probe:
     def run(self) -> Found:
         self.channels, rank, failure = self._find_channels()
         if rank is None:
-            self._refuse(f"it doesn't run on a random feature map: {failure}")
+            raise self._unfit(f"it doesn't run on a random feature map: {failure}")
         operations = self._look(_SMALL[rank])
         self.loose = operations.loose
         used = self._used(_SMALL[rank])
+        if not used:
+            raise self._unfit("it computes something else: no gradient reaches its parameters")
         candidates = list(shapes.readings({p: self.layers[p] for p in used if p in self.layers}))
         candidates = [c for c in candidates if c.channels == self.channels]
         if not candidates or any(path not in self.layers for path in used):
-            self._refuse(shapes.why_none(self.parametrised, used), operations)
+            raise Unfit(shapes.why_none(self.parametrised, used))
         why_not = operations.why_not()
         if why_not is not None:
-            self._refuse(why_not, operations)
+            raise self._unfit(why_not)
         for function, reading in self._similar(_SMALL[rank], candidates, operations):
             calls = self._agreeing_calls(function, reading)
             if calls:
@@ -94,7 +96,7 @@ class _Probe:
                 under_autocast = self._check_dtypes(function, reading, x)
                 return Found(function, reading, calls, under_autocast, self.code)
         gate = self._shape_of_gate(_SMALL[rank])
-        self._refuse(gate or "it computes something else", operations, unusual=gate is None)
+        raise Unfit(gate) if gate else self._unfit("it computes something else")
 
     def _find_channels(self) -> tuple[int, int | None, str]:
         """How many channels, and the number of spatial axes, of a map on which the twin runs."""
@@ -116,9 +118,9 @@ class _Probe:
             samples = 4 if self.channels != 4 else 6
         return _feature_map((samples, self.channels, *sizes), self.generator)
 
-    def _call(self, x: Tensor) -> Tensor:
+    def _call(self, x: Tensor, watched: bool = False) -> Tensor:
         """The twin's answer; raises `Unfit` if that left anything behind."""
-        before = self._state()
+        before = self._state() if watched else []
         # Not a leaf, since those refuse to be changed where others don't.
         given = x.clone()
         version = given._version
@@ -134,15 +136,14 @@ class _Probe:
             raise Unfit(f"it returns a {type(y).__name__}")
         if given._version != version:
             raise Unfit("its forward changes x, in-place")
-        if y is given and y.grad_fn is given.grad_fn:
-            raise Unfit("it returns x itself")
         if written.getvalue():
             raise Unfit("its forward prints")
         if any(not w.filename.startswith(_HOME_OF_TORCH) for w in warned):
             raise Unfit("its forward warns")
-        for was, now, what in zip(before, self._state(), _STATE, strict=True):
-            if was != now:
-                raise Unfit(what)
+        if watched:
+            for was, now, what in zip(before, self._state(), _STATE, strict=True):
+                if was != now:
+                    raise self._unfit(what)
         return y
 
     def _state(self) -> list[Any]:
@@ -150,7 +151,8 @@ class _Probe:
         tensors = [*self.twin.parameters(), *self.twin.buffers()]
         draws = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
         if "numpy" in sys.modules:
-            draws.append(str(sys.modules["numpy"].random.get_state()))
+            name, keys, *others = sys.modules["numpy"].random.get_state()
+            draws.append((keys.tobytes(), others))
         return [
             draws,
             [tensor._version for tensor in tensors],
@@ -184,9 +186,9 @@ class _Probe:
             x = self._map(sizes)
             self.twin.train(training)
             with operations, _Sizes(x.shape) as compared:
-                self._call(x)
+                self._call(x, watched=True)
             if compared.found:
-                self._refuse(f"its forward looks at the size of x: {compared.found}", operations)
+                raise Unfit(f"its forward looks at the size of x: {compared.found}")
         self.twin.train()
         return operations
 
@@ -292,19 +294,14 @@ class _Probe:
             return f"it returns a gate {list(shape)} for x {list(x.shape)}, not the product"
         return None
 
-    def _unfit(self, what: str, unusual: bool = True) -> Unfit:
+    def _unfit(self, what: str) -> Unfit:
         """What tells the block from squeeze & excitation, and the parts that may be the reason."""
         parts = [
             f"{path} is a {type(module).__name__}"
             for path, module in self.block.named_modules()
-            if unusual and path and not module._modules and type(module).__name__ not in _USUAL
+            if path and not module._modules and type(module).__name__ not in _USUAL
         ]
         return Unfit(": ".join(filter(None, (what, ", ".join(parts)))))
-
-    def _refuse(self, what: str, operations: "_Operations | None" = None, unusual: bool = True):
-        error = self._unfit(what, unusual)
-        error.recalibrates = operations is not None and operations.recalibrates
-        raise error
 
 
 class _Operations(TorchDispatchMode):
@@ -336,20 +333,17 @@ class _Operations(TorchDispatchMode):
     _KNOWN |= {"le", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "tile", "matmul", "bernoulli"}
     _KNOWN |= {"constant_pad_nd", "prelu", "_prelu_kernel", "hardswish", "native_dropout"}
 
-    _GATES = {"sigmoid", "hardsigmoid", "hardtanh", "clamp", "tanh", "softmax"}
-
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
         self.unknown: list[str] = []
         #: slopes of the activations that have one
         self.slopes: dict[str, list[float]] = {}
         #: whether part of it is computed in float32
         self.loose = False
 
-    @property
-    def recalibrates(self) -> bool:
-        return "mul" in self.names and not self._GATES.isdisjoint(self.names)
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would be imported, which takes seconds
 
     def why_not(self) -> str | None:
         return (
@@ -360,7 +354,6 @@ class _Operations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         name = name if name.startswith("__") else name.removesuffix("_")
-        self.names.add(name)
         if name not in self._KNOWN or self._is_partial(name, args, result):
             self.unknown.append(name)
         if name == "leaky_relu":
@@ -478,7 +471,8 @@ def _apart():
         modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
         for mode in modes:
             stack.callback(_push_mode, mode)
-        stack.enter_context(_disable_current_modes())
+        if torch._C._len_torch_dispatch_stack():  # otherwise it imports a lot for nothing
+            stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

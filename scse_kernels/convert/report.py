@@ -1,9 +1,17 @@
 """What `convert` did, as the user reads it."""
 
+import dis
+import itertools
 import re
+import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from . import shapes
 
 #: Names of what a reader would call attention on feature maps or squeeze & excitation.
 _NAMES = re.compile(
@@ -61,11 +69,61 @@ class Report:
         return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
 
 
+def would_be_missed(module: nn.Module, layers: dict[str, nn.Module]) -> bool:
+    """Whether a reader would call this module, whose `layers` have parameters, attention or squeeze
+    & excitation, by its name or by its code: layers that lead back, a sigmoid, a product."""
+    if not layers or _is_torchs(type(module)):
+        return False
+    if is_named_so(module):
+        return True
+    kinds = {type(m) for m in module.modules()}
+    if len(layers) > 4 or not any(_has_gate(kind) for kind in kinds):
+        return False
+    fits = [
+        (weight.shape[0], weight.shape[1])
+        for weight in (getattr(layer, "weight", None) for layer in layers.values())
+        if weight is not None and not is_lazy(weight) and weight.dim() > 1
+    ]
+    if any(map(is_lazy, module.parameters())):
+        return True
+    pair = any(a == b[::-1] for a, b in itertools.combinations(fits, 2))
+    if shapes.is_block(layers):
+        return any(map(_multiplies, kinds))
+    return _multiplies(type(module)) and (pair or any(outputs == 1 for outputs, _ in fits))
+
+
 def is_named_so(module: nn.Module) -> bool:
     """Whether the name of the module's class, or of one that it inherits from, says attention or
     squeeze & excitation. Not torch's own classes: their attention is between tokens."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return bool(_NAMES.search(module.original_name))
     return any(
-        _NAMES.search(cls.__name__)
-        for cls in type(module).__mro__
-        if not cls.__module__.startswith(("torch.", "scse_kernels."))
+        _NAMES.search(cls.__name__) for cls in type(module).__mro__ if not _is_torchs(cls)
+    )
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "torch" and not issubclass(
+        cls, torch.jit.ScriptModule
+    )
+
+
+def _codes(cls: type) -> Iterator[types.CodeType]:
+    for base in cls.__mro__:
+        forward = vars(base).get("forward")
+        if isinstance(forward, types.FunctionType) and not _is_torchs(base):
+            yield forward.__code__
+
+
+def _has_gate(cls: type) -> bool:
+    return "igmoid" in cls.__name__ or any(
+        "igmoid" in name for code in _codes(cls) for name in code.co_names
+    )
+
+
+def _multiplies(cls: type) -> bool:
+    return any(
+        not {"mul", "mul_", "multiply", "einsum"}.isdisjoint(code.co_names)
+        or any(i.opname.startswith("BINARY") and "*" in i.argrepr for i in dis.get_instructions(code))
+        for code in _codes(cls)
     )

@@ -17,13 +17,7 @@ _MOST = 6
 
 
 class Unfit(Exception):
-    """Why a block can't be fused, or why its parameters are not those of cSE, sSE or scSE.
-
-    Attributes:
-        recalibrates: whether it was seen to multiply its input by gates.
-    """
-
-    recalibrates = False
+    """Why a block can't be fused, or why its parameters are not those of cSE, sSE or scSE."""
 
 
 class Reading(NamedTuple):
@@ -70,6 +64,13 @@ def _is_plain(parameter: nn.Parameter | None) -> bool:
     return type(parameter) in (nn.Parameter, type(None), FakeTensor)
 
 
+def is_block(modules: dict[str, nn.Module]) -> bool:
+    """Whether all of them are the layers of one block."""
+    return any(True for _ in readings(plain_layers(modules))) and len(modules) == len(
+        plain_layers(modules)
+    )
+
+
 def is_small(modules: dict[str, nn.Module]) -> bool:
     """Whether a module with these layers may be one block, rather than hold some."""
     return 0 < len(modules) <= _MOST
@@ -112,8 +113,8 @@ def why_none(modules: dict[str, nn.Module], used: Iterable[str] | None = None) -
     for path in modules if used is None else used:
         module = modules[path]
         if path not in shapes:
-            return f"{path or 'it'} is a {type(module).__name__}{_why_not_plain(module)}"
-        if set(shapes[path][2:]) > {1}:
+            return _why_not_plain(path, module)
+        if not set(shapes[path][2:]) <= {1}:
             return f"{path}.weight is not that of a 1x1 convolution: {list(shapes[path])}"
     if used is not None:
         shapes = {path: shapes[path] for path in used}
@@ -134,8 +135,8 @@ def why_none(modules: dict[str, nn.Module], used: Iterable[str] | None = None) -
     )
 
 
-def _why_not_plain(module: nn.Module) -> str:
+def _why_not_plain(path: str, module: nn.Module) -> str:
     for name, parameter in module._parameters.items():
-        if not _is_plain(parameter) and not isinstance(module, nn.modules.lazy.LazyModuleMixin):
-            return f" whose {name} is a {type(parameter).__name__}"
-    return ""
+        if not _is_plain(parameter) and not isinstance(parameter, nn.UninitializedParameter):
+            return f"{path}.{name} is a {type(parameter).__name__}"
+    return f"{path or 'it'} is a {type(module).__name__}"

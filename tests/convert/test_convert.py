@@ -197,7 +197,7 @@ OTHERS = {
     "another dtype": (lambda: Float32(12, 4), "something else"),
     "in place": (lambda: InPlace(12, 4), "in-place"),
     "two results": (lambda: WithGate(12, 4), "returns a tuple"),
-    "buffer changes": (Counting, "changes a buffer"),
+    "buffer changes": (Counting, "sets the attribute calls"),
     "buffer takes part": (Tempered, "something else"),
     "forward of the object": (
         lambda: _with(lambda block: setattr(block, "forward", lambda x: x)),
@@ -245,7 +245,7 @@ OTHERS = {
     ),
     "scripted": (lambda: torch.jit.script(TorchvisionSE(12, 3)), "torch.jit"),
     "several gates": (
-        lambda: _with_layer("fc2", nn.Linear(3, 24)),
+        lambda: _with_layer("fc2", nn.Conv2d(3, 24, 1), TimmSE(12, 3)),
         r"fc2 \[24, 3\] doesn't lead back from fc1 \[3, 12\]",
     ),
     "neighbourhood": (
