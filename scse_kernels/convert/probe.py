@@ -106,6 +106,8 @@ class _Probe:
             for rank, sizes in _SMALL.items():
                 try:
                     self._call(self._map(sizes))
+                except Unfit:
+                    raise
                 except Exception as error:  # whatever somebody's forward may raise
                     failure = failure or _line(error)
                     continue
@@ -328,10 +330,9 @@ class _Operations(TorchDispatchMode):
         "zero",
         "expand_copy",
     }
-    _KNOWN |= {"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "slice", "where"}
-    _KNOWN |= {"upsample_bilinear2d", "upsample_trilinear3d", "upsample_linear1d", "gt", "ge", "lt"}
-    _KNOWN |= {"le", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "tile", "matmul", "bernoulli"}
-    _KNOWN |= {"constant_pad_nd", "prelu", "_prelu_kernel", "hardswish", "native_dropout"}
+    _KNOWN |= {"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "slice"}
+    _KNOWN |= {"upsample_bilinear2d", "upsample_trilinear3d", "upsample_linear1d", "matmul", "tile"}
+    _KNOWN |= {"adaptive_avg_pool2d", "adaptive_avg_pool3d", "threshold"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,9 +370,15 @@ class _Operations(TorchDispatchMode):
         """Whether an operation depends on where it is in the map, or on values as they are."""
         if "pool" in name:  # over everything, or else over windows
             return isinstance(result, Tensor) and any(size != 1 for size in result.shape[-1:])
+        if name in ("clamp", "clamp_min", "hardtanh", "threshold"):  # parts of activations only
+            return tuple(args[1:]) not in _BOUNDS
         if name.startswith("upsample"):  # of a gate for all positions, or else of a map
             return any(size != 1 for size in args[0].shape[2:])
         return False
+
+
+#: Of ReLU, of hard sigmoid in its parts, and none.
+_BOUNDS = {(0,), (0, None), (0, 6), (0, 1), (0, 0), (0.0, 6.0)}
 
 
 class _Compared:
@@ -450,8 +457,10 @@ class _Sizes(TorchFunctionMode):
                     return torch.Size(sizes)
                 if isinstance(result, int) and (len(args) < 2 or args[1] != 1):
                     return _noted(result, self.compared)
-            if function in (Tensor.numel, Tensor.nelement, Tensor.__len__):
+            if function in (Tensor.numel, Tensor.nelement):
                 return _noted(result, self.compared)
+            if function is Tensor.__len__:
+                self.compared.found = "it takes its length"
         return result
 
     def _is_like_x(self, tensor: Tensor) -> bool:

@@ -110,15 +110,15 @@ def _is_torchs(cls: type) -> bool:
 
 def _codes(cls: type) -> Iterator[types.CodeType]:
     for base in cls.__mro__:
-        forward = vars(base).get("forward")
-        if isinstance(forward, types.FunctionType) and not _is_torchs(base):
-            yield forward.__code__
+        if not _is_torchs(base):
+            for value in vars(base).values():
+                if isinstance(value, types.FunctionType) and value.__name__ != "__init__":
+                    yield value.__code__
 
 
 def _has_gate(cls: type) -> bool:
-    return "igmoid" in cls.__name__ or any(
-        "igmoid" in name for code in _codes(cls) for name in code.co_names
-    )
+    names = [cls.__name__, *(name for code in _codes(cls) for name in code.co_names)]
+    return any("igmoid" in name or "oftmax" in name for name in names)
 
 
 def _multiplies(cls: type) -> bool:

@@ -136,7 +136,9 @@ def why_none(modules: dict[str, nn.Module], used: Iterable[str] | None = None) -
 
 
 def _why_not_plain(path: str, module: nn.Module) -> str:
+    if not path:
+        return f"it has parameters of its own: {', '.join(module._parameters)}"
     for name, parameter in module._parameters.items():
         if not _is_plain(parameter) and not isinstance(parameter, nn.UninitializedParameter):
             return f"{path}.{name} is a {type(parameter).__name__}"
-    return f"{path or 'it'} is a {type(module).__name__}"
+    return f"{path} is a {type(module).__name__}"

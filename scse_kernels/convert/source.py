@@ -26,7 +26,7 @@ _TRUSTED |= {"collections", "numpy", "typing_extensions"}
 _BUILTINS = {"abs", "all", "any", "bool", "callable", "dict", "divmod", "enumerate", "filter"}
 _BUILTINS |= {"float", "frozenset", "getattr", "hasattr", "int", "isinstance", "issubclass", "iter"}
 _BUILTINS |= {"len", "list", "map", "max", "min", "next", "object", "pow", "property", "range"}
-_BUILTINS |= {"repr", "reversed", "round", "set", "slice", "sorted", "str", "sum", "super", "tuple"}
+_BUILTINS |= {"reversed", "round", "set", "slice", "sorted", "sum", "super", "tuple"}
 _BUILTINS |= {"type", "zip", "NotImplemented", "Ellipsis", "__debug__", "__name__"}
 
 #: What tells apart calls that the probe can't all make, and what changes or leaves something.
@@ -275,7 +275,14 @@ class _Reader:
                 # The name of an attribute, for getattr; as a name in the code it counts the same.
                 if constant not in _REFUSED or "getattr" in code.co_names:
                     self._add_name(constant)
-        for instruction in dis.get_instructions(code):
+        instructions = list(dis.get_instructions(code))
+        for i, instruction in enumerate(instructions):
+            if instruction.argval == "device" and any(
+                after.opname in ("COMPARE_OP", "IS_OP", "CONTAINS_OP")
+                or (after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after is instructions[i + 1])
+                for after in instructions[i + 1 : i + 5]
+            ):
+                raise Unfit("its forward looks at the device of a tensor")
             name, operation = instruction.argval, instruction.opname
             if operation in _STORES:
                 raise Unfit(f"its forward {_STORES[operation]} the attribute {name}")
