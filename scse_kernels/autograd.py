@@ -5,15 +5,18 @@ from torch import Tensor
 
 from . import ops, reference
 
+_NO_GRADIENTS = (None,) * 5  # combine, activation, slope, gate, backend
+
 
 class SCSE(torch.autograd.Function):
     """y = scSE(x). Saves x, the parameters and small [N, C] tensors, never a second full map."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, ws, bs, combine, backend):
-        y, *small = ops.FORWARD[backend](x, w1, b1, w2, b2, ws, bs, ops.COMBINE[combine])
+    def forward(ctx, x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, backend):
+        codes = ops.COMBINE[combine], ops.ACTIVATION[activation], slope, ops.GATE[gate]
+        y, *small = ops.FORWARD[backend](x, w1, b1, w2, b2, ws, bs, *codes)
         ctx.save_for_backward(x, w1, b1, w2, b2, ws, bs, *small)
-        ctx.combine, ctx.backend = combine, backend
+        ctx.formula, ctx.backend = (combine, activation, slope, gate), backend
         return y
 
     @staticmethod
@@ -21,21 +24,25 @@ class SCSE(torch.autograd.Function):
         saved = ctx.saved_tensors  # the seven inputs, then the small ones
         needs = x, w1, b1, w2, b2, ws, bs = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():  # create_graph=True: the result will be differentiated again
-            return (*_reference_gradients(dy, saved[:7], needs, ctx.combine), None, None)
+            return (*_reference_gradients(dy, saved[:7], needs, ctx.formula), *_NO_GRADIENTS)
+        combine, _, _, gate = ctx.formula
         grads = ops.BACKWARD[ctx.backend](
-            dy, *saved, ops.COMBINE[ctx.combine], x, w1 or b1 or w2 or b2, ws or bs
+            dy, *saved, ops.COMBINE[combine], x, w1 or b1 or w2 or b2, ws or bs, ops.GATE[gate]
         )
-        return (*[g if need else None for g, need in zip(grads, needs, strict=True)], None, None)
+        return (
+            *[g if need else None for g, need in zip(grads, needs, strict=True)],
+            *_NO_GRADIENTS,
+        )
 
 
 def _reference_gradients(
-    dy: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], combine: str
+    dy: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], formula: tuple
 ) -> list[Tensor | None]:
     """The gradients as a differentiable function of dy and the inputs: the reference's own."""
     # Views, since one tensor may be several inputs, or one input be computed from another.
     inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     with reference.out_of_autocast(dy):
-        y = reference.scse(*inputs, combine=combine)
+        y = reference.scse(*inputs, *formula)
         grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(grads) if need else None for need in needs]

@@ -1,0 +1,3 @@
+"""tmp"""
+
+from .driver import *
