@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..functional import COMBINE, cse, scse, sse
+from ..functional import cse, scse, sse
+from ..ops import ACTIVATION, COMBINE, GATE
 
-#: Hidden activations, the usual first. Those with a slope (elu: its alpha) and their usual ones.
-ACTIVATIONS = ("relu",)
-GATES = ("sigmoid",)
-SLOPES = {"leaky_relu": 0.01, "elu": 1.0}
+#: Activations that have a slope (elu: its alpha).
+SLOPED = ("leaky_relu", "elu")
 
 
 class Function(NamedTuple):
@@ -19,17 +18,24 @@ class Function(NamedTuple):
     excitation: str  # "cse", "sse" or "scse"
     combine: str = "add"
     activation: str = "relu"
-    slope: float = 0.01
+    slope: float | None = None
     gate: str = "sigmoid"
     plus_x: bool = False
 
     def __call__(self, x: Tensor, w1, b1, w2, b2, ws, bs, backend: str = "auto") -> Tensor:
         if self.excitation == "sse":
-            y = sse(x, ws, bs, backend=backend)
-        elif self.excitation == "cse":
-            y = cse(x, w1, b1, w2, b2, backend=backend)
+            y = sse(x, ws, bs, gate=self.gate, backend=backend)
         else:
-            y = scse(x, w1, b1, w2, b2, ws, bs, combine=self.combine, backend=backend)
+            how = {
+                "activation": self.activation,
+                "slope": self.slope,
+                "gate": self.gate,
+                "backend": backend,
+            }
+            if self.excitation == "cse":
+                y = cse(x, w1, b1, w2, b2, **how)
+            else:
+                y = scse(x, w1, b1, w2, b2, ws, bs, combine=self.combine, **how)
         return y + x if self.plus_x else y
 
     def __str__(self) -> str:
@@ -39,22 +45,23 @@ class Function(NamedTuple):
         if self.plus_x:
             parts[-1] += " + x"
         if self.excitation != "sse" and self.activation != "relu":
-            slope = f"({self.slope:g})" if self.activation in SLOPES else ""
-            parts.append(self.activation + slope)
+            slope = "" if self.slope is None else f"({self.slope:g})"
+            activation = "no activation" if self.activation == "none" else self.activation
+            parts.append(activation + slope)
         if self.gate != "sigmoid":
             parts.append(self.gate)
         return ", ".join(parts)
 
 
 def possible(excitation: str, slopes: dict[str, list[float]]) -> Iterator[Function]:
-    """All functions of this excitation, the usual ones first; with `slopes` for activations that
-    have one, besides the usual."""
+    """All functions of this excitation, the usual ones first; with `slopes` the slopes of those
+    activations that have one."""
     activations = [
         (activation, slope)
-        for activation in (ACTIVATIONS if excitation != "sse" else ACTIVATIONS[:1])
-        for slope in dict.fromkeys((*slopes.get(activation, ()), SLOPES.get(activation, 0.01)))
+        for activation in (ACTIVATION if excitation != "sse" else ("relu",))
+        for slope in slopes.get(activation, [] if activation in SLOPED else [None])
     ]
-    for gate in GATES:
+    for gate in GATE:
         for activation, slope in activations:
             for combine in COMBINE if excitation == "scse" else ("add",):
                 for plus_x in (False, True):

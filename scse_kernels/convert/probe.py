@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_m
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import shapes, source
-from .function import Function, possible
+from .function import SLOPED, Function, possible
 from .shapes import Reading, Unfit
 
 #: What a block may hold besides: named where the probe disagrees, since it is hardly the reason.
@@ -347,9 +347,11 @@ class _Operations(TorchDispatchMode):
         return False  # it would be imported, which takes seconds
 
     def why_not(self) -> str | None:
-        return (
-            f"its forward uses {', '.join(dict.fromkeys(self.unknown))}" if self.unknown else None
-        )
+        if "_local_scalar_dense" in self.unknown:
+            return "its forward looks at the values of a tensor"
+        if self.unknown:
+            return f"its forward uses {', '.join(dict.fromkeys(self.unknown))}"
+        return None
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -357,10 +359,11 @@ class _Operations(TorchDispatchMode):
         name = name if name.startswith("__") else name.removesuffix("_")
         if name not in self._KNOWN or self._is_partial(name, args, result):
             self.unknown.append(name)
-        if name == "leaky_relu":
-            self.slopes.setdefault(name, []).append(args[1] if len(args) > 1 else 0.01)
-        elif name == "elu":
-            self.slopes.setdefault(name, []).append(args[1] if len(args) > 1 else 1.0)
+        if name in SLOPED:
+            slope = float(args[1]) if len(args) > 1 else {"leaky_relu": 0.01, "elu": 1.0}[name]
+            self.slopes.setdefault(name, []).append(slope)
+        elif name == "hardsigmoid":
+            self.loose = True  # torch has a sixth as a float32 there
         elif name == "_to_copy":
             self.loose |= (kwargs or {}).get("dtype") not in (None, torch.float64)
         return result

@@ -97,9 +97,7 @@ def is_named_so(module: nn.Module) -> bool:
     squeeze & excitation. Not torch's own classes: their attention is between tokens."""
     if isinstance(module, torch.jit.ScriptModule):
         return bool(_NAMES.search(module.original_name))
-    return any(
-        _NAMES.search(cls.__name__) for cls in type(module).__mro__ if not _is_torchs(cls)
-    )
+    return any(_NAMES.search(cls.__name__) for cls in type(module).__mro__ if not _is_torchs(cls))
 
 
 def _is_torchs(cls: type) -> bool:
@@ -124,6 +122,8 @@ def _has_gate(cls: type) -> bool:
 def _multiplies(cls: type) -> bool:
     return any(
         not {"mul", "mul_", "multiply", "einsum"}.isdisjoint(code.co_names)
-        or any(i.opname.startswith("BINARY") and "*" in i.argrepr for i in dis.get_instructions(code))
+        or any(
+            i.opname.startswith("BINARY") and "*" in i.argrepr for i in dis.get_instructions(code)
+        )
         for code in _codes(cls)
     )

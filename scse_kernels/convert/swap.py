@@ -66,7 +66,7 @@ class Fused:
     _recipe: Recipe
     #: axes of x -> (least number of samples, least number of positions)
     _calls: dict[int, tuple[int, int]]
-    #: (class, its forward) of the modules below that aren't torch's own
+    #: (class, its forward) of the modules below
     _forwards: tuple[tuple[type, Any], ...]
     #: (globals of a Python module, name, value)
     _constants: tuple[tuple[dict[str, Any], str, Any], ...]
@@ -123,7 +123,7 @@ def fused_class(original: type[nn.Module], recipe: Recipe) -> type:
     """The class of converted blocks of a class; the same for the same recipe."""
     cls = _classes.get((original, recipe))
     if cls is None:
-        kinds = {kind for *_, kind in recipe.tree if not source.is_torchs(kind)}
+        kinds = {kind for *_, kind in recipe.tree}
         namespace = {
             "_original": original,
             "_recipe": recipe,

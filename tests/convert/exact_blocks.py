@@ -517,6 +517,64 @@ class FunctionalLinear(nn.Module):
         return x * (1 / (1 + torch.exp(-z)))[:, :, None, None]
 
 
+class Activated(nn.Module):
+    """Of other networks: another activation, another gate, given as modules or functions."""
+
+    def __init__(self, activation, gate=torch.sigmoid):
+        super().__init__()
+        self.conv_reduce, self.conv_expand = nn.Conv2d(C, CR, 1), nn.Conv2d(CR, C, 1)
+        self.activation, self.gate = activation, gate
+
+    def forward(self, x):
+        hidden = self.activation(self.conv_reduce(x.mean((2, 3), keepdim=True)))
+        return x * self.gate(self.conv_expand(hidden))
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class HardSigmoid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU6(inplace=True)
+
+    def forward(self, x):
+        return self.relu(x + 3) / 6
+
+
+def hard_sigmoid(x, inplace=False):
+    if inplace:
+        return x.add_(3.0).clamp_(0.0, 6.0).div_(6.0)
+    return F.relu6(x + 3.0) / 6.0
+
+
+class HardGate(nn.Module):
+    """The gate is a function of the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(C, CR, 1), nn.Conv2d(CR, C, 1)
+        self.act1 = nn.ReLU(inplace=True)
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        x_se = self.act1(self.a(self.avg_pool(x)))
+        return x * hard_sigmoid(self.b(x_se))
+
+
+class WithActivations(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(C, CR), activation, nn.Linear(CR, C))
+        self.conv = nn.Conv3d(C, 1, 1)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.mlp(x.mean((2, 3, 4))))[..., None, None, None]
+        return torch.max(x * gate, x * torch.sigmoid(self.conv(x)))
+
+
 class Timm(nn.Module):
     def __init__(self, hidden):
         super().__init__()
@@ -576,5 +634,25 @@ BLOCKS = {
     "gates added": (Factored, 2, "scse, add"),
     "x + scse(x)": (MaximumOfSums, 2, "scse, max + x"),
     "functional": (FunctionalLinear, 2, "cse"),
+    "SiLU": (lambda: Activated(nn.SiLU(inplace=True)), 2, "cse, silu"),
+    "Swish of its own": (lambda: Activated(Swish()), 2, "cse, silu"),
+    "F.silu": (lambda: Activated(F.silu), 2, "cse, silu"),
+    "GELU": (lambda: Activated(nn.GELU()), 2, "cse, gelu"),
+    "GELU, tanh": (lambda: Activated(nn.GELU("tanh")), 2, "cse, gelu_tanh"),
+    "ELU": (lambda: Activated(nn.ELU(0.7)), 2, "cse, elu(0.7)"),
+    "LeakyReLU": (lambda: Activated(nn.LeakyReLU(0.2)), 2, "cse, leaky_relu(0.2)"),
+    "no activation": (lambda: Activated(nn.Identity()), 2, "cse, no activation"),
+    "Hardsigmoid": (lambda: Activated(nn.ReLU(), nn.Hardsigmoid()), 2, "cse, hard_sigmoid"),
+    "hard sigmoid of its own": (
+        lambda: Activated(nn.SiLU(), HardSigmoid()),
+        2,
+        "cse, silu, hard_sigmoid",
+    ),
+    "a function for the gate": (HardGate, 2, "cse, hard_sigmoid"),
+    "scSE with LeakyReLU": (
+        lambda: WithActivations(nn.LeakyReLU()),
+        3,
+        "scse, max, leaky_relu(0.01)",
+    ),
     "is_scripting": (lambda: Timm(CR), 2, "cse"),
 }
