@@ -60,6 +60,8 @@ def probe(block: nn.Module) -> Found:
     """What the block computes; raises `Unfit` with the reason if it is nothing that is known."""
     modules = [module for _, module in block.named_modules(remove_duplicate=False)]
     code = source.read(modules)
+    if not code.has_gate:
+        raise Unfit("it has no gate")
     with _apart():
         return _Probe(block, code).run()
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-#: Who holds more layers than this is no block, but holds blocks.
-_MOST = 6
+#: Who holds more layers than this is no block, but holds blocks. Some may be unused.
+_MOST, _MOST_OTHERS = 5, 2
 
 
 class Unfit(Exception):
@@ -73,7 +73,8 @@ def is_block(modules: dict[str, nn.Module]) -> bool:
 
 def is_small(modules: dict[str, nn.Module]) -> bool:
     """Whether a module with these layers may be one block, rather than hold some."""
-    return 0 < len(modules) <= _MOST
+    usual = [shape for shape in plain_layers(modules).values() if set(shape[2:]) <= {1}]
+    return 0 < len(modules) <= min(_MOST, len(usual) + _MOST_OTHERS)
 
 
 def readings(shapes: dict[str, tuple[int, ...]]) -> Iterator[Reading]:
@@ -95,6 +96,7 @@ def readings(shapes: dict[str, tuple[int, ...]]) -> Iterator[Reading]:
 
 def channels(shapes: dict[str, tuple[int, ...]]) -> list[int]:
     """The numbers of channels that x may have, the largest first, whichever layers are used."""
+    shapes = {path: shape for path, shape in shapes.items() if set(shape[2:]) <= {1}}
     return sorted(
         {
             reading.channels

@@ -10,6 +10,7 @@ import builtins
 import dis
 import enum
 import functools
+import re
 import sys
 import types
 from collections import deque
@@ -55,6 +56,7 @@ _GLOBAL_STORES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME")
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(...), enum.Enum)
 _CONSTANTS += (torch.dtype, torch.device, torch.memory_format, torch.layout)
 _NOTHING = object()
+_GATE = re.compile("(?i:sigmoid|softmax|relu6|hardtanh|clamp|clip)|^(exp|tanh)$")
 
 
 class Reading(NamedTuple):
@@ -66,8 +68,13 @@ class Reading(NamedTuple):
     constants: tuple[tuple[str, str, Any], ...]
     #: whether it looks at self.__class__
     by_class: bool
-    #: every name in its code
+    #: every name in its code, and the names of the functions and classes that it may call
     names: frozenset[str]
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether anything in it may be a gate."""
+        return any(_GATE.search(name) for name in self.names)
 
 
 def read(modules: list[nn.Module]) -> Reading:
@@ -79,7 +86,7 @@ def read(modules: list[nn.Module]) -> Reading:
         tuple(reader.attributes.values()),
         tuple(reader.constants.values()),
         "__class__" in reader.names,
-        frozenset(reader.names),
+        frozenset(reader.names | reader.called | {type(module).__name__ for module in modules}),
     )
 
 
@@ -112,6 +119,7 @@ class _Reader:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.names: set[str] = set()
+        self.called: set[str] = set()
         self.attributes: dict = {}
         self.constants: dict = {}
         self.seen: set[int] = set()
@@ -187,6 +195,8 @@ class _Reader:
         if id(value) in self.seen and not isinstance(value, _CONSTANTS):
             return
         self.seen.add(id(value))
+        if callable(value) and isinstance(getattr(value, "__name__", None), str):
+            self.called.add(value.__name__)
         if isinstance(value, (*_CONSTANTS, nn.Module, Tensor, torch.Size, type(NotImplemented))):
             return
         if isinstance(value, (list, tuple, set, frozenset)):

@@ -9,7 +9,7 @@ import time
 import warnings
 
 import torch
-from exact_blocks import CR, GAB, C, ChannelGate, ViewAndMlp, _convs, _mlp
+from exact_blocks import CR, C, ChannelGate, ViewAndMlp, _convs
 from torch import nn
 from torch.nn import functional as F
 
