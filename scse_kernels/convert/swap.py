@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .. import backends
 from . import source
 from .function import Function
 from .probe import Found
@@ -186,7 +187,7 @@ def _is_known_call(block: Fused, x: Tensor, layer: nn.Module) -> bool:
     least = block._calls.get(x.dim())
     if least is None or x.dtype not in _DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
-    if x.numel() == 0:
+    if x.numel() == 0 or backends.taken_apart_by():
         return False
     if torch.is_autocast_enabled(x.device.type):
         if not block._recipe.under_autocast:
