@@ -35,37 +35,6 @@ class SCSE(torch.autograd.Function):
         )
 
 
-class _Once(torch.autograd.Function):
-    """y itself; its gradient can't be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, y):
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "scse_kernels: gradients of a compiled program can't be differentiated again"
-                " (create_graph=True): keep this part out of torch.compile"
-            )
-        return dy
-
-
-def once(y: Tensor) -> Tensor:
-    """y, for compiled programs: of the backward above, torch.compile keeps only the operators, which
-    have no derivative, so that a second one would be wrong without a word."""
-    return torch.ops.scse_kernels.once.default(y)
-
-
-def _once(y):
-    # Who traces a program further, such as AOTAutograd, refuses a second derivative by itself.
-    return y.view_as(y) if torch._C._len_torch_dispatch_stack() else _Once.apply(y)
-
-
-ops.define_once(_once)
-
-
 def _reference_gradients(
     dy: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], formula: tuple
 ) -> list[Tensor | None]:

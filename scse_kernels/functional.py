@@ -3,11 +3,11 @@
 import math
 
 import torch
-from torch import Tensor, compiler
+from torch import Tensor
 from torch._C import _get_tracing_state
 
 from . import backends, reference
-from .autograd import SCSE, once
+from .autograd import SCSE
 from .ops import ACTIVATION, COMBINE, FORWARD, GATE, memory_format
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -129,8 +129,7 @@ def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate,
         y = reference.scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate)
         return y if backend == "operations" else y.contiguous(memory_format=memory_format(x))
     if torch.is_grad_enabled():
-        y = SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, backend)
-        return once(y) if compiler.is_compiling() else y
+        return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, backend)
     codes = COMBINE[combine], ACTIVATION[activation], slope, GATE[gate]
     return FORWARD[backend](x, w1, b1, w2, b2, ws, bs, *codes)[0]
 

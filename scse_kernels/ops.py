@@ -120,13 +120,6 @@ FORWARD = {name: getattr(torch.ops.scse_kernels, f"{name}_forward").default for 
 BACKWARD = {name: getattr(torch.ops.scse_kernels, f"{name}_backward").default for name in BACKENDS}
 
 
-def define_once(function) -> None:
-    """The operator that a compiled program calls `function` (of autograd.py) by, which it would
-    otherwise look into. Backends of torch.compile that take operators apart see a view."""
-    _library.define("once(Tensor(a) y) -> Tensor(a)")
-    _library.impl("once", function, "CompositeImplicitAutograd")
-
-
 def _triton_forward(x, *others):
     from ._triton import launch  # imports Triton, which takes a second
 
