@@ -3,12 +3,12 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 from torch._C import _get_tracing_state
 
 from . import backends, reference
-from .autograd import SCSE
-from .ops import ACTIVATION, COMBINE, FORWARD, GATE, memory_format
+from .autograd import SCSE, once_differentiable
+from .ops import ACTIVATION, COMBINE, FORWARD, GATE, codes, memory_format
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: The activations that have a slope, and which one where it isn't given.
@@ -70,12 +70,12 @@ def scse(
         RuntimeError: tensors are on several devices, or the named backend can't be used.
     """
     _check_name("scse", "combine", combine, COMBINE)
-    slope = _check_excitation("scse", activation, slope, gate)
+    excitation = _check_excitation("scse", activation, slope, gate)
     if not _get_tracing_state():  # sizes are tensors there, and comparing them warns
         _check_x("scse", x)
         _check_channel("scse", x, w1, b1, w2, b2)
         _check_spatial("scse", x, ws, bs)
-    return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, backend)
+    return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, excitation, backend)
 
 
 def cse(
@@ -94,11 +94,11 @@ def cse(
 
     Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
     """
-    slope = _check_excitation("cse", activation, slope, gate)
+    excitation = _check_excitation("cse", activation, slope, gate)
     if not _get_tracing_state():
         _check_x("cse", x)
         _check_channel("cse", x, w1, b1, w2, b2)
-    return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", activation, slope, gate, backend)
+    return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", excitation, backend)
 
 
 def sse(
@@ -108,11 +108,11 @@ def sse(
 
     Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
     """
-    _check_name("sse", "gate", gate, GATE)
+    excitation = _check_excitation("sse", "relu", None, gate)
     if not _get_tracing_state():
         _check_x("sse", x)
         _check_spatial("sse", x, ws, bs)
-    return _dispatch("sse", x, None, None, None, None, ws, bs, "add", "relu", 0.0, gate, backend)
+    return _dispatch("sse", x, None, None, None, None, ws, bs, "add", excitation, backend)
 
 
 def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
@@ -123,15 +123,16 @@ def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
     return sse(x, weights.mean(0).flatten(), None)
 
 
-def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, backend):
+def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, excitation, backend):
     backend = backends.choose(name, backend, x)
     if backend in ("operations", "eager"):
-        y = reference.scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate)
+        y = reference.scse(x, w1, b1, w2, b2, ws, bs, combine, *excitation)
         return y if backend == "operations" else y.contiguous(memory_format=memory_format(x))
     if torch.is_grad_enabled():
-        return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, backend)
-    codes = COMBINE[combine], ACTIVATION[activation], slope, GATE[gate]
-    return FORWARD[backend](x, w1, b1, w2, b2, ws, bs, *codes)[0]
+        if compiler.is_dynamo_compiling():
+            x, w1, b1, w2, b2, ws, bs = once_differentiable(x, w1, b1, w2, b2, ws, bs)
+        return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, excitation, backend)
+    return FORWARD[backend](x, w1, b1, w2, b2, ws, bs, *codes(combine, excitation))[0]
 
 
 def _check_name(function, argument, value, known):
@@ -141,18 +142,20 @@ def _check_name(function, argument, value, known):
 
 
 def _check_excitation(function, activation, slope, gate):
-    """The slope, as a float."""
+    """(activation, slope, gate), or () for the usual ones."""
+    if activation == "relu" and gate == "sigmoid" and slope is None:
+        return ()
     _check_name(function, "activation", activation, ACTIVATION)
     _check_name(function, "gate", gate, GATE)
     if activation not in _SLOPES:
         if slope is not None:
             raise ValueError(f"{function}(): activation {activation!r} has no slope, got {slope!r}")
-        return 0.0
-    if slope is None:
-        return _SLOPES[activation]
-    if isinstance(slope, bool) or not isinstance(slope, (int, float)):
+        slope = 0.0
+    elif slope is None:
+        slope = _SLOPES[activation]
+    elif isinstance(slope, bool) or not isinstance(slope, (int, float)):
         raise TypeError(f"{function}(): slope must be a float, not {type(slope).__name__}")
-    return float(slope)
+    return activation, float(slope), gate
 
 
 def _check_tensor(function, argument, value):
@@ -169,6 +172,9 @@ def _check_tensor(function, argument, value):
 
 def _check_x(function, x):
     _check_tensor(function, "x", x)
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{function}(): x must be a dense, strided tensor, got {kind}")
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{function}(): x must be [N, C, *S] with one to three spatial axes,"
@@ -195,8 +201,16 @@ def _check_parameter(function, x, argument, value, expected, described):
     ):
         raise ValueError(
             f"{function}(): {argument} must have shape {described} = {list(expected)},"
-            f" got {list(shape)}"
+            f" got {list(shape)}{_other_channels(x, argument, shape, expected)}"
         )
+
+
+def _other_channels(x, argument, shape, expected):
+    """Says so where nothing is wrong with the parameter but that it is for another x."""
+    axis = len(expected) - 1
+    if argument not in ("w1", "ws") or len(shape) <= axis or shape[:axis] != expected[:axis]:
+        return ""
+    return f": x has {x.shape[1]} channels, this layer is for {shape[axis]}"
 
 
 def _check_weights(x, weights):

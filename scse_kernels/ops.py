@@ -38,6 +38,15 @@ _BACKWARD = (
 )
 
 
+def codes(combine: str, excitation: tuple[str, float, str] | tuple[()]) -> tuple:
+    """What operators take for `combine` and for activation, slope and gate; () stands for ReLU and
+    sigmoid, which are their defaults."""
+    if not excitation:
+        return (COMBINE[combine],)
+    activation, slope, gate = excitation
+    return COMBINE[combine], ACTIVATION[activation], slope, GATE[gate]
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of y and dx: channels_last where x is, else contiguous."""
     if not x.is_contiguous():

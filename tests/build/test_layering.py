@@ -18,6 +18,7 @@ ORDER = (
         "convert",
         "layouts",
         "modules",
+        "children",
         "functional",
         "backends",
         "autograd",

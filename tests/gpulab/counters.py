@@ -83,10 +83,7 @@ class Counters:
         self.sm_read = np.zeros(sms, np.int64)  # bytes from the L2
         self.sm_written = np.zeros(sms, np.int64)  # bytes to the L2
         self.sm_wavefronts = np.zeros(sms, np.int64)
-        self.block_issued = [
-            sum(classify(i) not in UNCHARGED for i in program.instrs[b.start : b.end])
-            for b in program.blocks
-        ]
+        self.block_issued = program.block_issued
         self._all_warps = None  # per SM, of a group of all lanes
         self.block_warps = np.zeros(len(program.blocks), np.int64)
         self.block_threads = np.zeros(len(program.blocks), np.int64)
@@ -263,7 +260,7 @@ class Report:
     )  # eviction priority -> (read sectors, hits, written sectors)
     sites: list = field(default_factory=list)
     printed: list = field(default_factory=list)
-    instruction_profile: list = field(default_factory=list)  # (warp executions, where)
+    instruction_profile: list = field(default_factory=list)  # (warp executions, instruction)
     wall_seconds: float = 0.0
     footprint: object = field(
         default=None, repr=False
@@ -308,7 +305,8 @@ class Report:
 
     def hottest(self, n=10):
         """The most executed PTX instructions."""
-        return sorted(self.instruction_profile, key=lambda e: -e[0])[:n]
+        executed = sorted(self.instruction_profile, key=lambda e: -e[0])[:n]
+        return [(count, instr.where()) for count, instr in executed]
 
     def roofline(self, device=None):
         """Lower bounds (microseconds) from counted work divided by peak rates.

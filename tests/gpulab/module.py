@@ -7,7 +7,7 @@ import numpy as np
 
 from .arrays import Struct
 from .caches import POLICY_NAMES, L1Filter, L2Cache
-from .counters import AccessSite, Counters, Report, classify, reads_global
+from .counters import AccessSite, Counters, Report, reads_global
 from .devices import H100
 from .engine import Machine
 from .errors import GpuLabError
@@ -36,7 +36,7 @@ class Module:
         parsed = PtxParser(ptx)
         self.kernels, self.target = parsed.kernels, parsed.target
         self.variables = parsed.variables
-        self._programs, self._resources = {}, None
+        self._programs, self._layouts, self._resources = {}, {}, None
         self.globals = {}
         for v in self.variables.values():
             if v.space in ("global", "const"):
@@ -59,8 +59,7 @@ class Module:
 
     def static_shared(self, name):
         """Bytes of shared memory that a kernel's code declares."""
-        shared = [v for v in self.variables.values() if v.space == "shared"]
-        return self._shared_layout(self.kernels[name], shared)[1]
+        return self._shared_layout(name)[1]
 
     def registers(self, name):
         """Registers per thread reported by ptxas, or 0 when ptxas is not available."""
@@ -113,14 +112,14 @@ class Module:
         l2 = L2Cache(device.l2_bytes) if own_l2 else l2
         before, policies = l2.snapshot(), l2.policies.copy()
 
-        shared = [v for v in self.variables.values() if v.space == "shared"]
-        symbols, static = self._shared_layout(kernel, shared)
+        symbols, static = self._shared_layout(kernel_name)
         total_shared = static + shared_bytes
         if total_shared > device.shared_per_cta:
             raise GpuLabError(
                 f"{total_shared} bytes of shared memory; {device.name} allows "
                 f"{device.shared_per_cta}"
             )
+        symbols = dict(symbols)
         gmem, params = self._bind(program, args, symbols, l2, names)
         threads = int(np.prod(block))
         if registers is None:
@@ -206,23 +205,27 @@ class Module:
         if np.prod(cluster) > 1 and device.arch < 90:
             raise GpuLabError(f"{device.name} has no thread block clusters")
 
-    @staticmethod
-    def _shared_layout(kernel, module_shared):
-        """Addresses of shared variables; dynamic (extern) ones start after the static ones."""
-        symbols, end = {v.name: v.address for v in kernel.shared}, kernel.static_shared
-        used = {name for ins in kernel.instrs for name in _names(ins)}
-        for v in module_shared:
-            if v.nbytes and v.name in used:
-                start = -(-end // v.align) * v.align
-                symbols[v.name], end = start, start + v.nbytes
-        dynamic = [v for v in module_shared + kernel.shared if not v.nbytes]
-        align = max((v.align for v in dynamic), default=1)
-        end = -(-end // align) * align
-        for v in dynamic:
-            symbols[v.name] = end
-        for v in kernel.local:
-            symbols[v.name] = v.address
-        return symbols, end
+    def _shared_layout(self, name):
+        """Addresses of a kernel's shared variables, and their end; dynamic (extern) ones start
+        after the static ones."""
+        if name not in self._layouts:
+            kernel = self.kernels[name]
+            symbols, end = {v.name: v.address for v in kernel.shared}, kernel.static_shared
+            used = {name for ins in kernel.instrs for name in _names(ins)}
+            module_shared = [v for v in self.variables.values() if v.space == "shared"]
+            for v in module_shared:
+                if v.nbytes and v.name in used:
+                    start = -(-end // v.align) * v.align
+                    symbols[v.name], end = start, start + v.nbytes
+            dynamic = [v for v in module_shared + kernel.shared if not v.nbytes]
+            align = max((v.align for v in dynamic), default=1)
+            end = -(-end // align) * align
+            for v in dynamic:
+                symbols[v.name] = end
+            for v in kernel.local:
+                symbols[v.name] = v.address
+            self._layouts[name] = symbols, end
+        return self._layouts[name]
 
     def _bind(self, program, args, symbols, l2, names):
         kernel = program.kernel
@@ -296,12 +299,11 @@ def _fill(report, machine, c, l2, before, own_l2):
         threads[b.start : b.end] = c.block_threads[b.index]
     report.warp_instructions, report.thread_instructions = int(warps.sum()), int(threads.sum())
     kinds = Counter()
-    for ins in program.instrs:
-        kind = classify(ins)
-        kinds[kind] += int(warps[ins.pc])
-        if warps[ins.pc]:
-            report.instruction_profile.append((int(warps[ins.pc]), ins.where()))
-        if not c.lanes[ins.pc]:
+    for pc in np.flatnonzero(warps):
+        ins, kind, executed = program.instrs[pc], program.kinds[pc], int(warps[pc])
+        kinds[kind] += executed
+        report.instruction_profile.append((executed, ins))
+        if not c.lanes[pc]:
             continue
         per_lane = int(c.bytes[ins.pc] // c.lanes[ins.pc])
         lanes, nbytes, sectors = int(c.lanes[ins.pc]), int(c.bytes[ins.pc]), int(c.sectors[ins.pc])
@@ -328,7 +330,7 @@ def _fill(report, machine, c, l2, before, own_l2):
             report.shared_wavefronts += int(c.wavefronts[ins.pc])
             report.shared_ideal_wavefronts += int(c.ideal_wavefronts[ins.pc])
             report.shared_max_ways = max(report.shared_max_ways, int(c.max_ways[ins.pc]))
-    report.instructions = Counter({k: v for k, v in kinds.items() if v})
+    report.instructions = kinds
     report.sm_issued, report.sm_wavefronts = int(c.sm_issued.max()), int(c.sm_wavefronts.max())
     busiest = int(np.argmax(c.sm_read + c.sm_written))
     report.sm_read_bytes, report.sm_written_bytes = (

@@ -1,6 +1,7 @@
 """A kernel compiled for execution: basic blocks, liveness and one closure per instruction."""
 
 from . import ops_arith, ops_async, ops_memory, ops_warp  # noqa: F401  (they register their instructions)
+from .counters import UNCHARGED, classify
 from .errors import GpuLabError
 from .operands import OPS, reader, unsupported
 from .parser import TYPE_BYTES
@@ -44,6 +45,10 @@ class Program:
         for block in self.blocks:
             self._compile(block)
         self._classify()
+        self.kinds = [classify(ins) for ins in self.instrs]
+        self.block_issued = [
+            sum(kind not in UNCHARGED for kind in self.kinds[b.start : b.end]) for b in self.blocks
+        ]
 
     def _make_blocks(self):
         instrs = self.instrs

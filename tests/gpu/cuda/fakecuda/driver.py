@@ -3,6 +3,7 @@ execute the rest."""
 
 import contextlib
 import ctypes
+import re
 import subprocess
 from collections.abc import Iterator
 from ctypes import (
@@ -207,6 +208,7 @@ class Lab:
     dry: bool
     reports: list[gpulab.Report] = field(default_factory=list)
     launched: list[str] = field(default_factory=list)  # readable names
+    clusters: list[int] = field(default_factory=list)  # of each: blocks to a cluster
     overlapped: list[str] = field(default_factory=list)  # those that had leave to start early
     refused: list[str] = field(default_factory=list)
     fault: BaseException | None = None
@@ -392,6 +394,7 @@ class Driver:
             )
         image = function.image(device.arch)
         lab.launched.append(readable)
+        lab.clusters.append(int(np.prod(launch.cluster)) or 1)
         if lab.dry:
             return
         module = image.module(name)
@@ -431,8 +434,8 @@ class Driver:
         lab.reports.append(report)
 
     def _argument(self, parameter, address):
-        """A kernel's parameter as the emulator takes it. What in it, at multiples of 8 bytes, points
-        into known memory is a pointer; other numbers are no addresses of this process."""
+        """A kernel's parameter as the emulator takes it. What in it, at multiples of 8 bytes,
+        points into known memory is a pointer: no other number is an address of this process."""
         raw = ctypes.string_at(address, parameter.nbytes)
         pointers = {}
         for offset in range(0, parameter.nbytes - 7, 8):
@@ -451,25 +454,25 @@ def _most_threads(kernel) -> int:
 
 
 def _short(readable: str) -> str:
-    """void scse::cuda::apply<float, 4, (scse::Combine)0, true>(...) -> apply<float, 4, 0, true>"""
-    name = readable.split("(anonymous namespace)::")[-1]
-    name = name.replace("(bool)", "").replace("(scse::cuda::Combine)", "").replace("void ", "")
-    depth, kept = 0, ""
-    for c in name:
-        if c == "(" and not depth and kept[-1:] not in "<, ":
-            break
+    """A demangled name without result, namespace, parameters and casts:
+    apply<float, 4, 0, true>."""
+    name = readable.replace("(anonymous namespace)::", "").replace("void ", "")
+    name = re.sub(r"\((?:bool|[\w:]+::\w+)\)(?=\w)", "", name).replace("scse::cuda::", "")
+    depth = 0
+    for i, c in enumerate(name):
         depth += (c == "<") - (c == ">")
-        kept += c
-    return kept.replace("scse::cuda::", "").replace("(scse::Combine)", "").strip()
+        if c == "(" and depth == 0:
+            return name[:i]
+    return name
 
 
 # --- running the operators ---
 
-#: Device numbers in use and of which kind each is. Host code looks things up once for each device,
-#: and functions' attributes are set for a device once and for all: so that no test lives on what
-#: another has done, each gets a number of its own, as far as they go (they are an int8_t). Number 0
-#: is the current device at first, and nothing may happen there.
-MOST_DEVICES = 127
+#: Host code looks things up once for each device, and functions' attributes are set for a device
+#: once and for all. So that no call lives on what another has done, each gets a device of another
+#: number, as far as they go: they are an int8_t. Number 0 is the current device at first, and
+#: nothing may happen there.
+MOST_DEVICES, MOST_OF_A_KIND = 127, 20
 
 
 @cache
@@ -496,12 +499,12 @@ def _define_operators():
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
-def _number(gpu: GPU) -> int:
+def _number(gpu: GPU, dry: bool) -> int:
     known = connect().gpus
-    if len(known) + 1 < MOST_DEVICES:
-        number = len(known) + 1
-    else:
-        number = next(n for n, other in known.items() if other == gpu)
+    mine = [number for number, other in known.items() if other == gpu]
+    new = len(mine) < (1 if dry else MOST_OF_A_KIND)
+    number = len(known) + 1 if new else mine[0]
+    assert number < MOST_DEVICES, "too many kinds of devices in one process"
     known.pop(number, None)
     known[number] = gpu  # the one used longest ago comes first
     return number
@@ -524,7 +527,7 @@ def running_on(
     lab = Lab(gpu, seed, resident, l2 or gpulab.L2Cache(gpu.device.l2_bytes), count, dry)
     emulated = torch.ops.scse_kernels_emulated
     it.library.fakecuda_reset()
-    it.library.fakecuda_put_tensors_on(_number(gpu))
+    it.library.fakecuda_put_tensors_on(_number(gpu, dry))
     it.lab = lab
     try:
         with (
@@ -542,3 +545,5 @@ def running_on(
         it.memory.clear()
     if lab.fault is not None:  # host code has not looked at the error
         raise lab.fault
+    if error := it.library.cudaPeekAtLastError():
+        raise AssertionError(f"host code left error {error} behind, for whoever comes next")
