@@ -72,7 +72,7 @@ class Report:
 def would_be_missed(module: nn.Module, layers: dict[str, nn.Module]) -> bool:
     """Whether a reader would call this module, whose `layers` have parameters, attention or squeeze
     & excitation, by its name or by its code: layers that lead back, a sigmoid, a product."""
-    if not layers or _is_torchs(type(module)):
+    if not layers or all(_is_torchs(cls) or cls is object for cls in type(module).__mro__):
         return False
     if is_named_so(module):
         return True

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 #: Who holds more layers than this is no block, but holds blocks. Some may be unused.
 _MOST, _MOST_OTHERS = 5, 2
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Unfit(Exception):
@@ -40,23 +42,24 @@ class Reading(NamedTuple):
 
 
 def parametrised(block: nn.Module) -> dict[str, nn.Module]:
-    """The modules in the block, by path, that hold parameters of their own."""
+    """The modules in the block, by path, that hold parameters of their own, or should."""
     return {
         path: module
         for path, module in block.named_modules()
-        if any(parameter is not None for parameter in module._parameters.values())
+        if isinstance(module, _KINDS) or any(p is not None for p in module._parameters.values())
     }
 
 
 def plain_layers(modules: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """[outputs, inputs, ...] of those that are linear layers or convolutions."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return {
         path: tuple(module.weight.shape)
         for path, module in modules.items()
-        if isinstance(module, kinds)
+        if isinstance(module, _KINDS)
         and module._parameters.keys() == {"weight", "bias"}
         and all(_is_plain(p) for p in module._parameters.values())
+        and not is_lazy(module.weight)
+        and module.weight.dim() > 1
     }
 
 
@@ -73,8 +76,13 @@ def is_block(modules: dict[str, nn.Module]) -> bool:
 
 def is_small(modules: dict[str, nn.Module]) -> bool:
     """Whether a module with these layers may be one block, rather than hold some."""
-    usual = [shape for shape in plain_layers(modules).values() if set(shape[2:]) <= {1}]
-    return 0 < len(modules) <= min(_MOST, len(usual) + _MOST_OTHERS)
+    shapes = plain_layers(modules)
+    others = [
+        path
+        for path, module in modules.items()
+        if not isinstance(module, _KINDS) or not set(shapes.get(path, ())[2:]) <= {1}
+    ]
+    return 0 < len(modules) <= _MOST and len(others) <= _MOST_OTHERS
 
 
 def readings(shapes: dict[str, tuple[int, ...]]) -> Iterator[Reading]:
@@ -141,6 +149,13 @@ def _why_not_plain(path: str, module: nn.Module) -> str:
     if not path:
         return f"it has parameters of its own: {', '.join(module._parameters)}"
     for name, parameter in module._parameters.items():
-        if not _is_plain(parameter) and not isinstance(parameter, nn.UninitializedParameter):
+        if not _is_plain(parameter) and not is_lazy(parameter):
             return f"{path}.{name} is a {type(parameter).__name__}"
+    if isinstance(module, _KINDS):
+        weight = module._parameters.get("weight")
+        if "weight" in vars(module) or (weight is not None and not is_lazy(weight)):
+            return (
+                f"{path}.weight is not the layer's own any more, as after FullyShardedDataParallel:"
+                " convert before that"
+            )
     return f"{path} is a {type(module).__name__}"

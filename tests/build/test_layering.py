@@ -14,9 +14,7 @@ ORDER = (
     *(
         "__main__",
         "__init__",
-        "checkpoints",
         "convert",
-        "layouts",
         "modules",
         "children",
         "functional",
