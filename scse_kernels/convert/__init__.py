@@ -1,8 +1,8 @@
 """convert and revert: fused squeeze & excitation inside models that already exist.
 
 Structure proposes which modules are blocks, by the shapes of their layers (shapes.py). Their code
-is read for what else it looks at (source.py), and a stand-in is run (probe.py): it must compute what
-one of the functions of function.py computes. Then the block's class is swapped (swap.py), and the
+is read for what else it looks at (source.py), and a stand-in is run (probe.py): it must compute
+what one of the functions of function.py computes. Then the block's class is swapped (swap.py), and the
 report says so (report.py). Checkpoints move between libraries by checkpoints.py.
 """
 

@@ -155,7 +155,7 @@ class _Probe:
         tensors = [*self.twin.parameters(), *self.twin.buffers()]
         draws = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
         if "numpy" in sys.modules:
-            name, keys, *others = sys.modules["numpy"].random.get_state()
+            _, keys, *others = sys.modules["numpy"].random.get_state()
             draws.append((keys.tobytes(), others))
         return [
             draws,
@@ -308,33 +308,48 @@ class _Probe:
         return Unfit(": ".join(filter(None, (what, ", ".join(parts)))))
 
 
+#: What scSE is made of, however it is written, without the underscore of in-place variants.
+_OPERATIONS = {"mean", "sum", "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"}
+_OPERATIONS |= {"avg_pool1d", "avg_pool2d", "avg_pool3d", "convolution", "addmm", "mm", "bmm", "mv"}
+_OPERATIONS |= {"baddbmm", "addmv", "dot", "linear", "sigmoid", "relu", "leaky_relu", "elu", "silu"}
+_OPERATIONS |= {"gelu", "hardsigmoid", "hardtanh", "clamp", "clamp_min", "threshold", "maximum"}
+_OPERATIONS |= {"amax", "max", "mul", "add", "sub", "rsub", "neg", "div", "exp", "reciprocal"}
+_OPERATIONS |= {"sqrt", "pow", "tanh", "erf", "cat", "stack", "view", "_unsafe_view", "reshape"}
+_OPERATIONS |= {"expand", "permute", "t", "transpose", "unsqueeze", "squeeze", "select", "split"}
+_OPERATIONS |= {"split_with_sizes", "chunk", "unbind", "repeat", "clone", "copy", "_to_copy"}
+_OPERATIONS |= {"alias", "detach", "contiguous", "as_strided", "_reshape_alias", "zeros_like"}
+_OPERATIONS |= {
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_ones",
+    "new_zeros",
+    "new_empty",
+    "fill",
+}
+_OPERATIONS |= {
+    "ones",
+    "zeros",
+    "full",
+    "empty",
+    "scalar_tensor",
+    "lift_fresh",
+    "zero",
+    "expand_copy",
+}
+_OPERATIONS |= {"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "slice"}
+_OPERATIONS |= {
+    "upsample_bilinear2d",
+    "upsample_trilinear3d",
+    "upsample_linear1d",
+    "matmul",
+    "tile",
+}
+_OPERATIONS |= {"adaptive_avg_pool2d", "adaptive_avg_pool3d", "threshold"}
+
+
 class _Operations(TorchDispatchMode):
     """Records the operations of a forward, below autograd."""
-
-    #: What scSE is made of, however it is written, without the underscore of in-place variants.
-    _KNOWN = {"mean", "sum", "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"}
-    _KNOWN |= {"avg_pool1d", "avg_pool2d", "avg_pool3d", "convolution", "addmm", "mm", "bmm", "mv"}
-    _KNOWN |= {"baddbmm", "addmv", "dot", "linear", "sigmoid", "relu", "leaky_relu", "elu", "silu"}
-    _KNOWN |= {"gelu", "hardsigmoid", "hardtanh", "clamp", "clamp_min", "threshold", "maximum"}
-    _KNOWN |= {"amax", "max", "mul", "add", "sub", "rsub", "neg", "div", "exp", "reciprocal"}
-    _KNOWN |= {"sqrt", "pow", "tanh", "erf", "cat", "stack", "view", "_unsafe_view", "reshape"}
-    _KNOWN |= {"expand", "permute", "t", "transpose", "unsqueeze", "squeeze", "select", "split"}
-    _KNOWN |= {"split_with_sizes", "chunk", "unbind", "repeat", "clone", "copy", "_to_copy"}
-    _KNOWN |= {"alias", "detach", "contiguous", "as_strided", "_reshape_alias", "zeros_like"}
-    _KNOWN |= {"ones_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_empty", "fill"}
-    _KNOWN |= {
-        "ones",
-        "zeros",
-        "full",
-        "empty",
-        "scalar_tensor",
-        "lift_fresh",
-        "zero",
-        "expand_copy",
-    }
-    _KNOWN |= {"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "slice"}
-    _KNOWN |= {"upsample_bilinear2d", "upsample_trilinear3d", "upsample_linear1d", "matmul", "tile"}
-    _KNOWN |= {"adaptive_avg_pool2d", "adaptive_avg_pool3d", "threshold"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,7 +374,7 @@ class _Operations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         name = name if name.startswith("__") else name.removesuffix("_")
-        if name not in self._KNOWN or self._is_partial(name, args, result):
+        if name not in _OPERATIONS or self._is_partial(name, args, result):
             self.unknown.append(name)
         if name in SLOPED:
             slope = float(args[1]) if len(args) > 1 else {"leaky_relu": 0.01, "elu": 1.0}[name]
@@ -423,8 +438,8 @@ def _computing(name: str):
 
 for _name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):
     setattr(_Size, _name, _comparing(_name))
-for _name in ("add", "sub", "mul", "floordiv", "mod", "pow"):
-    for _name in (f"__{_name}__", f"__r{_name}__"):
+for _operator in ("add", "sub", "mul", "floordiv", "mod", "pow"):
+    for _name in (f"__{_operator}__", f"__r{_operator}__"):
         setattr(_Size, _name, _computing(_name))
 _Size.__hash__ = int.__hash__
 

@@ -14,6 +14,7 @@ import re
 import sys
 import types
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -270,9 +271,8 @@ class _Reader:
             return
         if issubclass(cls, (BaseException, torch.autograd.Function, enum.Enum)):
             return
-        if cls.__module__.partition(".")[0] in sys.stdlib_module_names:
-            if cls.__module__ != "__main__":
-                raise Unfit(f"its forward uses {cls.__module__}.{cls.__name__}")
+        if cls.__module__.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
+            raise Unfit(f"its forward uses {cls.__module__}.{cls.__name__}")
         for name in ("__init__", "__call__", "forward"):
             if name in vars(cls) and not any(cls in c.__mro__ for c in self.user_classes):
                 self._admit(vars(cls)[name], f"{cls.__name__}.{name}")
@@ -281,10 +281,13 @@ class _Reader:
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self.functions.append((constant, scope))
-            elif isinstance(constant, str) and constant.isidentifier():
-                # The name of an attribute, for getattr; as a name in the code it counts the same.
-                if constant not in _REFUSED or "getattr" in code.co_names:
-                    self._add_name(constant)
+            elif (
+                # The name of an attribute, for getattr, counts like one in the code.
+                isinstance(constant, str)
+                and constant.isidentifier()
+                and (constant not in _REFUSED or "getattr" in code.co_names)
+            ):
+                self._add_name(constant)
         instructions = list(dis.get_instructions(code))
         for i, instruction in enumerate(instructions):
             if instruction.argval == "device" and any(
@@ -322,8 +325,20 @@ class _Reader:
         if isinstance(value, (list, dict, set, Tensor, nn.Module)):
             raise Unfit(f"its forward uses the global variable {name}")
         self._admit(value, name)
-        if isinstance(value, _CONSTANTS) or isinstance(value, tuple):
+        if isinstance(value, (*_CONSTANTS, tuple)):
             home = scope.get("__name__")
-            if vars(sys.modules.get(home, types.ModuleType(""))) is not scope:
+            if scope_of(home, map(type, self.modules)) is not scope:
                 raise Unfit(f"its forward uses the global variable {name}")
             self.constants[home, name] = (home, name, frozen(value))
+
+
+def scope_of(home: str | None, classes: Iterable[type]) -> dict[str, Any] | None:
+    """The globals of the Python module of that name, as the functions of the classes see them."""
+    for cls in classes:
+        for base in cls.__mro__:
+            for value in vars(base).values():
+                scope = getattr(value, "__globals__", None)
+                if scope is not None and scope.get("__name__") == home:
+                    return scope
+    module = sys.modules.get(home or "")
+    return None if module is None else vars(module)

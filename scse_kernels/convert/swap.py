@@ -5,7 +5,6 @@ and mode, in all the places that share it, and as the root of a model.
 """
 
 import abc
-import sys
 import weakref
 from typing import Any, NamedTuple
 
@@ -131,9 +130,8 @@ def fused_class(original: type[nn.Module], recipe: Recipe) -> type:
             "_calls": {axes: least for axes, *least in recipe.calls},
             "_forwards": tuple((kind, kind.forward) for kind in kinds),
             "_constants": tuple(
-                (vars(sys.modules[module]), name, value)
-                for module, name, value in recipe.constants
-                if module in sys.modules
+                (source.scope_of(home, (original, *kinds)) or {}, name, value)
+                for home, name, value in recipe.constants
             ),
             "__module__": __name__,
         }

@@ -1,8 +1,8 @@
 """Blocks as people write them, each of which computes exactly scSE, cSE or sSE.
 
 Written for these tests after structures that are common in public code: what the layers are called,
-how they are pooled, who multiplies, and what is wrapped in what. Every entry of BLOCKS is (makes the
-block, spatial axes, what it computes), with C channels.
+how they are pooled, who multiplies, and what is wrapped in what. Every entry of BLOCKS is (makes
+the block, spatial axes, what it computes), with C channels.
 """
 
 import math

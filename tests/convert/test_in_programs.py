@@ -289,7 +289,7 @@ def test_a_compiled_gradient_penalty_is_refused(with_the_loss):
 
     if with_the_loss:
         step = torch.compile(step, backend="eager")
-    with pytest.raises(Exception, match="second derivative|differentiates a gradient"):
+    with pytest.raises(Exception, match="has no second derivatives"):
         step(torch.randn(2, 3, 5, 4, requires_grad=True)).backward()
     torch.compiler.reset()
 
