@@ -1,12 +1,15 @@
 """A training step of whole networks: as their libraries have them, and after `convert`.
 
   smp       segmentation_models.pytorch's Unet, ResNet-34, with scSE in the decoder
+  smp-b0    the same over timm's EfficientNet-B0, with squeeze & excitation (SiLU) in the encoder
+  smp-b4    the same over EfficientNet-B4
+  smp-mn3   the same over MobileNetV3 (hard sigmoid)
   3dunet    pytorch-3dunet's ResidualUNetSE3D
   unet      the U-Net of `bench mri`, with an scSE block after every encoder and decoder block
 
 Each network is built once and copied; the copy is converted. A step is forward, loss, backward and
-optimizer. Both are timed round by round in turn, then their scSE blocks alone, on the shapes that
-they see, which shows how much of a step can be won at all. Before that, loss, output and gradients
+optimizer. Both are timed round by round in turn, then their blocks alone, on the shapes that they
+see, which shows how much of a step can be won at all. Before that, loss, output and gradients
 of both are compared with the original's in float64; if conversion takes them further away, the
 exit status is 1.
 A network whose library can't be imported is left out, with the reason.
@@ -37,10 +40,26 @@ class _Model(NamedTuple):
     shape: tuple[int, ...]  # of the images
 
 
-def _smp() -> nn.Module:
+def _smp(encoder: str) -> nn.Module:
+    _allow_torchvision()
     import segmentation_models_pytorch as smp
 
-    return smp.Unet("resnet34", encoder_weights=None, decoder_attention_type="scse", classes=4)
+    net = smp.Unet(encoder, encoder_weights=None, decoder_attention_type="scse", classes=4)
+    for module in net.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0  # who drops another path computes something else
+    return net
+
+
+@functools.cache
+def _allow_torchvision() -> torch.library.Library:
+    """Let torchvision be imported where its compiled operators don't fit this torch: the libraries
+    import it, but the networks here call none of them."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    if not hasattr(torch.ops.torchvision, "nms"):
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def _unet3d() -> nn.Module:
@@ -56,7 +75,10 @@ def _unet() -> nn.Module:
 
 
 MODELS = {
-    "smp": _Model(_smp, (2, 3, 256, 256)),
+    "smp": _Model(functools.partial(_smp, "resnet34"), (2, 3, 256, 256)),
+    "smp-b0": _Model(functools.partial(_smp, "timm-efficientnet-b0"), (2, 3, 256, 256)),
+    "smp-b4": _Model(functools.partial(_smp, "timm-efficientnet-b4"), (2, 3, 256, 256)),
+    "smp-mn3": _Model(functools.partial(_smp, "timm-mobilenetv3_large_100"), (2, 3, 256, 256)),
     "3dunet": _Model(_unet3d, (1, 1, 48, 64, 64)),
     "unet": _Model(_unet, (8, 1, 128, 128)),
 }
@@ -130,11 +152,9 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
     alone = blocks.seconds(blocks_of, seen, device)
 
     calls = sum(map(len, seen))
-    table = report.table(
-        f"{name}: a training step, {calls} calls of {len(paths)} scSE blocks in it"
-    )
+    table = report.table(f"{name}: a training step, {calls} calls of {len(paths)} blocks in it")
     table.add_column("")
-    for column in ("ms", "IQR", "speedup", "peak MiB", "scSE alone, ms", "share"):
+    for column in ("ms", "IQR", "speedup", "peak MiB", "blocks alone, ms", "share"):
         table.add_column(column, justify="right")
     for which, time in times.items():
         table.add_row(

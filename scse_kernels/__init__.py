@@ -2,8 +2,8 @@
 
 from . import _torch_version  # noqa: F401
 from .backends import set_backend, use_backend
-from .checkpoints import convert_state_dict
 from .convert import Report, convert, revert
+from .convert.checkpoints import convert_state_dict
 from .functional import cse, scse, sse
 from .modules import (
     ChannelSELayer,

@@ -89,10 +89,10 @@ def choose(function: str, backend: str, x: Tensor) -> str:
     chosen_by = ""
     if backend == "auto":
         backend, chosen_by = _chosen, _chosen_by
-    if taken_apart_by := _taken_apart_by():
+    if tool := taken_apart_by():
         if backend not in ("auto", "eager"):
             raise RuntimeError(
-                f"{function}(): {taken_apart_by} needs ordinary operations, which backend 'auto'"
+                f"{function}(): {tool} needs ordinary operations, which backend 'auto'"
                 f" and 'eager' give it, got backend '{backend}'{chosen_by}"
             )
         return "operations"
@@ -195,7 +195,7 @@ def missing_kernels(
     )
 
 
-def _taken_apart_by() -> str | None:
+def taken_apart_by() -> str | None:
     """The tool, if one is at work, that makes something of its own of the call's operations.
 
     A recorded program of ordinary operations runs where this package is not (C++, ONNX) and can be

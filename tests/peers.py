@@ -180,6 +180,13 @@ COPIES = {
     "MONAI": (lambda: MonaiSE(3, 12, 2), 12, 3, "cse"),
     "MONAI residual": (lambda: MonaiSE(2, 12, 2, add_residual=True), 12, 2, "cse + x"),
     "torchvision": (lambda: TorchvisionSE(12, 3), 12, 2, "cse"),
+    "torchvision EfficientNet": (lambda: TorchvisionSE(12, 3, nn.SiLU), 12, 2, "cse, silu"),
+    "torchvision MobileNetV3": (
+        lambda: TorchvisionSE(12, 3, scale_activation=nn.Hardsigmoid),
+        12,
+        2,
+        "cse, hard_sigmoid",
+    ),
     "timm": (lambda: TimmSE(12, 3), 12, 2, "cse"),
     "timm, without bias": (lambda: TimmSE(12, 3, bias=False), 12, 2, "cse"),
     "timm EfficientNet": (lambda: TimmSqueezeExcite(12, 3), 12, 2, "cse"),
@@ -229,24 +236,32 @@ REAL = {
     "MONAI's residual": (lambda: real(_MONAI).ResidualSELayer(3, 12, **_BOTH), 12, 3, "cse + x"),
     "torchvision's": (lambda: real(_TORCHVISION).SqueezeExcitation(12, 3), 12, 2, "cse"),
     "timm's": (lambda: real(_TIMM).SEModule(32), 32, 2, "cse"),
+    "timm's, hard gate": (
+        lambda: real(_TIMM).SEModule(32, gate_layer="hard_sigmoid"),
+        32,
+        2,
+        "cse, hard_sigmoid",
+    ),
+    "torchvision's, SiLU": (
+        lambda: real(_TORCHVISION).SqueezeExcitation(12, 3, nn.SiLU),
+        12,
+        2,
+        "cse, silu",
+    ),
     "timm's, without bias": (lambda: real(_TIMM).SEModule(32, bias=False), 32, 2, "cse"),
 }
 
 #: Of the libraries' own, those that compute something else: (makes the block, why not).
 REAL_OTHERS = {
-    "MONAI's residual": (lambda: real(_MONAI).ResidualSELayer(3, 12), "fc.1 is a LeakyReLU"),
+    "MONAI's residual": (lambda: real(_MONAI).ResidualSELayer(3, 12), "no gate"),
     "MONAI's residual, ReLU twice": (
         lambda: real(_MONAI).ResidualSELayer(3, 12, acti_type_1="relu"),
-        "something else",
+        "no gate",
     ),
     "timm's, with norm": (
         lambda: real(_TIMM).SEModule(32, norm_layer=nn.BatchNorm2d),
         "bn is a BatchNorm2d",
     ),
-    "timm's, hard gate": (
-        lambda: real(_TIMM).SEModule(32, gate_layer="hard_sigmoid"),
-        "gate is a Hardsigmoid",
-    ),
     "timm's, maximum": (lambda: real(_TIMM).SEModule(32, add_maxpool=True), "something else"),
-    "timm's, effective": (lambda: real(_TIMM).EffectiveSEModule(32), "structure"),
+    "timm's, effective": (lambda: real(_TIMM).EffectiveSEModule(32), "its layers are not those"),
 }

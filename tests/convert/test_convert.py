@@ -179,15 +179,9 @@ def _with(change, block=None):
 
 
 OTHERS = {
-    "SiLU": (lambda: TorchvisionSE(12, 3, nn.SiLU), "activation is a SiLU"),
-    "LeakyReLU": (lambda: TimmSE(12, 1, nn.LeakyReLU), "act is a LeakyReLU"),
     "ReLU6": (lambda: TimmSE(12, 3, nn.ReLU6), "act is a ReLU6"),
     "PReLU": (lambda: TimmSE(12, 3, nn.PReLU), "act is a PReLU"),
-    "hard gate": (
-        lambda: TorchvisionSE(12, 3, scale_activation=nn.Hardsigmoid),
-        "scale_activation is a Hardsigmoid",
-    ),
-    "unbounded gate": (lambda: MonaiSE(2, 12, 2, second="ReLU"), "something else"),
+    "unbounded gate": (lambda: MonaiSE(2, 12, 2, second="ReLU"), "no gate"),
     "batch norm": (lambda: TimmSE(12, 3, norm=nn.BatchNorm2d).eval(), "bn is a BatchNorm2d"),
     "dropout": (lambda: TimmSE(12, 3, lambda: nn.Dropout(1e-6)), "random numbers"),
     "functional dropout": (lambda: Dropping(12, 4), "random numbers"),
@@ -197,7 +191,7 @@ OTHERS = {
     "another dtype": (lambda: Float32(12, 4), "something else"),
     "in place": (lambda: InPlace(12, 4), "in-place"),
     "two results": (lambda: WithGate(12, 4), "returns a tuple"),
-    "buffer changes": (Counting, "changes a buffer"),
+    "buffer changes": (Counting, "sets the attribute calls"),
     "buffer takes part": (Tempered, "something else"),
     "forward of the object": (
         lambda: _with(lambda block: setattr(block, "forward", lambda x: x)),
@@ -245,7 +239,7 @@ OTHERS = {
     ),
     "scripted": (lambda: torch.jit.script(TorchvisionSE(12, 3)), "torch.jit"),
     "several gates": (
-        lambda: _with_layer("fc2", nn.Linear(3, 24)),
+        lambda: _with_layer("fc2", nn.Conv2d(3, 24, 1), TimmSE(12, 3)),
         r"fc2 \[24, 3\] doesn't lead back from fc1 \[3, 12\]",
     ),
     "neighbourhood": (
@@ -286,10 +280,15 @@ def test_what_is_no_recalibration_is_not_mentioned():
     assert str(report) == "no squeeze & excitation block was found"
 
 
-def test_no_activation_passes_for_another():
+@pytest.mark.parametrize(
+    "activation, name",
+    [(lambda: nn.LeakyReLU(1e-4), "leaky_relu(0.0001)"), (nn.ReLU6, None), (nn.SELU, None)],
+)
+def test_no_activation_passes_for_another(activation, name):
     """A single hidden channel that is positive for all samples would hide a leak below zero."""
-    blocks = [TimmSE(channels, 1, nn.LeakyReLU) for channels in range(1, 40)]
-    assert convert(nn.ModuleList(blocks)).converted == []
+    blocks = [TimmSE(channels, 1, activation) for channels in range(1, 40)]
+    details = [entry.detail for entry in convert(nn.ModuleList(blocks)).converted]
+    assert details == ([f"cse, {name}"] * len(blocks) if name else [])
 
 
 def test_a_block_around_a_block_is_not_mentioned():
@@ -318,14 +317,14 @@ def test_the_branches_of_another_combination_are_fused():
 def test_the_report_is_a_table():
     block = Smp(32, 16)
     model = nn.ModuleDict({"decoder": nn.ModuleList([block, nn.ReLU(), block])})
-    model["hard"] = TorchvisionSE(12, 3, scale_activation=nn.Hardsigmoid)
+    model["other"] = TorchvisionSE(12, 3, nn.ReLU6)
     model["ours"] = scse_kernels.ChannelSELayer(12)
     lines = str(convert(model)).splitlines()
-    hard = "it computes something else: scale_activation is a Hardsigmoid"
+    other = "it computes something else: activation is a ReLU6"
     assert [re.split("  +", line) for line in lines] == [
         ["path", "class", "result"],
         ["decoder.0 (shared, 2 places)", "Smp", "converted: scse, add"],
-        ["hard", "TorchvisionSE", f"left alone: {hard}"],
+        ["other", "TorchvisionSE", f"left alone: {other}"],
         ["ours", "ChannelSELayer", "already fused: a layer of scse_kernels"],
     ]
     assert len({line.index(word) for line, word in zip(lines, ("class", "Smp"), strict=False)}) == 1

@@ -1,11 +1,13 @@
 """Where the libraries keep the parameters of their squeeze & excitation blocks.
 
-The one table that `convert` and `convert_state_dict` go by.
+The table that checkpoints are mapped by. `convert` finds blocks by their shapes instead.
 """
 
 from typing import NamedTuple
 
 from torch import nn
+
+from .shapes import Unfit
 
 
 class Layout(NamedTuple):
@@ -26,10 +28,6 @@ LAYOUTS = (
     Layout("timm: SqueezeExcite of its EfficientNets", "conv_reduce", "conv_expand", None),
     Layout("sSE of ai-med and pytorch-3dunet", None, None, "conv"),
 )
-
-
-class Unfit(Exception):
-    """Why a block's parameters are not those of cSE, sSE or scSE."""
 
 
 def find(block: nn.Module) -> Layout | None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .layouts import LAYOUTS, Layout, Unfit, check_shapes, find
+from .layouts import LAYOUTS, Layout, check_shapes, find
+from .shapes import Unfit
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:

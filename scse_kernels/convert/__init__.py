@@ -1,0 +1,173 @@
+"""convert and revert: fused squeeze & excitation inside models that already exist.
+
+Structure proposes which modules are blocks, by the shapes of their layers (shapes.py). Their code
+is read for what else it looks at (source.py), and a stand-in is run (probe.py): it must compute
+what one of the functions of function.py computes. Then the block's class is swapped (swap.py), and the
+report says so (report.py). Checkpoints move between libraries by checkpoints.py.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .. import modules
+from . import shapes, swap
+from .probe import probe
+from .report import Entry, Report, would_be_missed
+from .shapes import Unfit
+
+# Where pickles of version 0.1.0 look for them.
+from .swap import Fused, _new, _Recipe  # noqa: F401
+
+__all__ = ["Entry", "Report", "convert", "revert"]
+
+
+def convert(model: nn.Module) -> Report:
+    """Make the squeeze & excitation blocks inside `model` fused, in place.
+
+    A block is converted if it has the layers of scSE, cSE or sSE, and a stand-in of its class
+    computes one of these functions. Parameters, buffers, children, hooks, dtype, device, mode and
+    the names in the state_dict stay as they are; the blocks stay the same objects, and instances of
+    their classes.
+
+    A converted block runs its original forward for calls of a kind that was not seen to agree:
+    another number of axes, other arguments, a subclass of Tensor. It also does so for as long as
+    its own children have hooks or are others than they were, or attributes that its forward reads
+    have other values.
+
+    Returns:
+        A report of the blocks that were converted, and of those left alone with the reason.
+
+    Raises:
+        TypeError: model is not a Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert(): model must be a Module, not {type(model).__name__}")
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    plan = _Plan(paths)
+    entries = tuple(plan.visit(model))
+    swapped = []
+    try:
+        for module, cls in plan.classes.items():
+            swapped.append((module, type(module)))
+            swap.set_class(module, cls)
+    except BaseException:
+        for module, cls in swapped:
+            swap.set_class(module, cls)
+        raise
+    return Report(entries)
+
+
+def revert(model: nn.Module) -> None:
+    """Undo `convert` in place: the blocks get their own classes back, with parameters as they are.
+
+    Raises:
+        RuntimeError: something changed a converted block's class after `convert` did.
+    """
+    converted = [(path, m) for path, m in model.named_modules() if swap.is_fused(m)]
+    for path, module in converted:
+        if "_recipe" not in vars(type(module)):
+            raise RuntimeError(
+                f"revert(): the class of {path or 'the model'} was changed after convert(), to"
+                f" {type(module).__name__}; undo that first"
+            )
+    for _, module in converted:
+        swap.set_class(module, module._original)
+
+
+class _Plan:
+    """Which blocks get which class, before any is changed."""
+
+    def __init__(self, paths: dict[nn.Module, list[str]]) -> None:
+        self.paths = paths
+        self.classes: dict[nn.Module, type] = {}
+        self.seen: set[nn.Module] = set()
+
+    def visit(self, module: nn.Module) -> Iterator[Entry]:
+        """Plan what is in `module`, the outermost blocks first."""
+        if module in self.seen:
+            return
+        self.seen.add(module)
+        if swap.is_fused(module):
+            yield self._entry(module, "already fused", str(module._recipe.function))
+            return
+        if type(module).__module__ == modules.__name__:
+            yield self._entry(module, "already fused", "a layer of scse_kernels")
+            return
+        layers = shapes.parametrised(module)
+        try:
+            if any(inner in self.classes for inner in module.modules()):
+                raise Unfit("it holds a block that is shared with others")
+            block, recipe = _outermost(module, layers)
+        except Unfit as reason:
+            yield from self._left_alone(module, layers, reason)
+        else:
+            self.seen.update(block.modules())
+            self.classes[block] = swap.fused_class(type(block), recipe)
+            yield self._entry(block, "converted", str(recipe.function))
+
+    def _left_alone(
+        self, module: nn.Module, layers: dict[str, nn.Module], reason: Unfit
+    ) -> Iterator[Entry]:
+        """What is inside, and the module itself if a reader would expect to be told."""
+        inside = [entry for child in module.children() for entry in self.visit(child)]
+        whole = shapes.is_block(layers) or (
+            len(layers) <= 4 and not any(entry.status == "converted" for entry in inside)
+        )
+        if would_be_missed(module, layers) and (
+            not inside or (whole and not _is_wrapper(module, layers))
+        ):
+            yield self._entry(module, "left alone", str(reason))
+            inside = [entry for entry in inside if entry.status != "left alone"]
+        yield from inside
+
+    def _entry(self, module: nn.Module, status: str, detail: str) -> Entry:
+        name = getattr(module, "original_name", type(module).__name__)
+        return Entry(tuple(self.paths[module]), name, status, detail)
+
+
+def _outermost(module: nn.Module, layers: dict[str, nn.Module]) -> tuple[nn.Module, swap.Recipe]:
+    """The block that `module` is, or that it merely wraps, with its recipe; raises `Unfit`."""
+    recipe = _recipe(module, layers)
+    for child in module.children():
+        inner = shapes.parametrised(child)
+        if set(inner.values()) == set(layers.values()):
+            try:
+                block, own = _outermost(child, inner)
+            except Unfit:
+                continue
+            if own.function == recipe.function:
+                return block, own
+    return module, recipe
+
+
+def _is_wrapper(module: nn.Module, layers: dict[str, nn.Module]) -> bool:
+    """Whether a child that a reader would call a block holds all the layers."""
+    for child in module.children():
+        inner = shapes.parametrised(child)
+        if set(inner.values()) == set(layers.values()) and would_be_missed(child, inner):
+            return True
+    return False
+
+
+def _recipe(block: nn.Module, layers: dict[str, nn.Module]) -> swap.Recipe:
+    """How to compute what `block` computes; raises `Unfit` with the reason if it can't be done."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in block.modules()):
+        raise Unfit("it was compiled by torch.jit")
+    if "forward" in block.__dict__:
+        raise Unfit("its forward was replaced on this object")
+    if not shapes.is_small(layers):
+        kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers.values()))
+        raise Unfit(f"it holds {len(layers)} layers: {kinds}" if layers else "it has no layers")
+    for path, module in block.named_modules(remove_duplicate=False):
+        if any(map(is_lazy, module._parameters.values())):
+            raise Unfit(f"{path} is a {type(module).__name__}")
+        if path and swap.is_hooked(module):
+            raise Unfit(f"{path} has hooks, which would not run")
+    if not shapes.channels(shapes.plain_layers(layers)):
+        raise Unfit(shapes.why_none(layers))
+    return swap.recipe(block, probe(block))

@@ -1,0 +1,69 @@
+"""What a block may compute, and the one place that computes it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..functional import cse, scse, sse
+from ..ops import ACTIVATION, COMBINE, GATE
+
+#: Activations that have a slope (elu: its alpha).
+SLOPED = ("leaky_relu", "elu")
+
+
+class Function(NamedTuple):
+    """A function of x and of w1, b1, w2, b2, ws, bs."""
+
+    excitation: str  # "cse", "sse" or "scse"
+    combine: str = "add"
+    activation: str = "relu"
+    slope: float | None = None
+    gate: str = "sigmoid"
+    plus_x: bool = False
+
+    def __call__(self, x: Tensor, w1, b1, w2, b2, ws, bs, backend: str = "auto") -> Tensor:
+        if self.excitation == "sse":
+            y = sse(x, ws, bs, gate=self.gate, backend=backend)
+        else:
+            how = {
+                "activation": self.activation,
+                "slope": self.slope,
+                "gate": self.gate,
+                "backend": backend,
+            }
+            if self.excitation == "cse":
+                y = cse(x, w1, b1, w2, b2, **how)
+            else:
+                y = scse(x, w1, b1, w2, b2, ws, bs, combine=self.combine, **how)
+        return y + x if self.plus_x else y
+
+    def __str__(self) -> str:
+        parts = [self.excitation]
+        if self.excitation == "scse":
+            parts.append(self.combine)
+        if self.plus_x:
+            parts[-1] += " + x"
+        if self.excitation != "sse" and self.activation != "relu":
+            slope = "" if self.slope is None else f"({self.slope:g})"
+            activation = "no activation" if self.activation == "none" else self.activation
+            parts.append(activation + slope)
+        if self.gate != "sigmoid":
+            parts.append(self.gate)
+        return ", ".join(parts)
+
+
+def possible(excitation: str, slopes: dict[str, list[float]]) -> Iterator[Function]:
+    """All functions of this excitation, the usual ones first; with `slopes` the slopes of those
+    activations that have one."""
+    activations = [
+        (activation, slope)
+        for activation in (ACTIVATION if excitation != "sse" else ("relu",))
+        for slope in slopes.get(activation, [] if activation in SLOPED else [None])
+    ]
+    for gate in GATE:
+        for activation, slope in activations:
+            for combine in COMBINE if excitation == "scse" else ("add",):
+                for plus_x in (False, True):
+                    if not (plus_x and combine == "concat"):
+                        yield Function(excitation, combine, activation, slope, gate, plus_x)

@@ -1,0 +1,223 @@
+"""How a block becomes fused: its class is swapped for a subclass of its own, and back.
+
+As `torch.nn.utils.parametrize` does. The object stays: with its parameters, children, hooks, names
+and mode, in all the places that share it, and as the root of a model.
+"""
+
+import abc
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import backends
+from . import source
+from .function import Function
+from .probe import Found
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Recipe(NamedTuple):
+    """How to find a block's layers, what to compute with them, and when."""
+
+    function: Function
+    #: (index of the parent, name, class) of every module below the block, which itself is 0
+    tree: tuple[tuple[int, str, type], ...]
+    #: indices of the squeezing, the exciting and the spatial layer
+    layers: tuple[int | None, int | None, int | None]
+    #: (axes of x, least number of samples, least number of positions)
+    calls: tuple[tuple[int, int, int], ...]
+    under_autocast: bool
+    #: (index of the module, name, value) of attributes that the original reads
+    attributes: tuple[tuple[int, str, Any], ...]
+    #: (name of a Python module, name, value) of constants that the original reads
+    constants: tuple[tuple[str, str, Any], ...]
+    #: whether the original looks at self.__class__
+    by_class: bool
+
+
+def recipe(block: nn.Module, found: Found) -> Recipe:
+    """The recipe of a block that was probed."""
+    index, tree = {"": 0}, []
+    for path, module in block.named_modules(remove_duplicate=False):
+        if path:
+            parent, _, name = path.rpartition(".")
+            index[path] = len(index)
+            tree.append((index[parent], name, type(module)))
+    return Recipe(
+        found.function,
+        tuple(tree),
+        tuple(path if path is None else index[path] for path in found.reading.layers),
+        found.calls,
+        found.under_autocast,
+        found.source.attributes,
+        found.source.constants,
+        found.source.by_class,
+    )
+
+
+class Fused:
+    """What converted blocks inherit from, before their own class."""
+
+    _original: type[nn.Module]
+    _recipe: Recipe
+    #: axes of x -> (least number of samples, least number of positions)
+    _calls: dict[int, tuple[int, int]]
+    #: (class, its forward) of the modules below
+    _forwards: tuple[tuple[type, Any], ...]
+    #: (globals of a Python module, name, value)
+    _constants: tuple[tuple[dict[str, Any], str, Any], ...]
+
+    def __init_subclass__(cls, **kwargs):
+        """The original's, which may register classes, is not for this one."""
+
+    def forward(self, *args, **kwargs):
+        # Anything that the probe did not see agree is the original's business.
+        if len(args) == 1 and not kwargs and type(args[0]) in (Tensor, nn.Parameter, FakeTensor):
+            below = _untouched(self)
+            if below is not None:
+                x, recipe = args[0], self._recipe
+                layers = [None if i is None else below[i] for i in recipe.layers]
+                if _is_known_call(self, x, next(layer for layer in layers if layer is not None)):
+                    return recipe.function(x, *_parameters(layers))
+        if self._recipe.by_class:
+            return self._as_original(vars(self)).forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _as_original(self, attributes):
+        """An object of the original class with these attributes."""
+        twin = object.__new__(self._original)
+        twin.__dict__ = attributes
+        return twin
+
+    def __reduce_ex__(self, protocol):
+        # As the original does it, with the class swapped once the object is complete.
+        return _converted, (self._as_original(dict(vars(self))), *_plain(self._recipe))
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f"torch.jit.script can't compile {self._original.__name__} as convert() left it:"
+            " revert(model) first"
+        )
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module is converted. By name: after a reload of this Python module, `Fused` is
+    another class than that of the blocks which were converted before."""
+    return any((c.__module__, c.__name__) == (__name__, "Fused") for c in type(module).__mro__)
+
+
+def _plain(recipe: Recipe) -> tuple:
+    return (tuple(recipe.function), *recipe[1:])
+
+
+def _converted(block: nn.Module, function: tuple, *rest: Any) -> nn.Module:
+    """Convert a block that was copied or loaded."""
+    if isinstance(block, nn.Module) and not is_fused(block):
+        set_class(block, fused_class(type(block), Recipe(Function(*function), *rest)))
+    return block
+
+
+#: A class is as long here as a block has it.
+_classes: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+
+def fused_class(original: type[nn.Module], recipe: Recipe) -> type:
+    """The class of converted blocks of a class; the same for the same recipe."""
+    cls = _classes.get((original, recipe))
+    if cls is None:
+        kinds = {kind for *_, kind in recipe.tree}
+        namespace = {
+            "_original": original,
+            "_recipe": recipe,
+            "_calls": {axes: least for axes, *least in recipe.calls},
+            "_forwards": tuple((kind, kind.forward) for kind in kinds),
+            "_constants": tuple(
+                (source.scope_of(home, (original, *kinds)) or {}, name, value)
+                for home, name, value in recipe.constants
+            ),
+            "__module__": __name__,
+        }
+        # Past a metaclass of the user's, which may register classes as well.
+        metaclass = type(original)
+        make = abc.ABCMeta if issubclass(metaclass, abc.ABCMeta) else type
+        cls = make.__new__(metaclass, f"Fused{original.__name__}", (Fused, original), namespace)
+        _classes[original, recipe] = cls
+    return cls
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Change the class of a module, whatever its own __setattr__ does."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its class's forward."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _untouched(block: Fused) -> list[nn.Module] | None:
+    """The block and the modules below it, or None if one was replaced or must itself be called, or
+    if what the original's code looks at has changed."""
+    below = [block]
+    for parent, name, kind in block._recipe.tree:
+        module = below[parent]._modules.get(name)
+        if type(module) is not kind or is_hooked(module):
+            return None
+        below.append(module)
+    for kind, forward in block._forwards:
+        if kind.forward is not forward:
+            return None
+    for index, name, value in block._recipe.attributes:
+        if source.frozen(getattr(below[index], name, None)) != value:
+            return None
+    for scope, name, value in block._constants:
+        if source.frozen(scope.get(name)) != value:
+            return None
+    return below
+
+
+def _is_known_call(block: Fused, x: Tensor, layer: nn.Module) -> bool:
+    """Whether the probe saw the original agree for maps of this kind."""
+    least = block._calls.get(x.dim())
+    if least is None or x.dtype not in _DTYPES or x.layout is not torch.strided or x.is_nested:
+        return False
+    if x.numel() == 0 or backends.taken_apart_by():
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        if not block._recipe.under_autocast:
+            return False
+    elif x.dtype != layer.weight.dtype:
+        return False
+    samples, positions = least
+    if samples > 1 and x.shape[0] < samples:
+        return False
+    return positions == 1 or x.shape[2:].numel() >= positions
+
+
+def _parameters(layers):
+    """w1, b1, w2, b2, ws, bs."""
+    pairs = ((None, None) if layer is None else (layer.weight, layer.bias) for layer in layers)
+    return [parameter for pair in pairs for parameter in pair]
+
+
+class _Recipe(tuple):
+    """The recipe in pickles of version 0.1.0."""
+
+    def __new__(cls, *fields):
+        return super().__new__(cls, fields)
+
+
+def _new(original: type[nn.Module], recipe: _Recipe) -> nn.Module:
+    """An empty block for a pickle of version 0.1.0 to fill. It is not converted: what such a
+    recipe doesn't say must be probed again."""
+    return object.__new__(original)
