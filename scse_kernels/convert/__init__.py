@@ -2,8 +2,8 @@
 
 Structure proposes which modules are blocks, by the shapes of their layers (shapes.py). Their code
 is read for what else it looks at (source.py), and a stand-in is run (probe.py): it must compute
-what one of the functions of function.py computes. Then the block's class is swapped (swap.py), and the
-report says so (report.py). Checkpoints move between libraries by checkpoints.py.
+what one of the functions of function.py computes. Then the block's class is swapped (swap.py), and
+the report says so (report.py). Checkpoints move between libraries by checkpoints.py.
 """
 
 from collections.abc import Iterator
