@@ -204,7 +204,7 @@ class Lab:
     seed: int | None
     resident: int | None
     l2: gpulab.L2Cache
-    count: bool  # registers and the longest chain too
+    count: bool  # registers too, and how many blocks they leave room for
     dry: bool
     reports: list[gpulab.Report] = field(default_factory=list)
     launched: list[str] = field(default_factory=list)  # readable names
@@ -426,7 +426,6 @@ class Driver:
             l2=lab.l2,
             registers=None if lab.count else 0,
             overlap=[lab.previous] if launch.overlap and lab.previous else [],
-            latency=lab.count,
         )
         report.kernel = readable
         lab.previous, report.footprint = report.footprint, None
@@ -517,8 +516,8 @@ def running_on(
     """Backend "cuda" takes CPU tensors, for tensors on a GPU like `gpu`, and its kernels are
     executed by the emulator.
 
-    `seed`, `resident` (blocks at a time), `l2`: as of gpulab.Module.launch. `count`: counts
-    registers and the longest chain of instructions too. `dry`: nothing is executed, only noted.
+    `seed`, `resident` (blocks at a time), `l2`: as of gpulab.Module.launch. `count`: asks
+    ptxas for registers too. `dry`: nothing is executed, only noted.
 
     Raises what the emulator found, in place of the RuntimeError that the operators made of it.
     """

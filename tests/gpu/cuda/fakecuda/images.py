@@ -9,6 +9,8 @@ import gpulab
 
 _MAGIC, _PTX = 0xBA55ED50, 1
 _ENTRY = re.compile(r"^(?:\.\w+ )*\.entry (\w+)", re.M)
+#: What -lineinfo has nvcc write after the last kernel.
+_DEBUG = re.compile(r"^\s*\.(file|section)|\Z", re.M)
 
 
 class Image:
@@ -20,20 +22,21 @@ class Image:
 
     @cached_property
     def _pieces(self):
-        """What stands before the first kernel, and where each kernel begins and ends."""
-        starts = [m.start() for m in _ENTRY.finditer(self.ptx)]
-        names = _ENTRY.findall(self.ptx)
-        ends = [*starts[1:], len(self.ptx)]
-        return self.ptx[: starts[0]], dict(zip(names, zip(starts, ends, strict=True), strict=True))
+        """Where each kernel begins and ends."""
+        found = list(_ENTRY.finditer(self.ptx))
+        starts, names = [m.start() for m in found], [m[1] for m in found]
+        ends = [*starts[1:], _DEBUG.search(self.ptx, starts[-1]).start()]
+        return dict(zip(names, zip(starts, ends, strict=True), strict=True))
 
     @lru_cache(24)  # noqa: B019 (images live as long as the process)
     def module(self, kernel: str) -> gpulab.Module:
         """The kernel as a module of its own, with the line numbers of the whole."""
-        head, places = self._pieces
+        places = self._pieces
         begin, end = places[kernel]
+        head = self.ptx[: min(start for start, _ in places.values())]
+        tail = self.ptx[max(end for _, end in places.values()) :]
         lines_between = self.ptx.count("\n", len(head), begin)
-        files = "\n".join(re.findall(r"^\s*\.file.*$", self.ptx[end:], re.M))
-        return gpulab.Module(head + "\n" * lines_between + self.ptx[begin:end] + "\n" + files)
+        return gpulab.Module(head + "\n" * lines_between + self.ptx[begin:end] + tail)
 
 
 @cache
