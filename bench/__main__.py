@@ -1,4 +1,4 @@
-"""The command line: `python -m bench ops|mri|model|tune [options]`."""
+"""The command line: `python -m bench ops|mri|model|complexity|paper|tune [options]`."""
 
 import argparse
 import sys
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from . import model, mri, ops, options, tune
+from . import complexity, model, mri, ops, options, paper, tune
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of scSE.")
     subparsers = parser.add_subparsers(title="benchmarks")
-    for module in (ops, mri, model, tune):
+    for module in (ops, mri, model, complexity, paper, tune):
         name = module.__name__.rpartition(".")[2]
         description, _, details = module.__doc__.partition("\n")
         sub = subparsers.add_parser(
