@@ -10,6 +10,9 @@ pytest.importorskip("rich")
 from bench import anatomy, paper
 from bench.anatomy import CLASSES, ENCLOSED, Person
 
+# Indices of a pooling without overlap don't collide.
+pytestmark = pytest.mark.filterwarnings("ignore:max_unpooling2d.* deterministic")
+
 
 def person(seed=0, slices=3) -> Person:
     """Random blocks of structures."""
