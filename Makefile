@@ -111,10 +111,11 @@ $(TOOLS): $(PAIR) pyproject.toml
 	SCSE_BUILD=none $(PIP) --quiet --no-build-isolation -c $(CONSTRAINTS) -e ".[bench,dev]"
 	touch $@
 
-# Without what they ask for, torchvision and more: only their blocks are tested.
+# Without what they ask for, torchvision and more: only their blocks are tested, only data is read.
 $(PEERS): $(TOOLS)
-	$(PIP) --quiet --no-deps $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open( \
-		"pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"])')
+	$(PIP) --quiet --no-deps $$($(BIN)/python -c 'import tomllib; extras = tomllib.load(open( \
+		"pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+		print(*extras["peers"], *extras["anatomy"])')
 	touch $@
 
 $(VENV)/triton-%/installed: | $(BIN)/python

@@ -1,0 +1,299 @@
+"""The articles' experiment in small: whole-brain segmentation by twelve networks.
+
+U-Net, SD-Net and DenseNet, each without blocks and with cSE, sSE and scSE (bench/networks), learn
+to find 16 structures in coronal slices of four people and are tested on two others
+(bench/anatomy.py): Dice of each structure, over several seeds. Networks are trained with the fused
+blocks that `convert` makes; a step with eager blocks is timed beside it.
+
+Intensities are synthetic and six people are few: it shows whether the blocks help here, not how
+well brains can be segmented.
+Each training's result is kept in paper.jsonl at once; a stopped run goes on where it was.
+Written: paper.jsonl, paper.md, paper.png.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.progress import Progress, TimeRemainingColumn
+from torch import Tensor, nn
+
+from scse_kernels import convert
+
+from . import anatomy, blocks, networks, options, report, timing
+from .anatomy import CLASSES
+
+_LEARNING_RATE, _WEIGHT_DECAY = 3e-3, 1e-4
+#: What --quick stands for: a few minutes on two cores.
+_QUICK = {"networks": ["U-Net"], "seeds": 1, "width": 8, "steps": 150}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench paper`."""
+    known = tuple(networks.NETWORKS)
+    parser.add_argument("--networks", nargs="+", choices=known, default=known, help="default: all")
+    for name, default, help_ in (
+        ("width", 16, "channels (%(default)s; the articles: 64)"),
+        ("steps", 500, "of training (%(default)s)"),
+        ("batch", 8, "slices to a step (%(default)s)"),
+        ("seeds", 3, "trainings of each network (%(default)s)"),
+        ("spacing", 2, "of coronal slices, in mm (%(default)s)"),
+    ):
+        parser.add_argument(f"--{name}", type=options.positive, default=default, help=help_)
+    parser.add_argument(
+        "--quick", action="store_true", help="U-Net alone, narrow, one seed, few steps"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is not trained yet, then print and write the results."""
+    if args.quick:
+        vars(args).update(_QUICK)
+    report.print_header(report.environment(args.device), {})
+    train = [anatomy.load(name, args.spacing) for name in anatomy.TRAIN]
+    test = [anatomy.load(name, args.spacing) for name in anatomy.TEST]
+    report.console.print(
+        f"{sum(len(p.structures) for p in train)} coronal slices of {len(train)} people to learn"
+        f" from, {sum(len(p.structures) for p in test)} of {len(test)} others to test on"
+    )
+    results = _Results(args.output / "paper.jsonl", args)
+    todo = [
+        key
+        for key in itertools.product(range(args.seeds), args.networks, networks.PATTERNS)
+        if not results.has(*key)
+    ]
+    with report.progress() as progress:
+        progress.columns = (*progress.columns, TimeRemainingColumn())
+        task = progress.add_task("", total=len(todo) * args.steps)
+        for seed, network, pattern in todo:
+            progress.update(task, description=f"{network}, {pattern}, seed {seed}")
+            results.add(
+                seed,
+                network,
+                pattern,
+                **_trained(args, seed, network, pattern, train, test, progress, task),
+            )
+    _print(results, args)
+    return 0
+
+
+class _Results:
+    """The trainings that were done with the same options, one line of a file each."""
+
+    def __init__(self, file: Path, args: argparse.Namespace) -> None:
+        self.file = file
+        self.options = {k: getattr(args, k) for k in ("width", "steps", "batch", "spacing")}
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.lines = [x for x in map(json.loads, lines) if x["options"] == self.options]
+
+    def has(self, seed: int, network: str, pattern: str) -> bool:
+        return any(
+            (x["seed"], x["network"], x["pattern"]) == (seed, network, pattern) for x in self.lines
+        )
+
+    def add(self, seed: int, network: str, pattern: str, **values: object) -> None:
+        line = {"options": self.options, "seed": seed, "network": network, "pattern": pattern}
+        self.lines.append(line | values)
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.lines[-1]) + "\n")
+
+    def of(self, network: str, pattern: str, what: str) -> np.ndarray:
+        """A value of all seeds: [seeds, ...]."""
+        return np.array(
+            [x[what] for x in self.lines if (x["network"], x["pattern"]) == (network, pattern)]
+        )
+
+
+def _trained(
+    args: argparse.Namespace,
+    seed: int,
+    network: str,
+    pattern: str,
+    train: list[anatomy.Person],
+    test: list[anatomy.Person],
+    progress: Progress,
+    task: int,
+) -> dict[str, object]:
+    """Train one network; its Dice [people, structures], and seconds."""
+    torch.manual_seed(seed)
+    net = networks.build(network, pattern, len(CLASSES), args.width).to(args.device)
+    image, label = next(anatomy.batches(train, args.batch, seed))
+    image, label = image.to(args.device), label.to(args.device)
+    weight = class_weights(torch.cat([anatomy.truth(p.structures) for p in train]))
+    weight = weight.to(args.device)
+    timed = _seconds(net, image, label, weight, args.device)
+    convert(net)
+    optimizer = torch.optim.AdamW(net.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, args.steps)
+    started, losses = time.perf_counter(), []
+    stream = anatomy.batches(train, args.batch, seed)
+    for image, label in itertools.islice(stream, args.steps):
+        value = loss(net(image.to(args.device)), label.to(args.device), weight)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(value.item())
+        progress.advance(task)
+    seconds = time.perf_counter() - started
+    scores = [dice(net, person, args.device) for person in test]
+    return {"dice": scores, "loss": float(np.mean(losses[-20:])), "trained_s": seconds, **timed}
+
+
+def class_weights(label: Tensor) -> Tensor:
+    """Median frequency balancing: the median of the classes' frequencies over each one's."""
+    count = torch.bincount(label.flatten(), minlength=len(CLASSES)).double().clamp(min=1)
+    return (count.median() / count).float()
+
+
+def loss(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Cross entropy, each pixel weighted by its class and more where labels meet.
+
+    As the articles: median frequency balancing, plus a constant on boundaries. The constant is not
+    in them; here it is the largest weight of a class, capped at 5.
+    """
+    padded = nn.functional.pad(label[:, None].float(), (1, 1, 1, 1), mode="replicate")
+    largest = nn.functional.max_pool2d(padded, 3, 1)
+    smallest = -nn.functional.max_pool2d(-padded, 3, 1)
+    boundary = (largest != smallest)[:, 0]
+    pixel = weight[label] + boundary * weight.max().clamp(max=5)
+    return (pixel * nn.functional.cross_entropy(logits, label, reduction="none")).mean()
+
+
+@torch.no_grad()
+def dice(net: nn.Module, person: anatomy.Person, device: torch.device) -> list[float]:
+    """Dice of each structure over all slices of a person; images without deformation."""
+    net.eval()
+    generator = torch.Generator().manual_seed(0)
+    n = len(person.structures)
+    image = anatomy.images(person.structures, person.intensities.expand(n, -1), generator)
+    found = torch.cat([net(part.to(device)).argmax(1).cpu() for part in image.split(16)])
+    right = anatomy.truth(person.structures)
+    scores = []
+    for k in range(1, len(CLASSES)):
+        both = ((found == k) & (right == k)).sum()
+        scores.append((2 * both / ((found == k).sum() + (right == k).sum())).item())
+    return scores
+
+
+def _seconds(
+    net: nn.Module, image: Tensor, label: Tensor, weight: Tensor, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of a forward and backward, with eager and with fused blocks, and of the
+    blocks in it, timed by themselves; in turn, on copies of the network."""
+    nets = {"eager": copy.deepcopy(net), "fused": copy.deepcopy(net)}
+    convert(nets["fused"])
+
+    def step(net: nn.Module) -> None:
+        net.zero_grad()
+        loss(net(image), label, weight).backward()
+
+    calls = {name: functools.partial(step, own) for name, own in nets.items()}
+    for call in calls.values():
+        call()
+    steps = timing.interleaved(calls, device, rounds=5)
+    found = {f"{name}_step_s": t.median for name, t in steps.items()}
+    own = {name: list(n.recalibrations) for name, n in nets.items()}
+    if any(True for block in own["eager"] for _ in block.parameters()):
+        alone = blocks.seconds(own, blocks.shapes_seen(nets["eager"], own["eager"], image), device)
+    else:
+        alone = dict.fromkeys(nets, 0.0)
+    return found | {f"{name}_blocks_s": seconds for name, seconds in alone.items()}
+
+
+def _print(results: _Results, args: argparse.Namespace) -> None:
+    """The tables, on the terminal and in paper.md, and the figure."""
+    names = [name.removeprefix("left ") for name in CLASSES[1::2]]
+    header = (
+        "",
+        "pattern",
+        "mean Dice",
+        "spread",
+        "ms a step, eager",
+        "fused",
+        "blocks, eager",
+        "fused",
+        *names,
+    )
+    rows = []
+    for network, pattern in itertools.product(args.networks, networks.PATTERNS):
+        scores = results.of(network, pattern, "dice")  # [seeds, people, structures]
+        by_seed = scores.mean((1, 2))
+        step = {w: results.of(network, pattern, f"{w}_step_s").min() for w in ("eager", "fused")}
+        own = {w: results.of(network, pattern, f"{w}_blocks_s").min() for w in step}
+        rows.append(
+            (
+                network if pattern == "none" else "",
+                pattern,
+                f"{by_seed.mean():.3f}",
+                f"{by_seed.min():.3f} to {by_seed.max():.3f}",
+                *(f"{1e3 * seconds:.0f}" for seconds in step.values()),
+                *(f"{own[w] / step[w]:.0%}" for w in step),
+                *(f"{both.mean():.2f}" for both in _pairs(scores)),
+            )
+        )
+    settings = ", ".join(f"{name} {value}" for name, value in results.options.items())
+    title = f"Dice on two people, {args.seeds} seeds ({settings})"
+    table = report.table(title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i > 1 else "left")
+    for row in rows:
+        table.add_row(*row)
+    report.console.print(table)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
+    environment = report.environment(args.device)
+    (args.output / "paper.md").write_text(
+        "\n".join((title + "; " + report.caption(environment), "", *lines)) + "\n"
+    )
+    _picture(args.output / "paper.png", results, args, names, report.caption(environment))
+    report.console.print(
+        "Intensities are synthetic and six people are few.\n"
+        f"Written: {args.output}/paper.jsonl, paper.md, paper.png"
+    )
+
+
+def _pairs(scores: np.ndarray) -> list[np.ndarray]:
+    """Scores [seeds, people, structures], left and right together."""
+    return [scores[..., i : i + 2] for i in range(0, scores.shape[-1], 2)]
+
+
+def _picture(
+    path: Path, results: _Results, args: argparse.Namespace, names: list[str], caption: str
+) -> None:
+    """Boxes of Dice for each structure and pattern, a row for each network."""
+    rows = len(args.networks)
+    figure = Figure(figsize=(12, 3.2 * rows), layout="constrained")
+    colors = ("lightgray", "tab:blue", "tab:orange", "tab:green")
+    for row, network in enumerate(args.networks):
+        panel = figure.add_subplot(rows, 1, row + 1)
+        for i, (pattern, color) in enumerate(zip(networks.PATTERNS, colors, strict=True)):
+            values = [both.ravel() for both in _pairs(results.of(network, pattern, "dice"))]
+            at = np.arange(len(values)) + (i - 1.5) * 0.2
+            boxes = panel.boxplot(
+                values,
+                positions=at,
+                widths=0.17,
+                patch_artist=True,
+                flierprops={"markersize": 2},
+                medianprops={"color": "black"},
+            )
+            for box in boxes["boxes"]:
+                box.set_facecolor(color)
+            panel.plot([], [], "s", color=color, label=pattern)
+        panel.set_xticks(range(len(names)), names)
+        panel.set(ylabel="Dice", title=network)
+        panel.grid(axis="y", alpha=0.3)
+    panel.legend(ncols=len(colors), loc="lower left")
+    figure.suptitle(
+        "Two people, left and right, all seeds. Synthetic intensities, six people in all.\n"
+        + caption,
+        fontsize=8,
+    )
+    figure.savefig(path, dpi=120)
