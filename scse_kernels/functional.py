@@ -172,31 +172,29 @@ def _check_tensor(function, argument, value):
 
 
 def _check_x(function, x):
-    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
-        _check_tensor(function, "x", x)
+    _check_tensor(function, "x", x)
     if x.layout is not torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise TypeError(f"{function}(): x must be a dense, strided tensor, got {kind}")
-    shape = x.shape
-    if not 3 <= len(shape) <= 5:
+    if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{function}(): x must be [N, C, *S] with one to three spatial axes,"
-            f" got {len(shape)} axes: {tuple(shape)}"
+            f" got {x.dim()} axes: {tuple(x.shape)}"
         )
-    if 0 in shape[1:]:
+    if x.shape[1] < 1 or 0 in x.shape[2:]:
         raise ValueError(
             f"{function}(): x must have at least one channel and no spatial axis of size zero,"
-            f" got {tuple(shape)}"
+            f" got {tuple(x.shape)}"
         )
 
 
-def _check_parameter(function, device, argument, value, expected, described):
+def _check_parameter(function, x, argument, value, expected, described):
     if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
         _check_tensor(function, argument, value)
-    if value.device != device:
+    if value.device != x.device:
         raise RuntimeError(
             f"{function}(): expected all tensors on one device,"
-            f" got x on {device} and {argument} on {value.device}"
+            f" got x on {x.device} and {argument} on {value.device}"
         )
     shape = value.shape
     if shape != expected and (
@@ -226,27 +224,27 @@ def _check_weights(x, weights):
 
 
 def _check_channel(function, x, w1, b1, w2, b2):
-    channels, device = x.shape[1], x.device
+    channels = x.shape[1]
     if not isinstance(w1, Tensor) or not w1.dim() or not (hidden := w1.shape[0]):
         _check_tensor(function, "w1", w1)
         raise ValueError(
             f"{function}(): w1 must have shape [hidden, C] with at least one hidden channel,"
             f" got {list(w1.shape)}"
         )
-    _check_parameter(function, device, "w1", w1, (hidden, channels), "[hidden, C]")
-    _check_parameter(function, device, "w2", w2, (channels, hidden), "[C, hidden]")
+    _check_parameter(function, x, "w1", w1, (hidden, channels), "[hidden, C]")
+    _check_parameter(function, x, "w2", w2, (channels, hidden), "[C, hidden]")
     if b1 is not None:
-        _check_parameter(function, device, "b1", b1, (hidden,), "[hidden]")
+        _check_parameter(function, x, "b1", b1, (hidden,), "[hidden]")
     if b2 is not None:
-        _check_parameter(function, device, "b2", b2, (channels,), "[C]")
+        _check_parameter(function, x, "b2", b2, (channels,), "[C]")
 
 
 def _check_spatial(function, x, ws, bs):
-    channels, device = x.shape[1], x.device
+    channels = x.shape[1]
     if isinstance(ws, Tensor) and ws.dim() == 1:
-        _check_parameter(function, device, "ws", ws, (channels,), "[C]")
+        _check_parameter(function, x, "ws", ws, (channels,), "[C]")
     else:
-        _check_parameter(function, device, "ws", ws, (1, channels), "[1, C]")
+        _check_parameter(function, x, "ws", ws, (1, channels), "[1, C]")
     if bs is not None:
         scalar = isinstance(bs, Tensor) and not bs.dim()
-        _check_parameter(function, device, "bs", bs, () if scalar else (1,), "[1]")
+        _check_parameter(function, x, "bs", bs, () if scalar else (1,), "[1]")
