@@ -1,5 +1,6 @@
 """Fused scSE (concurrent spatial and channel squeeze & excitation) for PyTorch."""
 
+from .batch_norm import BatchNormReLUSCSE, bn_relu_scse
 from .checkpoints import convert_state_dict
 from .convert import Report, convert, revert
 from .functional import cse, scse, sse
@@ -16,6 +17,7 @@ from .modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNormReLUSCSE",
     "ChannelSELayer",
     "ChannelSELayer3D",
     "ChannelSpatialSELayer",
@@ -24,6 +26,7 @@ __all__ = [
     "SCSEModule",
     "SpatialSELayer",
     "SpatialSELayer3D",
+    "bn_relu_scse",
     "convert",
     "convert_state_dict",
     "cse",

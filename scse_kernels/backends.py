@@ -9,9 +9,12 @@ from . import _native
 from .ops import BACKENDS
 
 
-def choose(function: str, backend: str, x: Tensor) -> str:
+def choose(
+    function: str, backend: str, x: Tensor, among: tuple[str, ...] = BACKENDS
+) -> str:
     """The backend that `function` computes with for x: a named one is used or raises, "auto" is
-    the fastest. "operations" stands for the reference's ordinary operations, as they are.
+    the fastest. "operations" stands for the reference's ordinary operations, as they are. `among`:
+    those that have kernels for the function.
 
     Raises:
         ValueError: backend is unknown.
@@ -25,11 +28,14 @@ def choose(function: str, backend: str, x: Tensor) -> str:
             )
         return "operations"
     if backend == "auto":
-        return _fastest(x.device, x.dtype)
+        return _fastest(x.device, x.dtype, among)
     if backend not in ("eager", *BACKENDS):
         names = ", ".join(map(repr, ("auto", "eager", *BACKENDS)))
         raise ValueError(f"{function}(): backend must be one of {names}, got {backend!r}")
-    if reason := why_not(backend, x.device, x.dtype):
+    reason = why_not(backend, x.device, x.dtype)
+    if backend not in ("eager", *among):
+        reason = f"it has no kernels for {function}"
+    if reason:
         raise RuntimeError(f"{function}(): backend '{backend}' is not available: {reason}")
     return backend
 
@@ -66,7 +72,7 @@ def _why_not_cuda(device, dtype):
     return None
 
 
-def _fastest(device, dtype):
+def _fastest(device, dtype, among):
     """What "auto" takes. Estimates from launches and passes over the map; no GPU was timed.
 
     `cuda` before `triton`: as many passes in the same number of launches, but each takes a few
@@ -75,7 +81,7 @@ def _fastest(device, dtype):
     csrc/cuda/ops.cpp). `triton` has float64 and AMD devices, and needs nothing to be built.
     """
     for backend in ("cuda", "triton") if device.type == "cuda" else ("cpu",):
-        if why_not(backend, device, dtype) is None:
+        if backend in among and why_not(backend, device, dtype) is None:
             return backend
     return "eager"
 

@@ -17,6 +17,7 @@ ORDER = (
         "checkpoints",
         "convert",
         "layouts",
+        "batch_norm",
         "modules",
         "functional",
         "backends",

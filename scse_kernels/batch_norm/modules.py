@@ -1,0 +1,113 @@
+"""The nn.Module: a BatchNorm, a ReLU and a block of scSE, computed together."""
+
+from torch import Tensor, nn
+
+from ..modules import ChannelSELayer, ChannelSpatialSELayer, SCSEModule, SpatialSELayer
+from .functional import bn_relu_scse
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class BatchNormReLUSCSE(nn.Module):
+    """``Sequential(batch_norm, ReLU(), block)`` as one operator, with the same state_dict.
+
+    Args:
+        batch_norm: torch.nn.BatchNorm1d, 2d or 3d, with any of its options.
+        block: one of this package's modules: scSE, cSE or sSE.
+
+    Shape: x [N, C, *S], as `batch_norm` takes it -> [N, C, *S]; [N, 2 * C, *S] for "concat".
+
+    The children "0", "1" and "2" hold parameters and running statistics under a Sequential's keys,
+    and each is used as it is set: a BatchNorm in eval mode inside of a model in training normalises
+    by its running statistics. All are computed together, so forward hooks of the children don't
+    fire. With children of other types (such as what convert_sync_batchnorm puts in the place of
+    "0") they are called one after the other.
+
+    Raises:
+        TypeError: batch_norm or block is of another type.
+        ValueError: they have different numbers of channels.
+    """
+
+    def __init__(self, batch_norm: nn.Module, block: nn.Module) -> None:
+        super().__init__()
+        if type(batch_norm) not in _NORMS:
+            raise TypeError(
+                "batch_norm must be a BatchNorm1d, BatchNorm2d or BatchNorm3d,"
+                f" not {type(batch_norm).__name__}"
+            )
+        parts = _parts(block)
+        if parts is None:
+            raise TypeError(
+                f"block must be a module of scse_kernels with its own layers, not {type(block).__name__}"
+            )
+        channels = next(p for p in (parts[4], parts[0]) if p is not None).shape[1]
+        if channels != batch_norm.num_features:
+            raise ValueError(
+                f"block has {channels} channels, batch_norm {batch_norm.num_features};"
+                " expected as many"
+            )
+        self.add_module("0", batch_norm)
+        self.add_module("1", nn.ReLU())
+        self.add_module("2", block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, relu, block = self._modules.values()
+        parts = _parts(block)
+        if parts is None or type(norm) not in _NORMS or type(relu) is not nn.ReLU:
+            return block(relu(norm(x)))
+        norm._check_input_dim(x)
+        *parameters, combine = parts
+        return bn_relu_scse(
+            x, norm.weight, norm.bias, *_statistics(norm), *parameters,
+            **_options(norm), eps=norm.eps, combine=combine,
+        )  # fmt: skip
+
+
+def _statistics(norm):
+    """The running statistics that a call uses or updates; in training without tracking neither."""
+    if norm.training and not norm.track_running_stats:
+        return None, None
+    return norm.running_mean, norm.running_var
+
+
+def _options(norm):
+    """training and momentum of a call, which is counted where torch.nn.BatchNorm counts it."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # a plain average over all batches
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    without = norm.running_mean is None and norm.running_var is None
+    return {"training": norm.training or without, "momentum": momentum}
+
+
+def _parts(block):
+    """w1, b1, w2, b2, ws, bs and combine of a block; None if it isn't one of this package's, or has
+    had a layer replaced."""
+    match block:
+        case ChannelSpatialSELayer() | ChannelSELayer() | SpatialSELayer():
+            both = isinstance(block, ChannelSpatialSELayer)
+            channel = block.cSE if both else block
+            spatial = block.sSE if both else block
+            w = [None] * 6
+            if isinstance(channel, ChannelSELayer):
+                fc1, fc2 = channel.fc1, channel.fc2
+                if not type(fc1) is type(fc2) is nn.Linear:
+                    return None
+                w[:4] = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+            if isinstance(spatial, SpatialSELayer):
+                if not isinstance(spatial.conv, (nn.Conv2d, nn.Conv3d)):
+                    return None
+                w[4:] = spatial.conv.weight, spatial.conv.bias
+            return *w, block.combine if both else "add"
+        case SCSEModule():
+            pool, fc1, relu, fc2, sigmoid = block.cSE
+            conv, gate = block.sSE
+            expected = (
+                *(nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Sigmoid),
+                *(nn.Conv2d, nn.Sigmoid),
+            )
+            if tuple(map(type, (pool, fc1, relu, fc2, sigmoid, conv, gate))) != expected:
+                return None
+            return (fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias, "add")
+    return None
