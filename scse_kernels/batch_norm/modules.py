@@ -2,10 +2,25 @@
 
 from torch import Tensor, nn
 
-from ..modules import ChannelSELayer, ChannelSpatialSELayer, SCSEModule, SpatialSELayer
+from ..modules import (
+    ChannelSELayer,
+    ChannelSELayer3D,
+    ChannelSpatialSELayer,
+    ChannelSpatialSELayer3D,
+    SCSEModule,
+    SpatialSELayer,
+    SpatialSELayer3D,
+)
 from .functional import bn_relu_scse
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CHANNEL = (ChannelSELayer, ChannelSELayer3D)
+_SPATIAL = (SpatialSELayer, SpatialSELayer3D)
+#: of a SCSEModule's two branches, where none was replaced
+_SMP_LAYERS = (
+    *(nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Sigmoid),
+    *(nn.Conv2d, nn.Sigmoid),
+)
 
 
 class BatchNormReLUSCSE(nn.Module):
@@ -84,30 +99,27 @@ def _options(norm):
 def _parts(block):
     """w1, b1, w2, b2, ws, bs and combine of a block; None if it isn't one of this package's, or has
     had a layer replaced."""
-    match block:
-        case ChannelSpatialSELayer() | ChannelSELayer() | SpatialSELayer():
-            both = isinstance(block, ChannelSpatialSELayer)
-            channel = block.cSE if both else block
-            spatial = block.sSE if both else block
-            w = [None] * 6
-            if isinstance(channel, ChannelSELayer):
-                fc1, fc2 = channel.fc1, channel.fc2
-                if not type(fc1) is type(fc2) is nn.Linear:
-                    return None
-                w[:4] = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-            if isinstance(spatial, SpatialSELayer):
-                if not isinstance(spatial.conv, (nn.Conv2d, nn.Conv3d)):
-                    return None
-                w[4:] = spatial.conv.weight, spatial.conv.bias
-            return *w, block.combine if both else "add"
-        case SCSEModule():
-            pool, fc1, relu, fc2, sigmoid = block.cSE
-            conv, gate = block.sSE
-            expected = (
-                *(nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Sigmoid),
-                *(nn.Conv2d, nn.Sigmoid),
-            )
-            if tuple(map(type, (pool, fc1, relu, fc2, sigmoid, conv, gate))) != expected:
-                return None
-            return (fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias, "add")
-    return None
+    fc1 = fc2 = conv = None
+    combine = "add"
+    if type(block) is SCSEModule:
+        layers = (*block.cSE, *block.sSE)
+        if tuple(map(type, layers)) != _SMP_LAYERS:
+            return None
+        fc1, fc2, conv = layers[1], layers[3], layers[5]
+    elif type(block) in (ChannelSpatialSELayer, ChannelSpatialSELayer3D):
+        if type(block.cSE) not in _CHANNEL or type(block.sSE) not in _SPATIAL:
+            return None
+        fc1, fc2, conv = block.cSE.fc1, block.cSE.fc2, block.sSE.conv
+        combine = block.combine
+    elif type(block) in _CHANNEL:
+        fc1, fc2 = block.fc1, block.fc2
+    elif type(block) in _SPATIAL:
+        conv = block.conv
+    else:
+        return None
+    parameters = []
+    for layer in (fc1, fc2, conv):
+        if layer is not None and type(layer) not in (nn.Linear, nn.Conv2d, nn.Conv3d):
+            return None
+        parameters += (None, None) if layer is None else (layer.weight, layer.bias)
+    return *parameters, combine

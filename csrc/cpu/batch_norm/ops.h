@@ -10,7 +10,7 @@ NormProblem<T> describe_norm(const Tensor& u, const Optional& w1, const Optional
                              const Optional& ws, double eps, int64_t combine, bool channels_last) {
   NormProblem<T> p{};
   static_cast<Problem<T>&>(p) = describe<T>(u, w1, w2, ws, combine, channels_last);
-  p.eps = static_cast<Accumulator<T>>(eps);
+  p.eps = eps;
   if (!channels_last) {  // the backward uses a strip of u and of dy twice: both should stay in L2
     const int64_t both = (512 << 10) / (2 * sizeof(T) * p.channels);
     p.width = std::min(p.width, std::max<int64_t>(both / 64 * 64, 256));

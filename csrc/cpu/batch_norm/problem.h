@@ -12,7 +12,7 @@ struct NormProblem : Problem<T> {
   using A = Accumulator<T>;
 
   bool of_batch;  // the statistics are those of u, not running ones
-  A eps;
+  double eps;
   const A *weight, *bias;   // [C]; null: 1 and 0
   A *mean, *var;            // [C]: written by the forward where they are of_batch
   A *scale, *shift, *rstd;  // [C]: v = scale * (u - mean) + shift

@@ -133,8 +133,9 @@ template <typename T>
 inline void prepare(const NormProblem<T>& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   for (int64_t c = begin; c < end; ++c) {
-    p.rstd[c] = A(1) / std::sqrt(p.var[c] + p.eps);
-    p.scale[c] = p.rstd[c] * (p.weight ? p.weight[c] : A(1));
+    const double rstd = 1 / std::sqrt(double(p.var[c]) + p.eps);
+    p.rstd[c] = static_cast<A>(rstd);
+    p.scale[c] = static_cast<A>(p.weight ? rstd * p.weight[c] : rstd);
     p.shift[c] = p.bias ? p.bias[c] : A(0);
     if (p.du_one) p.du_one[c] = p.du_u[c] = 0;
   }
