@@ -110,9 +110,11 @@ def bn_relu_scse(
     return y
 
 
-@torch.no_grad()
 def _update(u, running_mean, running_var, mean, var, momentum):
-    """Move the running statistics towards those of u, as torch.nn.functional.batch_norm does."""
+    """Move the running statistics towards those of u, as torch.nn.functional.batch_norm does.
+
+    Neither has a gradient. (A no_grad region would be a program of its own in an exported one.)
+    """
     values = u.numel() // u.shape[1]
     if values == 0:  # as there: an empty batch leaves them alone
         return

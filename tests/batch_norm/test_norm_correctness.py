@@ -12,7 +12,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 SMALL = [  # shape, reduction
     ((2, 5, 33), 2),
     ((2, 3, 7, 9), 1),
-    ((4, 32, 1, 1), 16),
+    ((4, 32, 3, 1), 16),
     ((2, 17, 13, 11), 16),
     ((2, 6, 3, 5, 7), 2),
 ]

@@ -115,8 +115,9 @@ def test_export_makes_ordinary_operations(strict, training):
     exported = program.module()
     x = torch.randn(3, 6, 8, 7)
     torch.testing.assert_close(exported(x), module(x))
-    for name, t in module.named_buffers():
-        torch.testing.assert_close(dict(exported.named_buffers())[name], t)
+    buffers = dict(module.named_buffers())
+    for name, t in exported.named_buffers():
+        torch.testing.assert_close(t, buffers[name])
 
 
 def test_jit_trace():
