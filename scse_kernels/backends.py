@@ -9,9 +9,7 @@ from . import _native
 from .ops import BACKENDS
 
 
-def choose(
-    function: str, backend: str, x: Tensor, among: tuple[str, ...] = BACKENDS
-) -> str:
+def choose(function: str, backend: str, x: Tensor, among: tuple[str, ...] = BACKENDS) -> str:
     """The backend that `function` computes with for x: a named one is used or raises, "auto" is
     the fastest. "operations" stands for the reference's ordinary operations, as they are. `among`:
     those that have kernels for the function.

@@ -64,9 +64,7 @@ def test_second_derivatives_leave_the_running_statistics_alone(target):
 
     mean, var = (t.to(target.device, copy=True) for t in case.running)
     tensors = [t.to(target.device).requires_grad_() for t in (case.x, *case.parameters)]
-    y = bn_relu_scse(
-        *tensors[:3], mean, var, *tensors[3:], training=True, backend=target.backend
-    )
+    y = bn_relu_scse(*tensors[:3], mean, var, *tensors[3:], training=True, backend=target.backend)
     after = mean.clone(), var.clone()
     (du,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
     du.square().sum().backward()
