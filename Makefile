@@ -20,11 +20,13 @@ PEERS := $(VENV)/peers
 # The package as a wheel: without kernels in an environment of its own, and as it is given away.
 PURE := $(VENV)/pure
 WHEEL := $(VENV)/wheel
+# What the tests of code for GPUs have executed.
+PROOF := $(VENV)/proof
 
 # Busy-waiting threads of two processes slow each other tenfold on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test lint test-pure test-wheel check-cuda bench wheel clean
+.PHONY: test lint test-pure test-wheel gpu-proof check-cuda bench wheel clean
 .DELETE_ON_ERROR:
 # Two of the steps build the package in the same folder.
 .NOTPARALLEL:
@@ -41,6 +43,13 @@ lint: $(TOOLS)
 test-pure: $(PURE) $(PEERS)
 	cd tests && SCSE_TEST_PURE_PYTHON=1 ../$(PURE)/bin/python -m pytest -q -n auto \
 	    --ignore=gpu --ignore=gpulab --ignore-glob='*test_triton_*'
+
+# Executes the compiled code of every kernel for GPUs in the emulator and ends with a table of what
+# ran. Other than in `make test`, nothing is skipped: what can't run here fails.
+gpu-proof: $(TOOLS)
+	rm -rf $(PROOF) && mkdir $(PROOF)
+	SCSE_GPU_PROOF=$(PROOF) $(BIN)/python -m pytest -q -n auto tests/gpu; passed=$$?; \
+	$(BIN)/python tests/gpu/proof.py $(PROOF) && exit $$passed
 
 # Built from the sdist, so that it shows what the sdist lacks.
 test-wheel: wheel

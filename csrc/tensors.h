@@ -71,6 +71,18 @@ inline Tensor in_layout(const Tensor& t, bool channels_last) {
 }
 
 // Memory for a tensor, not through the dispatcher: a call makes up to ten of them.
+inline Tensor empty_strided_on(int32_t device_type, int32_t device,
+                               torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                               const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device,
+      &handle));
+  return Tensor(handle);
+}
+
+// The same with dense strides.
 inline Tensor empty_on(int32_t device_type, int32_t device,
                        torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
                        bool channels_last) {
@@ -86,12 +98,17 @@ inline Tensor empty_on(int32_t device_type, int32_t device,
   for (size_t axis = sizes.size(); axis-- > 0;) {
     if (!channels_last || axis != 1) take(axis);
   }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device,
-      &handle));
-  return Tensor(handle);
+  return empty_strided_on(device_type, device, sizes, strides.data(), dtype);
+}
+
+// Memory for the gradient of a parameter, to be written row by row. It gets the parameter's
+// strides, which torch's DistributedDataParallel expects, where they mean the same order of
+// elements: those of [C, Cr, 1, 1] in channels_last are other numbers than the contiguous ones.
+inline Tensor gradient_on(int32_t device_type, int32_t device, const Tensor& parameter,
+                          ScalarType dtype) {
+  const auto sizes = parameter.sizes();
+  if (!parameter.is_contiguous()) return empty_on(device_type, device, sizes, dtype, false);
+  return empty_strided_on(device_type, device, sizes, parameter.strides().data(), dtype);
 }
 
 // Callers of the Python functions never see this; who calls an operator is kept from other memory.
@@ -100,13 +117,18 @@ inline void check_count(const char* name, const Tensor& t, int64_t count) {
                   " elements, got ", t.numel());
 }
 
+// A code that chooses one of several formulas.
+inline void check_code(const char* name, int64_t code, int64_t last) {
+  STD_TORCH_CHECK(0 <= code && code <= last, "scse_kernels: ", name, " must be 0 to ", last,
+                  ", got ", code);
+}
+
 // What every operator asks of its arguments before it looks at their elements.
 inline void check_arguments(const Tensor& x, const Optional& w1, const Optional& w2,
                             const Optional& ws, int64_t combine) {
   STD_TORCH_CHECK(w1 || ws, "scse_kernels: w1 and ws are both missing, expected at least one");
   STD_TORCH_CHECK(!w1 == !w2, "scse_kernels: w1 and w2 must both be given or both be missing");
-  STD_TORCH_CHECK(0 <= combine && combine <= 3, "scse_kernels: combine must be 0 to 3, got ",
-                  combine);
+  check_code("combine", combine, 3);
   STD_TORCH_CHECK(x.size(1) > 0 && positions_of(x) > 0,
                   "scse_kernels: x must have channels and positions, got ", x.size(1), " and ",
                   positions_of(x));

@@ -10,10 +10,11 @@ class SCSE(torch.autograd.Function):
     """y = scSE(x). Saves x, the parameters and small [N, C] tensors, never a second full map."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, ws, bs, combine, backend):
-        y, *small = ops.FORWARD[backend](x, w1, b1, w2, b2, ws, bs, ops.COMBINE[combine])
+    def forward(ctx, x, w1, b1, w2, b2, ws, bs, combine, excitation, backend):
+        codes = ops.codes(combine, excitation)
+        y, *small = ops.FORWARD[backend](x, w1, b1, w2, b2, ws, bs, *codes)
         ctx.save_for_backward(x, w1, b1, w2, b2, ws, bs, *small)
-        ctx.combine, ctx.backend = combine, backend
+        ctx.combine, ctx.excitation, ctx.backend = combine, excitation, backend
         return y
 
     @staticmethod
@@ -21,21 +22,52 @@ class SCSE(torch.autograd.Function):
         saved = ctx.saved_tensors  # the seven inputs, then the small ones
         needs = x, w1, b1, w2, b2, ws, bs = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():  # create_graph=True: the result will be differentiated again
-            return (*_reference_gradients(dy, saved[:7], needs, ctx.combine), None, None)
+            grads = _reference_gradients(dy, saved[:7], needs, ctx.combine, *ctx.excitation)
+            return (*grads, None, None, None)
+        gate = [ops.GATE[ctx.excitation[-1]]] if ctx.excitation else []
         grads = ops.BACKWARD[ctx.backend](
-            dy, *saved, ops.COMBINE[ctx.combine], x, w1 or b1 or w2 or b2, ws or bs
+            dy, *saved, ops.COMBINE[ctx.combine], x, w1 or b1 or w2 or b2, ws or bs, *gate
         )
-        return (*[g if need else None for g, need in zip(grads, needs, strict=True)], None, None)
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        return (*grads, None, None, None)
 
 
 def _reference_gradients(
-    dy: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], combine: str
+    dy: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], *formula
 ) -> list[Tensor | None]:
     """The gradients as a differentiable function of dy and the inputs: the reference's own."""
     # Views, since one tensor may be several inputs, or one input be computed from another.
     inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     with reference.out_of_autocast(dy):
-        y = reference.scse(*inputs, combine=combine)
+        y = reference.scse(*inputs, *formula)
         grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(grads) if need else None for need in needs]
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "scse_kernels: torch.compile has no second derivatives of these operators; what"
+                " differentiates a gradient (create_graph=True) must be left uncompiled"
+            )
+        return gradient
+
+
+# An operator, for torch.compile looks into a Function, and there takes gradients for constants.
+_library = torch.library.Library("scse_kernels", "FRAGMENT")
+_library.define("once_differentiable(Tensor input) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("once_differentiable", _OnceDifferentiable.apply, "Autograd")
+_library.impl("once_differentiable", torch.clone, "CompositeExplicitAutograd")
+
+
+def once_differentiable(*inputs: Tensor | None) -> list[Tensor | None]:
+    """The inputs; a backward through them with create_graph=True raises. Free, once compiled."""
+    identity = torch.ops.scse_kernels.once_differentiable.default
+    return [identity(t) if t is not None and t.requires_grad else t for t in inputs]

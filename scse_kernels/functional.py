@@ -3,14 +3,16 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 from torch._C import _get_tracing_state
 
 from . import backends, reference
-from .autograd import SCSE
-from .ops import COMBINE, FORWARD, memory_format
+from .autograd import SCSE, once_differentiable
+from .ops import ACTIVATION, COMBINE, FORWARD, GATE, codes, memory_format
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: The activations that have a slope, and which one where it isn't given.
+_SLOPES = {"leaky_relu": 0.01, "elu": 1.0}
 
 
 def scse(
@@ -23,14 +25,17 @@ def scse(
     bs: Tensor | None,
     *,
     combine: str = "add",
+    activation: str = "relu",
+    slope: float | None = None,
+    gate: str = "sigmoid",
     backend: str = "auto",
 ) -> Tensor:
     """Concurrent spatial and channel squeeze & excitation (arXiv:1803.02579, arXiv:1808.08127).
 
     ::
 
-        channel_gate = sigmoid(relu(mean_s(x) @ w1.T + b1) @ w2.T + b2)
-        spatial_gate = sigmoid(sum_c ws[c] * x[:, c] + bs)
+        channel_gate = gate(activation(mean_s(x) @ w1.T + b1) @ w2.T + b2)
+        spatial_gate = gate(sum_c ws[c] * x[:, c] + bs)
         y = combine(x * channel_gate, x * spatial_gate)
 
     Args:
@@ -40,6 +45,12 @@ def scse(
         w2, b2: exciting layer, [C, Cr] and [C] (None: no bias).
         ws, bs: channel squeeze, [C] or [1, C], and one element (None: no bias).
         combine: "add", "max", "mul" or "concat".
+        activation: of the hidden layer: "relu" as in the articles, "leaky_relu", "silu", "gelu"
+            (exact), "gelu_tanh" (its approximation), "elu" or "none".
+        slope: leaky_relu's negative slope (None: 0.01) or elu's alpha (None: 1.0). The other
+            activations have none.
+        gate: what closes both branches: "sigmoid" as in the articles or "hard_sigmoid",
+            relu6(v + 3) / 6 as in MobileNetV3 (arXiv:1905.02244).
         backend: "auto", "eager", "cpu", "cuda" or "triton". A named backend is used or raises;
             "auto" takes the fastest one for x's device, and "eager" under torch.export,
             torch.jit.trace, torch.func and forward-mode differentiation, which need ordinary
@@ -54,15 +65,17 @@ def scse(
 
     Raises:
         TypeError: an argument is not a tensor or has no real floating-point dtype.
-        ValueError: shapes don't fit together, or combine or backend is unknown.
+        ValueError: shapes don't fit together, combine, activation, gate or backend is unknown, or
+            slope is given to an activation that has none.
         RuntimeError: tensors are on several devices, or the named backend can't be used.
     """
     _check_name("scse", "combine", combine, COMBINE)
+    excitation = _check_excitation("scse", activation, slope, gate)
     if not _get_tracing_state():  # sizes are tensors there, and comparing them warns
         _check_x("scse", x)
         _check_channel("scse", x, w1, b1, w2, b2)
         _check_spatial("scse", x, ws, bs)
-    return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, backend)
+    return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, excitation, backend)
 
 
 def cse(
@@ -72,27 +85,34 @@ def cse(
     w2: Tensor,
     b2: Tensor | None,
     *,
+    activation: str = "relu",
+    slope: float | None = None,
+    gate: str = "sigmoid",
     backend: str = "auto",
 ) -> Tensor:
     """Spatial squeeze and channel excitation alone (cSE): x * channel_gate.
 
     Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
     """
+    excitation = _check_excitation("cse", activation, slope, gate)
     if not _get_tracing_state():
         _check_x("cse", x)
         _check_channel("cse", x, w1, b1, w2, b2)
-    return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", backend)
+    return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", excitation, backend)
 
 
-def sse(x: Tensor, ws: Tensor, bs: Tensor | None, *, backend: str = "auto") -> Tensor:
+def sse(
+    x: Tensor, ws: Tensor, bs: Tensor | None, *, gate: str = "sigmoid", backend: str = "auto"
+) -> Tensor:
     """Channel squeeze and spatial excitation alone (sSE): x * spatial_gate.
 
     Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
     """
+    excitation = _check_excitation("sse", "relu", None, gate)
     if not _get_tracing_state():
         _check_x("sse", x)
         _check_spatial("sse", x, ws, bs)
-    return _dispatch("sse", x, None, None, None, None, ws, bs, "add", backend)
+    return _dispatch("sse", x, None, None, None, None, ws, bs, "add", excitation, backend)
 
 
 def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
@@ -103,23 +123,39 @@ def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
     return sse(x, weights.mean(0).flatten(), None)
 
 
-def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, backend):
+def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, excitation, backend):
     backend = backends.choose(name, backend, x)
-    if backend == "operations":
-        return reference.scse(x, w1, b1, w2, b2, ws, bs, combine)
-    if backend == "eager":
-        return reference.scse(x, w1, b1, w2, b2, ws, bs, combine).contiguous(
-            memory_format=memory_format(x)
-        )
+    if backend in ("operations", "eager"):
+        y = reference.scse(x, w1, b1, w2, b2, ws, bs, combine, *excitation)
+        return y if backend == "operations" else y.contiguous(memory_format=memory_format(x))
     if torch.is_grad_enabled():
-        return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, backend)
-    return FORWARD[backend](x, w1, b1, w2, b2, ws, bs, COMBINE[combine])[0]
+        if compiler.is_dynamo_compiling():
+            x, w1, b1, w2, b2, ws, bs = once_differentiable(x, w1, b1, w2, b2, ws, bs)
+        return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, excitation, backend)
+    return FORWARD[backend](x, w1, b1, w2, b2, ws, bs, *codes(combine, excitation))[0]
 
 
 def _check_name(function, argument, value, known):
     if value not in known:
         names = ", ".join(repr(k) for k in known)
         raise ValueError(f"{function}(): {argument} must be one of {names}, got {value!r}")
+
+
+def _check_excitation(function, activation, slope, gate):
+    """(activation, slope, gate), or () for the usual ones."""
+    if activation == "relu" and gate == "sigmoid" and slope is None:
+        return ()
+    _check_name(function, "activation", activation, ACTIVATION)
+    _check_name(function, "gate", gate, GATE)
+    if activation not in _SLOPES:
+        if slope is not None:
+            raise ValueError(f"{function}(): activation {activation!r} has no slope, got {slope!r}")
+        slope = 0.0
+    elif slope is None:
+        slope = _SLOPES[activation]
+    elif isinstance(slope, bool) or not isinstance(slope, (int, float)):
+        raise TypeError(f"{function}(): slope must be a float, not {type(slope).__name__}")
+    return activation, float(slope), gate
 
 
 def _check_tensor(function, argument, value):
@@ -136,6 +172,9 @@ def _check_tensor(function, argument, value):
 
 def _check_x(function, x, name="x"):
     _check_tensor(function, name, x)
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{function}(): {name} must be a dense, strided tensor, got {kind}")
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{function}(): {name} must be [N, C, *S] with one to three spatial axes,"
@@ -162,8 +201,16 @@ def _check_parameter(function, x, argument, value, expected, described, name="x"
     ):
         raise ValueError(
             f"{function}(): {argument} must have shape {described} = {list(expected)},"
-            f" got {list(shape)}"
+            f" got {list(shape)}{_other_channels(x, argument, shape, expected)}"
         )
+
+
+def _other_channels(x, argument, shape, expected):
+    """Says so where nothing is wrong with the parameter but that it is for another x."""
+    axis = len(expected) - 1
+    if argument not in ("w1", "ws") or len(shape) <= axis or shape[:axis] != expected[:axis]:
+        return ""
+    return f": x has {x.shape[1]} channels, this layer is for {shape[axis]}"
 
 
 def _check_weights(x, weights):

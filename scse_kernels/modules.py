@@ -1,13 +1,32 @@
-"""The nn.Modules: parameters and repr. What they compute is in functional.py."""
+"""The nn.Modules: parameters and repr. What they compute is in functional.py.
 
+A layer takes its children's parameters and computes with the fused kernels. Where a child was
+replaced or has hooks (see children.py), the layer calls its children instead, as an eager one does.
+"""
+
+import operator
+
+import torch
 from torch import Tensor, nn
 
+from .children import Tree, untouched
 from .functional import COMBINE, cse, few_shot_sse, scse, sse
 
 
-def _hidden_channels(num_channels: int, reduction: int, argument: str) -> int:
-    if num_channels < 1:
-        raise ValueError(f"num_channels must be at least 1, got {num_channels}")
+def _check_count(argument: str, value: int) -> None:
+    """An int of at least one."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{argument} must be an int, not {type(value).__name__}") from None
+    if count < 1:
+        raise ValueError(f"{argument} must be at least 1, got {value}")
+
+
+def _hidden_channels(num_channels: int, reduction: int, channels: str, argument: str) -> int:
+    _check_count(channels, num_channels)
+    if not hasattr(type(reduction), "__index__"):
+        raise TypeError(f"{argument} must be an int, not {type(reduction).__name__}")
     if reduction < 1 or num_channels // reduction < 1:
         raise ValueError(
             f"{argument} must be between 1 and the number of channels ({num_channels}), so that a"
@@ -26,16 +45,26 @@ class ChannelSELayer(nn.Module):
     Shape: x [N, C, *S] with one to three spatial axes -> [N, C, *S].
     """
 
+    _tree: Tree = ((0, (("fc1", nn.Linear), ("fc2", nn.Linear))),)
+
     def __init__(self, num_channels: int, reduction_ratio: int = 2) -> None:
         super().__init__()
-        hidden = _hidden_channels(num_channels, reduction_ratio, "reduction_ratio")
+        hidden = _hidden_channels(num_channels, reduction_ratio, "num_channels", "reduction_ratio")
         self.num_channels, self.reduction_ratio = num_channels, reduction_ratio
         self.fc1 = nn.Linear(num_channels, hidden)
         self.fc2 = nn.Linear(hidden, num_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
+        if not (below := untouched(self, self._tree)):
+            return x * self._gate(x)
+        _, fc1, fc2 = below
         return cse(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """The channel gate [N, C, 1, ...], by calling the children."""
+        axes = tuple(range(2, x.dim()))
+        gate = torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean(axes)))))
+        return gate.reshape(gate.shape + (1,) * len(axes))
 
     def extra_repr(self) -> str:
         return f"num_channels={self.num_channels}, reduction_ratio={self.reduction_ratio}"
@@ -51,9 +80,11 @@ class SpatialSELayer(nn.Module):
     """
 
     _conv = nn.Conv2d
+    _tree: Tree = ((0, (("conv", nn.Conv2d),)),)
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
+        _check_count("num_channels", num_channels)
         self.conv = self._conv(num_channels, 1, 1)
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -63,9 +94,21 @@ class SpatialSELayer(nn.Module):
         (arXiv:1902.01314): of any shape with C elements per entry of axis 0, it is averaged over
         that axis and used without bias. Gradients flow to it.
         """
-        if weights is None:
-            return sse(x, self.conv.weight, self.conv.bias)
-        return few_shot_sse(x, weights)
+        if weights is not None:
+            return few_shot_sse(x, weights)
+        if not (below := untouched(self, self._tree)):
+            axes = 3 if issubclass(self._conv, nn.Conv3d) else 2
+            return _for_axes(axes, x, lambda x: x * torch.sigmoid(self.conv(x)))
+        _, conv = below
+        return sse(x, conv.weight, conv.bias)
+
+
+def _for_axes(axes: int, x: Tensor, function) -> Tensor:
+    """A function that takes maps of so many spatial axes, of x [N, C, *S], whatever its number."""
+    if x.dim() == 2 + axes:
+        return function(x)
+    flat = x.reshape(*x.shape[:2], -1, *(1,) * (axes - 1))
+    return function(flat).reshape(x.shape)
 
 
 class ChannelSpatialSELayer(nn.Module):
@@ -78,10 +121,15 @@ class ChannelSpatialSELayer(nn.Module):
 
     Shape: x [N, C, *S] with one to three spatial axes -> [N, C, *S]; [N, 2 * C, *S] for "concat".
 
-    Both branches are computed together, so forward hooks of the children don't fire.
+    Both branches are computed together, unless a module below has hooks or was replaced.
     """
 
     _layers = (ChannelSELayer, SpatialSELayer)
+    _tree: Tree = (
+        (0, (("cSE", ChannelSELayer), ("sSE", SpatialSELayer))),
+        (1, ChannelSELayer._tree[0][1]),
+        (2, SpatialSELayer._tree[0][1]),
+    )
 
     def __init__(self, num_channels: int, reduction_ratio: int = 2, combine: str = "add") -> None:
         super().__init__()
@@ -94,8 +142,9 @@ class ChannelSpatialSELayer(nn.Module):
         self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
-        channel, conv = self.cSE, self.sSE.conv
-        fc1, fc2 = channel.fc1, channel.fc2
+        if not (below := untouched(self, self._tree)):
+            return _combined(self.combine, self.cSE(x), self.sSE(x))
+        _, _, _, fc1, fc2, conv = below
         return scse(
             x,
             fc1.weight,
@@ -111,6 +160,16 @@ class ChannelSpatialSELayer(nn.Module):
         return f"combine={self.combine!r}"
 
 
+def _combined(combine: str, by_channel: Tensor, by_position: Tensor) -> Tensor:
+    if combine == "add":
+        return by_channel + by_position
+    if combine == "max":
+        return torch.maximum(by_channel, by_position)
+    if combine == "mul":
+        return by_channel * by_position
+    return torch.cat([by_channel, by_position], 1)
+
+
 class ChannelSELayer3D(ChannelSELayer):
     """:class:`ChannelSELayer` under the name that volumetric networks use; the same keys."""
 
@@ -119,6 +178,7 @@ class SpatialSELayer3D(SpatialSELayer):
     """:class:`SpatialSELayer` with the weight of a 1x1x1 convolution, [1, C, 1, 1, 1]."""
 
     _conv = nn.Conv3d
+    _tree: Tree = ((0, (("conv", nn.Conv3d),)),)
 
 
 class ChannelSpatialSELayer3D(ChannelSpatialSELayer):
@@ -126,6 +186,11 @@ class ChannelSpatialSELayer3D(ChannelSpatialSELayer):
     pytorch-3dunet's layers of this name."""
 
     _layers = (ChannelSELayer3D, SpatialSELayer3D)
+    _tree: Tree = (
+        (0, (("cSE", ChannelSELayer3D), ("sSE", SpatialSELayer3D))),
+        (1, ChannelSELayer3D._tree[0][1]),
+        (2, SpatialSELayer3D._tree[0][1]),
+    )
 
     def __init__(self, num_channels: int, reduction_ratio: int = 2, combine: str = "max") -> None:
         super().__init__(num_channels, reduction_ratio, combine)
@@ -141,12 +206,27 @@ class SCSEModule(nn.Module):
     Shape: x [N, C, *S] with one to three spatial axes -> [N, C, *S], the sum of both branches.
 
     `cSE` and `sSE` hold the parameters under the keys `cSE.1`, `cSE.3` and `sSE.0`; both are
-    computed together, so forward hooks of the children don't fire.
+    computed together, unless a module below has hooks or was replaced.
     """
+
+    _tree: Tree = (
+        (0, (("cSE", nn.Sequential), ("sSE", nn.Sequential))),
+        (
+            1,
+            (
+                ("0", nn.AdaptiveAvgPool2d),
+                ("1", nn.Conv2d),
+                ("2", nn.ReLU),
+                ("3", nn.Conv2d),
+                ("4", nn.Sigmoid),
+            ),
+        ),
+        (2, (("0", nn.Conv2d), ("1", nn.Sigmoid))),
+    )
 
     def __init__(self, in_channels: int, reduction: int = 16) -> None:
         super().__init__()
-        hidden = _hidden_channels(in_channels, reduction, "reduction")
+        hidden = _hidden_channels(in_channels, reduction, "in_channels", "reduction")
         self.cSE = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(in_channels, hidden, 1),
@@ -157,6 +237,7 @@ class SCSEModule(nn.Module):
         self.sSE = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        _, fc1, _, fc2, _ = self.cSE  # an index would take longer
-        conv, _ = self.sSE
+        if not (below := untouched(self, self._tree)):
+            return _for_axes(2, x, lambda x: x * self.cSE(x) + x * self.sSE(x))
+        _, _, _, _, fc1, _, fc2, _, conv, _ = below
         return scse(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias)

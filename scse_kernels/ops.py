@@ -12,24 +12,40 @@ module gave them: w1 [Cr, C, ...], w2 [C, Cr, ...], ws C elements, bs one elemen
 import torch
 from torch import Tensor
 
-from .reference import accumulation_dtype
+from .reference import ACTIVATIONS, GATES, accumulation_dtype
 
 #: combine -> the code that operators take (an integer crosses into C++ for nothing).
 COMBINE = {"add": 0, "max": 1, "mul": 2, "concat": 3}
+#: activation of the hidden layer -> its code.
+ACTIVATION = {name: code for code, name in enumerate(ACTIVATIONS)}
+#: gate -> its code.
+GATE = {name: code for code, name in enumerate(GATES)}
 
 BACKENDS = ("cpu", "cuda", "triton")
 
 _FORWARD = (
     "(Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
-    " int combine) -> (Tensor y, Tensor pooled, Tensor hidden, Tensor channel_gate)"
+    " int combine, int activation=0, float slope=0., int gate=0)"
+    " -> (Tensor y, Tensor pooled, Tensor hidden, Tensor channel_gate)"
 )
-# The spatial gate isn't saved: the backward reads x anyway and squeezes it again on the way.
+# hidden [2, N, Cr]: the activation's value and its derivative, which is all that the backward needs
+# to know of it. The spatial gate isn't saved: the backward reads x anyway and squeezes it again on
+# the way.
 _BACKWARD = (
     "(Tensor dy, Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
     " Tensor pooled, Tensor hidden, Tensor channel_gate, int combine, bool need_dx,"
-    " bool need_channel, bool need_spatial)"
+    " bool need_channel, bool need_spatial, int gate=0)"
     " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dws, Tensor dbs)"
 )
+
+
+def codes(combine: str, excitation: tuple[str, float, str] | tuple[()]) -> tuple:
+    """What operators take for `combine` and for activation, slope and gate; () stands for ReLU and
+    sigmoid, which are their defaults."""
+    if not excitation:
+        return (COMBINE[combine],)
+    activation, slope, gate = excitation
+    return COMBINE[combine], ACTIVATION[activation], slope, GATE[gate]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -42,7 +58,16 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
+def gradient_memory(parameter: Tensor) -> Tensor:
+    """Memory for the gradient of a parameter, to be written row by row. It has the parameter's
+    strides, which DistributedDataParallel expects, where they mean the same order of elements:
+    those of [C, Cr, 1, 1] in channels_last are other numbers than the contiguous ones."""
+    if parameter.is_contiguous():
+        return parameter.new_empty_strided(parameter.shape, parameter.stride())
+    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+
+
+def _fake_forward(x, w1, b1, w2, b2, ws, bs, combine, activation=0, slope=0.0, gate=0):
     n, c = x.shape[:2]
     concat = w1 is not None and ws is not None and combine == COMBINE["concat"]
     shape = (n, 2 * c, *x.shape[2:]) if concat else x.shape
@@ -52,7 +77,7 @@ def _fake_forward(x, w1, b1, w2, b2, ws, bs, combine):
     return (
         y,
         x.new_empty((n, channels), dtype=dtype),
-        x.new_empty((n, hidden), dtype=dtype),
+        x.new_empty((2, n, hidden), dtype=dtype),
         x.new_empty((n, channels), dtype=dtype),
     )
 
@@ -73,11 +98,12 @@ def _fake_backward(
     need_dx,
     need_channel,
     need_spatial,
+    gate=0,
 ):
     def grad(parameter, needed):
         if parameter is None or not needed:
             return x.new_empty((0,))
-        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        return gradient_memory(parameter)
 
     return (
         torch.empty_like(x, memory_format=memory_format(x)) if need_dx else x.new_empty((0,)),

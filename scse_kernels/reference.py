@@ -5,10 +5,12 @@ Networks" (MICCAI 2018, arXiv:1803.02579) defines cSE, sSE and their sum; the ex
 2019, arXiv:1808.08127) adds the maximum, the product and the concatenation. Imports torch only.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,18 +18,46 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def channel_gate(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """Spatial squeeze and channel excitation (cSE) of x [N, C, *S]: gates in (0, 1), [N, C]."""
+#: name -> function of (the hidden layer before it, the slope that some have)
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda v, slope: torch.relu(v),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda v, slope: F.silu(v),
+    "gelu": lambda v, slope: F.gelu(v),
+    "gelu_tanh": lambda v, slope: F.gelu(v, approximate="tanh"),
+    "elu": F.elu,
+    "none": lambda v, slope: v,
+}
+
+#: name -> function of what a gate is formed from
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    # F.hardsigmoid, which has no second derivative
+    "hard_sigmoid": lambda v: F.relu6(v + 3) / 6,
+}
+
+
+def channel_gate(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str = "relu",
+    slope: float = 0.0,
+    gate: str = "sigmoid",
+) -> Tensor:
+    """Spatial squeeze and channel excitation (cSE) of x [N, C, *S]: gates in [0, 1], [N, C]."""
     pooled = x.mean(tuple(range(2, x.dim())))
-    hidden = torch.relu(torch.nn.functional.linear(pooled, w1, b1))
-    return torch.sigmoid(torch.nn.functional.linear(hidden, w2, b2))
+    hidden = ACTIVATIONS[activation](F.linear(pooled, w1, b1), slope)
+    return GATES[gate](F.linear(hidden, w2, b2))
 
 
-def spatial_gate(x: Tensor, ws: Tensor, bs: Tensor | None) -> Tensor:
-    """Channel squeeze and spatial excitation (sSE) of x [N, C, *S]: gates in (0, 1), [N, 1, *S]."""
+def spatial_gate(x: Tensor, ws: Tensor, bs: Tensor | None, gate: str = "sigmoid") -> Tensor:
+    """Channel squeeze and spatial excitation (sSE) of x [N, C, *S]: gates in [0, 1], [N, 1, *S]."""
     # Not a convolution: the sum of a convolution's weight gradient is one long chain.
     squeezed = (x * ws.reshape(-1, *(1,) * (x.dim() - 2))).sum(1, keepdim=True)
-    return torch.sigmoid(squeezed if bs is None else squeezed + bs)
+    return GATES[gate](squeezed if bs is None else squeezed + bs)
 
 
 def scse(
@@ -39,16 +69,21 @@ def scse(
     ws: Tensor | None,
     bs: Tensor | None,
     combine: str = "add",
+    activation: str = "relu",
+    slope: float = 0.0,
+    gate: str = "sigmoid",
 ) -> Tensor:
     """Recalibrate x [N, C, *S] by both gates; without `w1` by the spatial one alone, without `ws`
     by the channel one alone.
 
-    w1 [Cr, C], w2 [C, Cr], ws [C] or [1, C], with trailing axes of size one allowed. Computes in
+    w1 [Cr, C], w2 [C, Cr], ws [C] or [1, C], with trailing axes of size one allowed. `activation`
+    is the hidden layer's (slope: leaky_relu's negative one, elu's alpha), `gate` closes both
+    branches. Computes in
     float32 (float64 for float64 x) whatever the dtypes of x and of the parameters. Returns x's
     dtype, [N, C, *S]; [N, 2 * C, *S] for combine="concat".
     """
     with out_of_autocast(x):
-        return _scse(x, w1, b1, w2, b2, ws, bs, combine)
+        return _scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate)
 
 
 def out_of_autocast(x: Tensor) -> AbstractContextManager:
@@ -60,17 +95,17 @@ def out_of_autocast(x: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
-def _scse(x, w1, b1, w2, b2, ws, bs, combine):
+def _scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate):
     dtype = accumulation_dtype(x.dtype)
     xa = x.to(dtype)
     by_channel = by_position = None
     if w1 is not None:
         w1, b1, w2, b2 = (None if p is None else p.to(dtype) for p in (w1, b1, w2, b2))
-        gate = channel_gate(xa, w1.flatten(1), b1, w2.flatten(1), b2)
-        by_channel = xa * gate.reshape(gate.shape + (1,) * (x.dim() - 2))
+        c = channel_gate(xa, w1.flatten(1), b1, w2.flatten(1), b2, activation, slope, gate)
+        by_channel = xa * c.reshape(c.shape + (1,) * (x.dim() - 2))
     if ws is not None:
         ws, bs = (None if p is None else p.to(dtype).flatten() for p in (ws, bs))
-        by_position = xa * spatial_gate(xa, ws, bs)
+        by_position = xa * spatial_gate(xa, ws, bs, gate)
 
     if by_position is None:
         y = by_channel

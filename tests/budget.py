@@ -12,7 +12,7 @@ For y and dx each sample's each channel has a budget of its own, since their mag
 decades; a parameter's gradient has one.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -25,6 +25,8 @@ import scse_kernels
 COMBINES = ("add", "max", "mul", "concat")
 #: the branches that are present and how they are combined
 VARIANTS = ("cse", "sse", *COMBINES)
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "none")
+GATES = ("sigmoid", "hard_sigmoid")
 NAMES = ("x", "w1", "b1", "w2", "b2", "ws", "bs")
 ROUNDINGS = 4
 DRAWS = 3
@@ -42,6 +44,8 @@ class Case:
     x: Tensor
     parameters: tuple[Tensor | None, ...]
     dy: Tensor
+    #: activation, slope and gate, where they aren't the usual ones
+    excitation: dict = field(default_factory=dict)
     names: ClassVar[tuple[str, ...]] = NAMES
 
     def call(self, variant, **arguments) -> Tensor:
@@ -111,6 +115,7 @@ def make_case(
     trailing=0,
     parameter_dtype=None,
     seed=0,
+    **excitation,
 ) -> Case:
     g = torch.Generator().manual_seed(
         seed + sum(p * s for p, s in zip((7, 5, 3, 2, 1), shape, strict=False))
@@ -123,16 +128,18 @@ def make_case(
             shape[1], reduction, variant, parameter_dtype or dtype, biases, trailing, generator=g
         ),
         spread(y_shape, g, largest=1.0).to(dtype),
+        excitation,
     )
 
 
-def call(variant, x, w1, b1, w2, b2, ws, bs, backend="auto") -> Tensor:
+def call(variant, x, w1, b1, w2, b2, ws, bs, backend="auto", **excitation) -> Tensor:
     """The package's function for `variant`."""
+    options = {"backend": backend, **excitation}
     if variant == "cse":
-        return scse_kernels.cse(x, w1, b1, w2, b2, backend=backend)
+        return scse_kernels.cse(x, w1, b1, w2, b2, **options)
     if variant == "sse":
-        return scse_kernels.sse(x, ws, bs, backend=backend)
-    return scse_kernels.scse(x, w1, b1, w2, b2, ws, bs, combine=variant, backend=backend)
+        return scse_kernels.sse(x, ws, bs, **options)
+    return scse_kernels.scse(x, w1, b1, w2, b2, ws, bs, combine=variant, **options)
 
 
 def _combined(variant, by_channel, by_position):
@@ -151,40 +158,83 @@ def _combined(variant, by_channel, by_position):
             return torch.cat([by_channel, by_position], 1)
 
 
-def formulas(variant, x, w1, b1, w2, b2, ws, bs) -> Tensor:
+def _activated(v, activation, slope) -> Tensor:
+    """The hidden layer's activation, from its definition."""
+    below = v.clamp(max=0)
+    match activation:
+        case "relu":
+            return v.clamp(min=0)
+        case "leaky_relu":
+            return v.clamp(min=0) + (0.01 if slope is None else slope) * below
+        case "silu":
+            return v * torch.sigmoid(v)
+        case "gelu":
+            return v * (1 + torch.erf(v / 2**0.5)) / 2
+        case "gelu_tanh":
+            return v * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))) / 2
+        case "elu":
+            return v.clamp(min=0) + (1.0 if slope is None else slope) * (below.exp() - 1)
+        case "none":
+            return v
+
+
+def _gate(v, gate) -> Tensor:
+    return torch.sigmoid(v) if gate == "sigmoid" else ((v + 3) / 6).clamp(0, 1)
+
+
+def formulas(
+    variant, x, w1, b1, w2, b2, ws, bs, activation="relu", slope=None, gate="sigmoid"
+) -> Tensor:
     """scSE as the article writes it, in the dtype of its arguments."""
     flat = x.reshape(*x.shape[:2], -1)
     by_channel = by_position = None
     if w1 is not None:
         pooled = flat.sum(2) / flat.shape[2]
         hidden = (w1.reshape(w1.shape[:2]) * pooled[:, None]).sum(2)
-        hidden = (hidden if b1 is None else hidden + b1).clamp(min=0)
+        hidden = _activated(hidden if b1 is None else hidden + b1, activation, slope)
         excited = (w2.reshape(w2.shape[:2]) * hidden[:, None]).sum(2)
-        gate = torch.sigmoid(excited if b2 is None else excited + b2)
-        by_channel = (flat * gate[:, :, None]).reshape(x.shape)
+        c = _gate(excited if b2 is None else excited + b2, gate)
+        by_channel = (flat * c[:, :, None]).reshape(x.shape)
     if ws is not None:
         squeezed = (flat * ws.reshape(1, -1, 1)).sum(1, keepdim=True)
-        gate = torch.sigmoid(squeezed if bs is None else squeezed + bs)
-        by_position = (flat * gate).reshape(x.shape)
+        s = _gate(squeezed if bs is None else squeezed + bs, gate)
+        by_position = (flat * s).reshape(x.shape)
     return _combined(variant, by_channel, by_position)
 
 
-def plain_module(variant, x, w1, b1, w2, b2, ws, bs) -> Tensor:
+def _plain_activation(v, activation, slope) -> Tensor:
+    match activation:
+        case "leaky_relu":
+            return F.leaky_relu(v, 0.01 if slope is None else slope)
+        case "gelu_tanh":
+            return F.gelu(v, approximate="tanh")
+        case "elu":
+            return F.elu(v, 1.0 if slope is None else slope)
+        case "none":
+            return v
+    return getattr(F, activation)(v)
+
+
+def plain_module(
+    variant, x, w1, b1, w2, b2, ws, bs, activation="relu", slope=None, gate="sigmoid"
+) -> Tensor:
     """What an eager module does today: pooling, linear layers, a 1x1 convolution, products."""
     w1, b1, w2, b2, ws, bs = (
         None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2, ws, bs)
     )
     axes = x.dim() - 2
+    close = torch.sigmoid if gate == "sigmoid" else F.hardsigmoid
     by_channel = by_position = None
     if w1 is not None:
         pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[axes - 1]
-        hidden = torch.relu(F.linear(pool(x, 1).flatten(1), w1.flatten(1), b1))
-        gate = torch.sigmoid(F.linear(hidden, w2.flatten(1), b2))
-        by_channel = x * gate.reshape(*gate.shape, *(1,) * axes)
+        hidden = F.linear(pool(x, 1).flatten(1), w1.flatten(1), b1)
+        hidden = _plain_activation(hidden, activation, slope)
+        c = close(F.linear(hidden, w2.flatten(1), b2))
+        by_channel = x * c.reshape(*c.shape, *(1,) * axes)
     if ws is not None:
         conv = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
         squeezed = conv(x, ws.reshape(1, -1, *(1,) * axes), None if bs is None else bs.flatten())
-        by_position = x * torch.sigmoid(squeezed)
+        by_position = x * close(squeezed)
     return _combined(variant, by_channel, by_position)
 
 
@@ -204,7 +254,7 @@ def output_and_gradients(function, case: Case, device="cpu") -> dict[str, Tensor
     present = {name: t for name, t in arguments.items() if t is not None}
     given = {"dy": dy, **present}
     before = {name: t.detach().clone() for name, t in given.items()}
-    y = function(case.variant, **arguments)
+    y = function(case.variant, **arguments, **case.excitation)
     gradients = torch.autograd.grad(y, list(present.values()), dy)
     for name, t in given.items():
         assert same_bits(t.detach(), before[name]), f"{name} was changed"
@@ -270,9 +320,9 @@ def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
     return budget
 
 
-def check(case: Case, target) -> dict[str, Tensor]:
-    """Assert that a backend's y and gradients are within budget; returns them."""
-    got = output_and_gradients(partial(case.call, backend=target.backend), case, target.device)
+def judge(case: Case, got: dict[str, Tensor]) -> float:
+    """Assert that y and the gradients of `case` are within budget; returns the largest error, in
+    units of what is allowed for it."""
     truth = answer(case)
     budget = allowances(case, truth)
     assert got.keys() == truth.keys()
@@ -280,12 +330,21 @@ def check(case: Case, target) -> dict[str, Tensor]:
     for name, t in zip(case.names[1:], case.parameters, strict=True):
         if t is not None:
             assert got[f"d{name}"].dtype == t.dtype, f"d{name} has {got[f'd{name}'].dtype}"
+    largest = 0.0
     for name, expected in truth.items():
         assert got[name].shape == expected.shape, f"{name} has shape {tuple(got[name].shape)}"
         error = _largest(name, got[name].cpu().double() - expected)
         ratio = (error / budget[name]).nan_to_num(0.0 if expected.eq(0).all() else torch.inf)
         ratio[error == 0] = 0
         assert ratio.max() <= 1, f"{name}: error is {ratio.max():.3g} times what is allowed"
+        largest = max(largest, ratio.max().item())
+    return largest
+
+
+def check(case: Case, target) -> dict[str, Tensor]:
+    """Assert that a backend's y and gradients are within budget; returns them."""
+    got = output_and_gradients(partial(call, backend=target.backend), case, target.device)
+    judge(case, got)
     return got
 
 

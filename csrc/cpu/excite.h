@@ -46,18 +46,22 @@ inline void matvec_transposed(const A* matrix, const A* v, int64_t rows, int64_t
   });
 }
 
-// pooled, hidden and channel_gate of sample n, from the strips' channel sums.
+// pooled, hidden, its slope and channel_gate of sample n, from the strips' channel sums.
 template <typename T>
 inline void excite(const Problem<T>& p, int64_t n) {
   using A = Accumulator<T>;
   const int64_t C = p.channels, Cr = p.hidden_channels;
-  A *pooled = p.pooled + n * C, *hidden = p.hidden + n * Cr, *gate = p.channel_gate + n * C;
+  A *pooled = p.pooled + n * C, *gate = p.channel_gate + n * C;
+  A *hidden = p.hidden + n * Cr, *slope = p.hidden_slope + n * Cr;
   sum_rows<A>(p.partial + n * p.strips * C, p.strips, C, A(1) / p.positions, pooled);
   matvec<A>(p.w1, pooled, p.b1, Cr, C, hidden);
-  for (int64_t j = 0; j < Cr; ++j) hidden[j] = hidden[j] < 0 ? A(0) : hidden[j];  // NaN stays
+  for (int64_t j = 0; j < Cr; ++j) {
+    const Activated<A> h = activate(p.activation, p.activation_parameter, hidden[j]);
+    hidden[j] = h.value, slope[j] = h.slope;
+  }
   matvec<A>(p.w2, hidden, p.b2, C, Cr, gate);
   sweep<A>(C, [&](int64_t c, auto extent) {
-    store(gate + c, sigmoid<A>(load(gate + c, extent)), extent);
+    store(gate + c, gate_of<A>(p.gate, load(gate + c, extent)), extent);
   });
 }
 
@@ -66,12 +70,15 @@ template <typename T>
 inline void excite_backward(const Problem<T>& p, int64_t n) {
   using A = Accumulator<T>;
   const int64_t C = p.channels, Cr = p.hidden_channels;
-  const A *hidden = p.hidden + n * Cr, *gate = p.channel_gate + n * C;
+  const A *slope = p.hidden_slope + n * Cr, *gate = p.channel_gate + n * C;
   A *d_excited = p.d_excited + n * C, *d_hidden = p.d_hidden + n * Cr;
   sum_rows<A>(p.partial + n * p.strips * C, p.strips, C, A(1), d_excited);
-  for (int64_t c = 0; c < C; ++c) d_excited[c] *= gate[c] * (1 - gate[c]);
+  sweep<A>(C, [&](int64_t c, auto extent) {
+    const Vec<A> d = load(d_excited + c, extent);
+    store(d_excited + c, gate_gradient<A>(p.gate, d, load(gate + c, extent)), extent);
+  });
   matvec_transposed<A>(p.w2, d_excited, C, Cr, A(1), d_hidden);
-  for (int64_t j = 0; j < Cr; ++j) d_hidden[j] = hidden[j] <= 0 ? A(0) : d_hidden[j];
+  for (int64_t j = 0; j < Cr; ++j) d_hidden[j] = through(slope[j], d_hidden[j]);
   if (p.need_dx) matvec_transposed<A>(p.w1, d_hidden, Cr, C, A(1) / p.positions, p.d_mean + n * C);
 }
 

@@ -132,13 +132,16 @@ class Parameter {
   const A* data_ = nullptr;
 };
 
-// A parameter's gradient: written in the accumulator's dtype, handed out in the parameter's.
+// A parameter's gradient: written in the accumulator's dtype, handed out in the parameter's, with
+// its strides.
 template <typename A>
 class Gradient {
  public:
   Gradient(const Optional& parameter, bool needed, ScalarType dtype)
       : dtype_(parameter ? parameter->scalar_type() : dtype),
-        tensor_(parameter && needed ? empty(parameter->sizes(), dtype) : empty({0}, dtype_)),
+        tensor_(parameter && needed
+                    ? gradient_on(aoti_torch_device_type_cpu(), 0, *parameter, dtype)
+                    : empty({0}, dtype_)),
         data_(parameter && needed ? static_cast<A*>(tensor_.mutable_data_ptr()) : nullptr) {}
   A* data() const { return data_; }
   Tensor result() const {
@@ -174,14 +177,16 @@ class Scratch {
 
 template <typename T>
 Problem<T> describe(const Tensor& x, const Optional& w1, const Optional& w2, const Optional& ws,
-                    int64_t combine, bool channels_last) {
+                    int64_t combine, int64_t gate, bool channels_last) {
   check_arguments(x, w1, w2, ws, combine);
+  check_code("gate", gate, 1);
   Problem<T> p{};
   p.samples = x.size(0);
   p.channels = x.size(1);
   p.hidden_channels = w1 ? w1->size(0) : 0;
   p.positions = positions_of(x);
   p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
+  p.gate = static_cast<Gate>(gate);
   p.channels_last = channels_last;
   p.out_channels = p.combine == Combine::concat ? 2 * p.channels : p.channels;
   p.x = static_cast<const T*>(x.const_data_ptr());
@@ -245,23 +250,28 @@ bool streams(const Problem<T>& p, const T* map, int64_t bytes) {
 template <typename T>
 ForwardResult forward(const Tensor& given_x, const Optional& w1, const Optional& b1,
                       const Optional& w2, const Optional& b2, const Optional& ws,
-                      const Optional& bs, int64_t combine) {
+                      const Optional& bs, int64_t combine, int64_t activation, double slope,
+                      int64_t gate) {
   using A = Accumulator<T>;
   constexpr ScalarType acc = kAccumulator<T>;
   const bool channels_last = is_channels_last(given_x);
   const Tensor x = in_layout(given_x, channels_last);
-  Problem<T> p = describe<T>(x, w1, w2, ws, combine, channels_last);
+  Problem<T> p = describe<T>(x, w1, w2, ws, combine, gate, channels_last);
+  check_code("activation", activation, 6);
+  p.activation = static_cast<Activation>(activation);
+  p.activation_parameter = static_cast<A>(slope);
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] = p.out_channels;
   const Tensor y = empty({sizes.data(), sizes.size()}, x.scalar_type(), channels_last);
   const int64_t channels = w1 ? p.channels : 0;
   const Tensor pooled = empty({p.samples, channels}, acc);
-  const Tensor hidden = empty({p.samples, p.hidden_channels}, acc);
+  const Tensor hidden = empty({2, p.samples, p.hidden_channels}, acc);  // value and slope
   const Tensor channel_gate = empty({p.samples, channels}, acc);
   p.y = static_cast<T*>(y.mutable_data_ptr());
   p.pooled = static_cast<A*>(pooled.mutable_data_ptr());
   p.hidden = static_cast<A*>(hidden.mutable_data_ptr());
+  p.hidden_slope = p.hidden + p.samples * p.hidden_channels;
   p.channel_gate = static_cast<A*>(channel_gate.mutable_data_ptr());
 
   const int64_t C = p.channels, Cr = p.hidden_channels;
@@ -288,12 +298,12 @@ BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Opt
                         const Optional& b1, const Optional& w2, const Optional& b2,
                         const Optional& ws, const Optional& bs, const Tensor& pooled,
                         const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
-                        bool need_dx, bool need_channel, bool need_spatial) {
+                        bool need_dx, bool need_channel, bool need_spatial, int64_t gate) {
   using A = Accumulator<T>;
   constexpr ScalarType acc = kAccumulator<T>;
   const bool channels_last = is_channels_last(given_x);
   const Tensor x = in_layout(given_x, channels_last), dy = in_layout(given_dy, channels_last);
-  Problem<T> p = describe<T>(x, w1, w2, ws, combine, channels_last);
+  Problem<T> p = describe<T>(x, w1, w2, ws, combine, gate, channels_last);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
                       dy.numel() == p.samples * p.out_channels * p.positions,
                   "scse_kernels: dy must have y's shape and dtype");
@@ -309,7 +319,8 @@ BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Opt
   if (b1) check_count("b1", *b1, Cr);
   if (b2) check_count("b2", *b2, C);
   p.pooled = saved<A>("pooled", pooled, w1 ? p.samples * C : 0);
-  p.hidden = saved<A>("hidden", hidden, w1 ? p.samples * Cr : 0);
+  p.hidden = saved<A>("hidden", hidden, 2 * p.samples * Cr);
+  p.hidden_slope = p.hidden + p.samples * Cr;
   p.channel_gate = saved<A>("channel_gate", channel_gate, w1 ? p.samples * C : 0);
   p.w1 = w1_.data(), p.w2 = w2_.data(), p.ws = ws_.data();
   p.bs = bs_.data() ? *bs_.data() : A(0);
@@ -361,17 +372,18 @@ BackwardResult backward(const Tensor& given_dy, const Tensor& given_x, const Opt
 
 ForwardResult cpu_forward(const Tensor& x, const Optional& w1, const Optional& b1,
                           const Optional& w2, const Optional& b2, const Optional& ws,
-                          const Optional& bs, int64_t combine) {
-  SCSE_DISPATCH(x, forward, x, w1, b1, w2, b2, ws, bs, combine);
+                          const Optional& bs, int64_t combine, int64_t activation, double slope,
+                          int64_t gate) {
+  SCSE_DISPATCH(x, forward, x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate);
 }
 
 BackwardResult cpu_backward(const Tensor& dy, const Tensor& x, const Optional& w1,
                             const Optional& b1, const Optional& w2, const Optional& b2,
                             const Optional& ws, const Optional& bs, const Tensor& pooled,
                             const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
-                            bool need_dx, bool need_channel, bool need_spatial) {
+                            bool need_dx, bool need_channel, bool need_spatial, int64_t gate) {
   SCSE_DISPATCH(x, backward, dy, x, w1, b1, w2, b2, ws, bs, pooled, hidden, channel_gate, combine,
-                need_dx, need_channel, need_spatial);
+                need_dx, need_channel, need_spatial, gate);
 }
 
 #include "batch_norm/ops.h"

@@ -23,7 +23,7 @@ struct Planes {
       squeeze_rows<decltype(group)::value, kChannel>(p, c, x, strip.len, q, partial);
     });
     if constexpr (kSpatial) {
-      close_gate(q, q, strip.len);
+      close_gate(p.gate, q, q, strip.len);
       park(p, strip, 0, q);
     }
   }
@@ -86,15 +86,15 @@ struct Planes {
       in_groups<kRows>(0, p.channels, [&](int64_t c, auto group) {
         squeeze_rows<decltype(group)::value, false>(p, c, x, strip.len, q, nullptr);
       });
-      close_gate(q, s, strip.len);
+      close_gate(p.gate, q, s, strip.len);
     }
     A* partial = p.partial + strip.sums;
     in_groups<kRows>(0, p.channels, [&](int64_t c, auto group) {
       reduce_rows<decltype(group)::value>(p, n, c, x, dy, strip.len, q, s, t, partial);
     });
     if constexpr (kSpatial) {
-      if (!F::by_gates) close_gate(q, s, strip.len);
-      p.partial_bs[n * p.strips + index] = close_gradient(t, s, strip.len);
+      if (!F::by_gates) close_gate(p.gate, q, s, strip.len);
+      p.partial_bs[n * p.strips + index] = close_gradient(p.gate, t, s, strip.len);
       if (p.need_dx) {
         park(p, strip, 0, s);
         park(p, strip, 1, t);

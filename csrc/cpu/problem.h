@@ -8,6 +8,7 @@
 #include <thread>
 #include <tuple>
 
+#include "../activations.h"
 #include "../combine.h"
 
 namespace scse {
@@ -99,6 +100,9 @@ struct Problem {
 
   int64_t samples, channels, hidden_channels, positions;
   Combine combine;
+  Activation activation;
+  A activation_parameter;
+  Gate gate;
   bool channels_last;
   int64_t width, strips;  // positions per strip, strips per sample
   bool stream;            // the second pass stores past the caches; rows begin on cache lines
@@ -116,8 +120,9 @@ struct Problem {
   const A *w1, *b1, *w2, *b2, *ws;
   A bs;
 
-  // [N, C], [N, Cr], [N, C]; outputs of the forward, inputs of the backward.
-  A *pooled, *hidden, *channel_gate;
+  // [N, C], [N, Cr], [N, C]; outputs of the forward, inputs of the backward. hidden_slope: the
+  // activation's derivative where hidden is its value.
+  A *pooled, *hidden, *hidden_slope, *channel_gate;
 
   // Per-position values (forward: the spatial gate; backward: the gate and dq) wait between the
   // two passes over a sample inside the map that the second pass is about to write, so they cost
@@ -129,8 +134,8 @@ struct Problem {
   A* partial;     // [N, strips, C]: sums of x, or of the channel gate's gradient
   A* partial_ws;  // [N, strips, C]: sums of dq * x
   A* partial_bs;  // [N, strips]: sums of dq
-  A* d_excited;   // [N, C]: gradient before the second sigmoid
-  A* d_hidden;    // [N, Cr]: gradient before the ReLU
+  A* d_excited;   // [N, C]: gradient before the channel gate
+  A* d_hidden;    // [N, Cr]: gradient before the activation
   A* d_mean;      // [N, C]: gradient of the pooled value, divided by S
   A *dw1, *db1, *dw2, *db2, *dws, *dbs;
   bool need_dx, need_channel, need_spatial;

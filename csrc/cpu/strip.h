@@ -51,22 +51,23 @@ inline void unpark(const Problem<T>& p, const Strip& strip, int slot, Accumulato
   exchange<false>(p, strip, slot, values);
 }
 
-// s = sigmoid(squeezed) over a strip. Buffers are whole vectors long; beyond the strip s is finite,
+// s = gate_of(squeezed) over a strip. Buffers are whole vectors long; beyond the strip s is finite,
 // whatever an infinite weight made of squeezed there.
 template <typename A>
-inline void close_gate(const A* squeezed, A* s, int64_t len) {
+inline void close_gate(Gate k, const A* squeezed, A* s, int64_t len) {
   sweep<A>(len, [&](int64_t i, auto extent) {
-    store_raw(s + i, sigmoid<A>(load(squeezed + i, extent)));
+    store_raw(s + i, gate_of<A>(k, load(squeezed + i, extent)));
   });
 }
 
-// dq = t * s * (1 - s) over a strip, in place of t; returns the sum over its len positions.
+// dq, the gradient before the gate, over a strip, in place of t, that of s; returns the sum over
+// its len positions.
 template <typename A>
-inline A close_gradient(A* t, const A* s, int64_t len) {
+inline A close_gradient(Gate k, A* t, const A* s, int64_t len) {
   Vec<A> sum{};
   sweep<A>(len, [&](int64_t i, auto extent) {
-    const Vec<A> gate = load_raw<Vec<A>>(s + i);
-    store_raw(t + i, load_raw<Vec<A>>(t + i) * gate * (A(1) - gate));
+    const Vec<A> d = load_raw<Vec<A>>(t + i), gate = load_raw<Vec<A>>(s + i);
+    store_raw(t + i, gate_gradient<A>(k, d, gate));
     sum += load(t + i, extent);
   });
   return sum_lanes<A>(sum);

@@ -1,6 +1,9 @@
-// The formulas of the combinations for one element to a thread.
+// The formulas of the excitation and of the combinations for one element to a thread.
 #pragma once
 
+#include <cmath>
+
+#include "../activations.h"
 #include "../combine.h"
 #include "vector.cuh"
 
@@ -9,11 +12,14 @@ namespace scse::cuda {
 template <typename A>
 using Vec = A;
 
+template <typename A>
+SCSE_DEVICE A sigmoid(A v) {
+  return A(1) / (A(1) + std::exp(-v));
+}
+
 #define SCSE_INLINE SCSE_DEVICE
 #include "../formulas.h"
 #undef SCSE_INLINE
-
-SCSE_DEVICE float sigmoid(float v) { return 1.f / (1.f + expf(-v)); }
 
 __host__ __device__ constexpr bool has_channel(Combine k) { return k != Combine::spatial; }
 __host__ __device__ constexpr bool has_spatial(Combine k) { return k != Combine::channel; }

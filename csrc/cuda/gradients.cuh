@@ -7,8 +7,8 @@
 namespace scse::cuda {
 
 struct ParameterGradients {
-  const float* d_excited;                   // [N, C]: gradient before the second sigmoid
-  const float* d_hidden;                    // [N, Cr]: gradient before the ReLU
+  const float* d_excited;                   // [N, C]: gradient before the channel gate
+  const float* d_hidden;                    // [N, Cr]: gradient before the activation
   const float* pooled;                      // [N, C]
   const float* hidden;                      // [N, Cr]
   const float* sample_ws;                   // [N, C]: a sample's part of dws

@@ -58,7 +58,8 @@ class Parameters {
 
 Tensor gradient(const Optional& parameter, bool needed, const Tensor& x, void*& data) {
   if (!parameter || !needed) return empty({0}, x.scalar_type(), x);
-  Tensor t = empty(parameter->sizes(), parameter->scalar_type(), x);
+  Tensor t = gradient_on(aoti_torch_device_type_cuda(), x.get_device(), *parameter,
+                         parameter->scalar_type());
   data = t.mutable_data_ptr();
   return t;
 }
@@ -71,8 +72,9 @@ int attribute(cudaDeviceAttr which, int device) {
 
 // What forward and backward have in common, without the parameters.
 Problem describe(const Tensor& x, const Optional& w1, const Optional& w2, const Optional& ws,
-                 int64_t combine, bool channels_last) {
+                 int64_t combine, int64_t gate, bool channels_last) {
   check_arguments(x, w1, w2, ws, combine);
+  check_code("gate", gate, 1);
   Problem p{};
   p.dtype = dtype_of(x);
   STD_TORCH_CHECK(p.dtype != Dtype::float64,
@@ -89,6 +91,7 @@ Problem describe(const Tensor& x, const Optional& w1, const Optional& w2, const 
   p.hidden_channels = w1 ? w1->size(0) : 0;
   p.positions = positions_of(x);
   p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
+  p.gate = static_cast<Gate>(gate);
   p.channels_last = channels_last;
   p.x = x.const_data_ptr();
   p.x_sample = p.samples > 1 ? x.stride(0) : p.channels * p.positions;
@@ -113,22 +116,28 @@ Tensor scratch(int64_t floats, const Tensor& x) { return empty({floats}, ScalarT
 
 ForwardResult cuda_forward(const Tensor& given_x, const Optional& w1, const Optional& b1,
                            const Optional& w2, const Optional& b2, const Optional& ws,
-                           const Optional& bs, int64_t combine) {
+                           const Optional& bs, int64_t combine, int64_t activation, double slope,
+                           int64_t gate) {
   const torch::stable::accelerator::DeviceGuard guard(given_x.get_device());
   const bool channels_last = is_channels_last(given_x);
   const Tensor x = in_layout(given_x, channels_last);
-  Problem p = describe(x, w1, w2, ws, combine, channels_last);
+  Problem p = describe(x, w1, w2, ws, combine, gate, channels_last);
+  check_code("activation", activation, 6);
+  p.activation = static_cast<Activation>(activation);
+  p.activation_parameter = static_cast<float>(slope);
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] = p.out_channels();
   const Tensor y = empty({sizes.data(), sizes.size()}, x.scalar_type(), x, channels_last);
   const int64_t channels = w1 ? p.channels : 0;
   const Tensor pooled = empty({p.samples, channels}, ScalarType::Float, x);
-  const Tensor hidden = empty({p.samples, p.hidden_channels}, ScalarType::Float, x);
+  const Tensor hidden =  // value and slope
+      empty({2, p.samples, p.hidden_channels}, ScalarType::Float, x);
   const Tensor channel_gate = empty({p.samples, channels}, ScalarType::Float, x);
   p.y = y.mutable_data_ptr();
   p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   p.hidden = static_cast<float*>(hidden.mutable_data_ptr());
+  p.hidden_slope = p.hidden + p.samples * p.hidden_channels;
   p.channel_gate = static_cast<float*>(channel_gate.mutable_data_ptr());
 
   Parameters parameters;
@@ -150,18 +159,19 @@ BackwardResult cuda_backward(const Tensor& given_dy, const Tensor& given_x, cons
                              const Optional& b1, const Optional& w2, const Optional& b2,
                              const Optional& ws, const Optional& bs, const Tensor& pooled,
                              const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
-                             bool need_dx, bool need_channel, bool need_spatial) {
+                             bool need_dx, bool need_channel, bool need_spatial, int64_t gate) {
   const torch::stable::accelerator::DeviceGuard guard(given_x.get_device());
   const bool channels_last = is_channels_last(given_x);
   const Tensor x = in_layout(given_x, channels_last), dy = in_layout(given_dy, channels_last);
-  Problem p = describe(x, w1, w2, ws, combine, channels_last);
+  Problem p = describe(x, w1, w2, ws, combine, gate, channels_last);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
                       dy.numel() == p.samples * p.out_channels() * p.positions,
                   "scse_kernels: dy must have y's shape and dtype");
   p.dy = dy.const_data_ptr();
   p.dy_sample = p.samples > 1 ? dy.stride(0) : p.out_channels() * p.positions;
   p.pooled = saved<float>("pooled", pooled, w1 ? p.samples * p.channels : 0);
-  p.hidden = saved<float>("hidden", hidden, w1 ? p.samples * p.hidden_channels : 0);
+  p.hidden = saved<float>("hidden", hidden, 2 * p.samples * p.hidden_channels);
+  p.hidden_slope = p.hidden + p.samples * p.hidden_channels;
   p.channel_gate = saved<float>("channel_gate", channel_gate, w1 ? p.samples * p.channels : 0);
 
   Parameters parameters;

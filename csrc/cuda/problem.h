@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../activations.h"
 #include "../combine.h"
 #include "dtypes.h"
 
@@ -15,6 +16,9 @@ struct Problem {
   Dtype dtype;  // of the maps; float64 is not served
   int64_t samples, channels, hidden_channels, positions;
   Combine combine;
+  Activation activation;
+  float activation_parameter;
+  Gate gate;
   bool channels_last;
   int device;
   int architecture;  // see architecture_of
@@ -30,8 +34,9 @@ struct Problem {
   const void *w1, *b1, *w2, *b2, *ws, *bs;
   int dtypes;
 
-  // [N, C], [N, Cr], [N, C]; outputs of the forward, inputs of the backward.
-  float *pooled, *hidden, *channel_gate;
+  // [N, C], [N, Cr], [N, C]; outputs of the forward, inputs of the backward. hidden_slope: the
+  // activation's derivative where hidden is its value.
+  float *pooled, *hidden, *hidden_slope, *channel_gate;
 
   // The parameters' gradients, each in its parameter's dtype; null unless needed.
   void *dw1, *db1, *dw2, *db2, *dws, *dbs;

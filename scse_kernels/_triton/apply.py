@@ -68,7 +68,7 @@ def apply_backward_kernel(
     x_ptr,  # [N, C, S]
     channel_gate_ptr,  # [N, C]
     spatial_gate_ptr,  # [N, S]
-    dq_ptr,  # [N, S]: gradient before the spatial gate's sigmoid
+    dq_ptr,  # [N, S]: gradient before the spatial gate
     d_mean_ptr,  # [N, C]
     ws_ptr,  # [C]
     dx_ptr,  # [N, C, S]

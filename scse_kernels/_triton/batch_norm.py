@@ -13,12 +13,14 @@ import triton
 from torch import Tensor
 
 from . import heuristics
+from .activation import RELU, SIGMOID
 from .excite import excite_backward_kernel, excite_kernel
 from .launch import _BLOCK, _contiguous, _describe, _in_format, _sample
 from .norm_backward import norm_apply_backward_kernel, norm_reduce_kernel, norm_sums_kernel
 from .norm_forward import norm_apply_kernel, norm_squeeze_kernel
 from .norm_statistics import norm_merge_kernel, norm_statistics_kernel
 
+_EXCITATION = {"ACTIVATION": RELU.value, "SLOPE": 0.0, "GATE": SIGMOID.value}
 # Channels to a program where all strips' rows are added up (a sector), and rows at a time.
 _COLUMNS, _ROWS = 8, 128
 
@@ -91,7 +93,7 @@ def forward(
             excite_kernel[(n,)](
                 partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
                 c, p.hidden, s, p.strips,
-                **p.excitation(pooled.dtype),
+                **_EXCITATION, **p.excitation(pooled.dtype),
             )  # fmt: skip
         strips = triton.cdiv(s, p.tile.block_s)
         norm_apply_kernel[(n * strips * triton.cdiv(c, p.tile.block_c),)](
@@ -185,7 +187,7 @@ def backward(
                     partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
                     d_excited, d_hidden, d_mean, sample_ws, sample_bs,
                     c, p.hidden, s, strips,
-                    **r.excitation(pooled.dtype),
+                    GATE=_EXCITATION["GATE"], **r.excitation(pooled.dtype),
                 )  # fmt: skip
         if need_sums:
             norm_sums_kernel[(triton.cdiv(c, _COLUMNS),)](

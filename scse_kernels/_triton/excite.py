@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .activation import activate, gate_gradient, gate_of
 from .primitives import accumulator, load, matvec, sum_rows, vecmat
 
 
@@ -24,7 +25,7 @@ def excite_kernel(
     w2_ptr,  # [C, Cr]
     b2_ptr,  # [C] or None
     pooled_ptr,  # [N, C]
-    hidden_ptr,  # [N, Cr]
+    hidden_ptr,  # [2, N, Cr]: the activation's value and its derivative
     channel_gate_ptr,  # [N, C]
     C,
     Cr,
@@ -36,7 +37,11 @@ def excite_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    GATE: tl.constexpr,
     n=None,
+    N=None,
 ):
     """A program for each sample, or this one does sample n. Reads its partial sums and the
     parameters once; writes pooled, hidden and the gate, and reads the first two again (all threads
@@ -45,9 +50,13 @@ def excite_kernel(
     SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
     HIDDEN: tl.constexpr = at_once(BLOCK_J, TERMS_C, TILE)
     GATES: tl.constexpr = at_once(BLOCK_C, TERMS_J, TILE)
-    n = (tl.program_id(0) if n is None else n).to(tl.int64)
+    if n is None:
+        n = tl.program_id(0)
+        N = tl.num_programs(0)
+    n = n.to(tl.int64)
     partial_ptr += n * strips * C
     pooled_ptr += n * C
+    slope_ptr = hidden_ptr + (N + n) * Cr
     hidden_ptr += n * Cr
     channel_gate_ptr += n * C
 
@@ -61,14 +70,16 @@ def excite_kernel(
         h = matvec(w1_ptr, pooled_ptr, j, Cr, C, ACC, HIDDEN, TERMS_C)
         if b1_ptr is not None:
             h += load(b1_ptr + j, j < Cr, ACC)
-        tl.store(hidden_ptr + j, tl.where(h < 0, 0.0, h), mask=j < Cr)  # NaN stays
+        value, slope = activate(h, ACTIVATION, SLOPE)
+        tl.store(hidden_ptr + j, value, mask=j < Cr)
+        tl.store(slope_ptr + j, slope, mask=j < Cr)
     tl.debug_barrier()
     for begin in range(0, C, GATES):
         c = begin + tl.arange(0, GATES)
         excited = matvec(w2_ptr, hidden_ptr, c, C, Cr, ACC, GATES, TERMS_J)
         if b2_ptr is not None:
             excited += load(b2_ptr + c, c < C, ACC)
-        tl.store(channel_gate_ptr + c, tl.sigmoid(excited), mask=c < C)
+        tl.store(channel_gate_ptr + c, gate_of(excited, GATE), mask=c < C)
 
 
 @triton.jit
@@ -78,10 +89,10 @@ def excite_backward_kernel(
     partial_bs_ptr,  # [N, strips]: sums of dq, or None
     w1_ptr,  # [Cr, C]
     w2_ptr,  # [C, Cr]
-    hidden_ptr,  # [N, Cr]
+    hidden_ptr,  # [2, N, Cr]
     channel_gate_ptr,  # [N, C]
-    d_excited_ptr,  # [N, C]: gradient before the second sigmoid
-    d_hidden_ptr,  # [N, Cr]: gradient before the ReLU
+    d_excited_ptr,  # [N, C]: gradient before the channel gate
+    d_hidden_ptr,  # [N, Cr]: gradient before the activation
     d_mean_ptr,  # [N, C]: gradient of the pooled value, divided by S; or None
     sample_ws_ptr,  # [N, C]: the sample's part of dws
     sample_bs_ptr,  # [N]: the sample's part of dbs
@@ -95,7 +106,9 @@ def excite_backward_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
+    GATE: tl.constexpr,
     n=None,
+    N=None,
 ):
     """A program for each sample and branch, or this one does both of sample n. Reads its partial
     sums once, and the weights."""
@@ -106,6 +119,7 @@ def excite_backward_kernel(
         do_spatial = tl.program_id(1) == 0
         do_channel = tl.program_id(1) == tl.num_programs(1) - 1
         n = tl.program_id(0)
+        N = tl.num_programs(0)
     else:
         do_spatial = True
         do_channel = True
@@ -125,17 +139,19 @@ def excite_backward_kernel(
     if partial_ptr is not None and do_channel:
         d_excited_ptr += n * C
         d_hidden_ptr += n * Cr
+        slope_ptr = hidden_ptr + (N + n) * Cr
         for begin in range(0, C, SUMS):
             c = begin + tl.arange(0, SUMS)
             d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS, SUMS)
             gate = load(channel_gate_ptr + n * C + c, c < C, ACC)
-            tl.store(d_excited_ptr + c, d * gate * (1.0 - gate), mask=c < C)
+            tl.store(d_excited_ptr + c, gate_gradient(d, gate, GATE), mask=c < C)
         tl.debug_barrier()
         for begin in range(0, Cr, HIDDEN):
             j = begin + tl.arange(0, HIDDEN)
             d = vecmat(d_excited_ptr, w2_ptr, j, C, Cr, ACC, TERMS_C, HIDDEN)
-            hidden = load(hidden_ptr + n * Cr + j, j < Cr, ACC)
-            tl.store(d_hidden_ptr + j, tl.where(hidden <= 0, 0.0, d), mask=j < Cr)
+            slope = load(slope_ptr + j, j < Cr, ACC)
+            # A slope of zero stops an infinite gradient.
+            tl.store(d_hidden_ptr + j, tl.where(slope == 0, 0.0, slope * d), mask=j < Cr)
         if d_mean_ptr is not None:
             tl.debug_barrier()
             for begin in range(0, C, MEANS):

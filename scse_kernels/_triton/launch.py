@@ -190,6 +190,9 @@ def forward(
     ws: Tensor | None,
     bs: Tensor | None,
     combine: int,
+    activation: int = 0,
+    slope: float = 0.0,
+    gate: int = 0,
 ) -> None:
     """Fills y, pooled, hidden, channel_gate: three launches (two without the channel branch), or
     one."""
@@ -201,6 +204,7 @@ def forward(
     w1, b1, w2, b2, ws, bs = _contiguous(w1, b1, w2, b2, ws, bs)
 
     n, c, s = p.samples, p.channels, p.positions
+    excitation = {"ACTIVATION": activation, "SLOPE": slope, "GATE": gate}
     partial = pooled.new_empty((n, p.strips, c)) if p.has_channel else None
     spatial_gate = pooled.new_empty((n, s)) if p.has_spatial else None
     with torch.cuda.device_of(x):
@@ -212,20 +216,20 @@ def forward(
                 pooled, hidden, channel_gate, y, _counters(x, 1 + n),
                 n, c, p.hidden, s, p.strips, lag,
                 _sample(x), p.pitch(x), _sample(y), p.pitch(y), p.half(y),
-                HOLD=p.tile.hold, TILES=p.tile.tiles,
+                HOLD=p.tile.hold, TILES=p.tile.tiles, **excitation,
                 **p.constants(x, y), **p.excitation_within(pooled.dtype),
             )  # fmt: skip
             return
         squeeze_kernel[(n * p.strips,)](
             x, ws, bs, partial, spatial_gate,
             c, s, p.strips, _sample(x), p.pitch(x),
-            HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(x),
+            HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate, **p.constants(x),
         )  # fmt: skip
         if p.has_channel:
             excite_kernel[(n,)](
                 partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
                 c, p.hidden, s, p.strips,
-                **p.excitation(pooled.dtype),
+                **excitation, **p.excitation(pooled.dtype),
             )  # fmt: skip
         strips = triton.cdiv(s, p.tile.block_s)
         apply_kernel[(n * strips * triton.cdiv(c, p.tile.block_c),)](
@@ -253,6 +257,7 @@ def backward(
     need_dx: bool,
     need_channel: bool,
     need_spatial: bool,
+    gate: int = 0,
 ) -> None:
     """Fills dx and the gradients of the six parameters, except those not needed: three launches,
     or one."""
@@ -305,7 +310,7 @@ def backward(
                 _sample(dx) if need_dx else 0, p.pitch(x),
                 SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
                 STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
-                BLOCK=_BLOCK, **p.constants(*maps), **p.excitation_within(pooled.dtype),
+                BLOCK=_BLOCK, GATE=gate, **p.constants(*maps), **p.excitation_within(pooled.dtype),
                 **_all_registers(),
             )  # fmt: skip
             return
@@ -314,7 +319,7 @@ def backward(
                 dy, x, ws, bs, channel_gate, partial, partial_ws, partial_bs, spatial_gate, dq,
                 c, s, strips, _sample(dy), p.pitch(dy), p.half(dy), _sample(x), p.pitch(x),
                 SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
-                STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles,
+                STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate,
                 **p.constants(x, dy),
             )  # fmt: skip
             if sum_channel or need_spatial:
@@ -322,7 +327,7 @@ def backward(
                     partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
                     d_excited, d_hidden, d_mean, sample_ws, sample_bs,
                     c, p.hidden, s, strips,
-                    **p.excitation(pooled.dtype),
+                    GATE=gate, **p.excitation(pooled.dtype),
                 )  # fmt: skip
         row_strips = triton.cdiv(s, p.tile.block_s)
         tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_dx else 0

@@ -9,11 +9,12 @@ besides the sums that scSE has always needed (see reduce.py, with z in place of 
 import triton
 import triton.language as tl
 
+from .activation import SIGMOID, gate_gradient
 from .combine import CHANNEL, CONCAT, SPATIAL, by_gates, direct, shares
 from .norm import active, load_norm, normalised, reciprocal_root
 from .parameters import parameter_gradients
 from .primitives import accumulator, index, inside, load, offsets, shown, sum_in_pairs
-from .reduce import gate_of
+from .reduce import gate_inside
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def norm_reduce_kernel(
                 mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
                 v = normalised(u.to(ACC) - mean, scale, shift, mask)
                 q += tl.sum(active(v, v) * load(ws_ptr + c, c < C, ACC)[:, None], 0)
-            gate = gate_of(q, s, S)
+            gate = gate_inside(q, s, S, SIGMOID)
 
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
@@ -145,8 +146,8 @@ def norm_reduce_kernel(
         dq = tl.zeros([BLOCK_S], ACC)
         if SUM_SPATIAL:
             if not GATE_FIRST:
-                gate = gate_of(q, s, S)
-            dq = d_gate * gate * (1.0 - gate)
+                gate = gate_inside(q, s, S, SIGMOID)
+            dq = gate_gradient(d_gate, gate, SIGMOID)
             bs_sum += dq
             if STORE_GATES:
                 tl.store(spatial_gate_ptr + n * S + s, gate, mask=s < S)

@@ -4,6 +4,7 @@ ReLU before them."""
 import triton
 import triton.language as tl
 
+from .activation import SIGMOID, gate_of
 from .combine import CHANNEL, CONCAT, SPATIAL, value
 from .norm import active, load_norm, normalised
 from .primitives import accumulator, index, inside, load, offsets, shown
@@ -70,7 +71,7 @@ def norm_squeeze_kernel(
         if HAS_SPATIAL:
             if bs_ptr is not None:
                 squeezed += tl.load(bs_ptr).to(ACC)
-            tl.store(spatial_gate_ptr + n * S + s, tl.sigmoid(squeezed), mask=s < S)
+            tl.store(spatial_gate_ptr + n * S + s, gate_of(squeezed, SIGMOID), mask=s < S)
     if HAS_CHANNEL and HOLD:
         c = tl.arange(0, BLOCK_C)
         tl.store(partial_ptr + c, channel_sum, mask=c < C)

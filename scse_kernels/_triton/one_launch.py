@@ -81,7 +81,7 @@ def forward_kernel(
     partial_ptr,  # [N, strips, C], scratch
     spatial_gate_ptr,  # [N, S], scratch
     pooled_ptr,  # [N, C]
-    hidden_ptr,  # [N, Cr]
+    hidden_ptr,  # [2, N, Cr]
     channel_gate_ptr,  # [N, C]
     y_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     counters_ptr,  # [1 + N], zeros
@@ -110,6 +110,9 @@ def forward_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     EXCITE_TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """Reads x twice, the second time from L2; writes y."""
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
@@ -124,7 +127,7 @@ def forward_kernel(
             squeeze_kernel(
                 x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr,
                 C, S, strips, stride_xn, pitch_x,
-                COMBINE, CHANNELS_LAST, ALIGN, WIDE, HOLD, TILES, BLOCK_C, BLOCK_S, ticket,
+                COMBINE, CHANNELS_LAST, ALIGN, WIDE, HOLD, TILES, BLOCK_C, BLOCK_S, GATE, ticket,
             )  # fmt: skip
             before = announce(done_ptr + n)
             if HAS_CHANNEL:  # noqa: SIM102 (one is known when compiling, the other when running)
@@ -132,7 +135,8 @@ def forward_kernel(
                     excite_kernel(
                         partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
                         pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
-                        EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, n,
+                        EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE,
+                        ACTIVATION, SLOPE, GATE, n, N,
                     )  # fmt: skip
                     announce(done_ptr + n)
         item = ticket - lag
@@ -160,7 +164,7 @@ def backward_kernel(
     ws_ptr,  # [C]
     bs_ptr,  # [1]
     pooled_ptr,  # [N, C]
-    hidden_ptr,  # [N, Cr]
+    hidden_ptr,  # [2, N, Cr]
     channel_gate_ptr,  # [N, C]
     partial_ptr,  # [N, strips, C], from here to sample_bs_ptr scratch, None where not needed
     partial_ws_ptr,  # [N, strips, C]
@@ -214,6 +218,7 @@ def backward_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     EXCITE_TILE: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """Reads dy twice, the second time from L2, and x once, twice where dx depends on it; writes dx
     and the parameters' gradients."""
@@ -233,14 +238,15 @@ def backward_kernel(
                 partial_ptr, partial_ws_ptr, partial_bs_ptr, spatial_gate_ptr, dq_ptr,
                 C, S, strips, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x,
                 COMBINE, CHANNELS_LAST, ALIGN, WIDE, SUM_CHANNEL, SUM_SPATIAL, WEIGH, STORE_GATES,
-                HOLD, TILES, BLOCK_C, BLOCK_S, POLICY_X, ticket,
+                HOLD, TILES, BLOCK_C, BLOCK_S, GATE, POLICY_X, ticket,
             )  # fmt: skip
             if announce(done_ptr + n) == strips - 1:
                 excite_backward_kernel(
                     partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
                     hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr,
                     sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, n,
+                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE,
+                    GATE, n, N,
                 )  # fmt: skip
                 announce(done_ptr + n)
                 announce(samples_ptr)

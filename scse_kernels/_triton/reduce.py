@@ -3,13 +3,14 @@
 With shares gc, gs of dy in the gradients of the two gates (see `combine`), for each sample
 
     d channel_gate[c] = sum_s gc[c, s]
-    dq[s]             = sum_c gs[c, s] * spatial_gate[s] * (1 - spatial_gate[s])
+    dq[s]             = gate'[s] * sum_c gs[c, s], gate' being the spatial gate's derivative
     dws[c]            = sum_s dq[s] * x[c, s],  dbs = sum_s dq[s]
 """
 
 import triton
 import triton.language as tl
 
+from .activation import gate_gradient, gate_of
 from .combine import CONCAT, by_gates, shares
 from .primitives import accumulator, index, inside, load, offsets, shown
 
@@ -27,9 +28,9 @@ def load_tile(
 
 
 @triton.jit
-def gate_of(q, s, S):
-    """sigmoid(q); 0 outside of the map, where an infinite weight would have made q NaN."""
-    return tl.where(s < S, tl.sigmoid(q), 0.0)
+def gate_inside(q, s, S, GATE: tl.constexpr):
+    """The spatial gate; 0 outside of the map, where an infinite weight would have made q NaN."""
+    return tl.where(s < S, gate_of(q, GATE), 0.0)
 
 
 @triton.jit
@@ -64,6 +65,7 @@ def reduce_kernel(
     TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    GATE: tl.constexpr,
     POLICY: tl.constexpr = "",
     item=None,
 ):
@@ -107,7 +109,7 @@ def reduce_kernel(
                     )
                 c = begin + tl.arange(0, BLOCK_C)
                 q += tl.sum(x.to(ACC) * load(ws_ptr + c, c < C, ACC)[:, None], 0)
-            gate = gate_of(q, s, S)
+            gate = gate_inside(q, s, S, GATE)
 
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
@@ -138,8 +140,8 @@ def reduce_kernel(
 
         if SUM_SPATIAL:
             if not GATE_FIRST:
-                gate = gate_of(q, s, S)
-            dq = d_gate * gate * (1.0 - gate)
+                gate = gate_inside(q, s, S, GATE)
+            dq = gate_gradient(d_gate, gate, GATE)
             if STORE_GATES:
                 tl.store(spatial_gate_ptr + n * S + s, gate, mask=s < S)
                 tl.store(dq_ptr + n * S + s, dq, mask=s < S)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .activation import gate_of
 from .combine import CHANNEL, SPATIAL
 from .primitives import accumulator, index, inside, load, offsets, shown
 
@@ -27,6 +28,7 @@ def squeeze_kernel(
     TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    GATE: tl.constexpr,
     item=None,
 ):
     """A program for each sample and strip (TILES tiles), or this one does the strip `item`. Reads x
@@ -62,7 +64,7 @@ def squeeze_kernel(
         if HAS_SPATIAL:
             if bs_ptr is not None:
                 squeezed += tl.load(bs_ptr).to(ACC)
-            tl.store(spatial_gate_ptr + n * S + s, tl.sigmoid(squeezed), mask=s < S)
+            tl.store(spatial_gate_ptr + n * S + s, gate_of(squeezed, GATE), mask=s < S)
     if HAS_CHANNEL and HOLD:
         c = tl.arange(0, BLOCK_C)
         tl.store(partial_ptr + c, channel_sum, mask=c < C)

@@ -1,10 +1,11 @@
 """bn_relu_scse: validation of the arguments, and the running statistics."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 from torch._C import _get_tracing_state
 
 from .. import backends
+from ..autograd import once_differentiable
 from ..functional import (
     _check_channel,
     _check_name,
@@ -102,7 +103,10 @@ def bn_relu_scse(
             y = y.contiguous(memory_format=memory_format(u))
         statistics = reference.statistics(u) if tracked else ()
     elif torch.is_grad_enabled():
-        y, *statistics = BNReLUSCSE.apply(*norm, *parameters, *used, eps, combine, backend)
+        inputs = (*norm, *parameters)
+        if compiler.is_dynamo_compiling():
+            inputs = once_differentiable(*inputs)
+        y, *statistics = BNReLUSCSE.apply(*inputs, *used, eps, combine, backend)
     else:
         y, *statistics = ops.FORWARD[backend](*norm, *used, *parameters, eps, COMBINE[combine])[:3]
     if tracked:

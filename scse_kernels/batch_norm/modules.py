@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ..children import hooked, untouched
 from ..modules import (
     ChannelSELayer,
     ChannelSELayer3D,
@@ -14,13 +15,16 @@ from ..modules import (
 from .functional import bn_relu_scse
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CHANNEL = (ChannelSELayer, ChannelSELayer3D)
-_SPATIAL = (SpatialSELayer, SpatialSELayer3D)
-#: of a SCSEModule's two branches, where none was replaced
-_SMP_LAYERS = (
-    *(nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Sigmoid),
-    *(nn.Conv2d, nn.Sigmoid),
-)
+#: type of block -> where the squeezing, the exciting and the spatial layer are in its tree
+_LAYERS = {
+    SCSEModule: (4, 6, 8),
+    ChannelSpatialSELayer: (3, 4, 5),
+    ChannelSpatialSELayer3D: (3, 4, 5),
+    ChannelSELayer: (1, 2, None),
+    ChannelSELayer3D: (1, 2, None),
+    SpatialSELayer: (None, None, 1),
+    SpatialSELayer3D: (None, None, 1),
+}
 
 
 class BatchNormReLUSCSE(nn.Module):
@@ -34,9 +38,8 @@ class BatchNormReLUSCSE(nn.Module):
 
     The children "0", "1" and "2" hold parameters and running statistics under a Sequential's keys,
     and each is used as it is set: a BatchNorm in eval mode inside of a model in training normalises
-    by its running statistics. All are computed together, so forward hooks of the children don't
-    fire. With children of other types (such as what convert_sync_batchnorm puts in the place of
-    "0") they are called one after the other.
+    by its running statistics. All are computed together. Where a child has hooks or was replaced
+    (as convert_sync_batchnorm replaces "0"), they are called one after the other.
 
     Raises:
         TypeError: batch_norm or block is of another type.
@@ -67,7 +70,7 @@ class BatchNormReLUSCSE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, relu, block = self._modules.values()
-        parts = _parts(block)
+        parts = None if any(map(hooked, (norm, relu, block))) else _parts(block)
         if parts is None or type(norm) not in _NORMS or type(relu) is not nn.ReLU:
             return block(relu(norm(x)))
         norm._check_input_dim(x)
@@ -97,29 +100,10 @@ def _options(norm):
 
 
 def _parts(block):
-    """w1, b1, w2, b2, ws, bs and combine of a block; None if it isn't one of this package's, or has
-    had a layer replaced."""
-    fc1 = fc2 = conv = None
-    combine = "add"
-    if type(block) is SCSEModule:
-        layers = (*block.cSE, *block.sSE)
-        if tuple(map(type, layers)) != _SMP_LAYERS:
-            return None
-        fc1, fc2, conv = layers[1], layers[3], layers[5]
-    elif type(block) in (ChannelSpatialSELayer, ChannelSpatialSELayer3D):
-        if type(block.cSE) not in _CHANNEL or type(block.sSE) not in _SPATIAL:
-            return None
-        fc1, fc2, conv = block.cSE.fc1, block.cSE.fc2, block.sSE.conv
-        combine = block.combine
-    elif type(block) in _CHANNEL:
-        fc1, fc2 = block.fc1, block.fc2
-    elif type(block) in _SPATIAL:
-        conv = block.conv
-    else:
+    """w1, b1, w2, b2, ws, bs and combine of a block; None if it isn't one of this package's, or
+    must call its children."""
+    if type(block) not in _LAYERS or not (below := untouched(block, block._tree)):
         return None
-    parameters = []
-    for layer in (fc1, fc2, conv):
-        if layer is not None and type(layer) not in (nn.Linear, nn.Conv2d, nn.Conv3d):
-            return None
-        parameters += (None, None) if layer is None else (layer.weight, layer.bias)
-    return *parameters, combine
+    layers = (None if at is None else below[at] for at in _LAYERS[type(block)])
+    parameters = ((None, None) if m is None else (m.weight, m.bias) for m in layers)
+    return *(p for pair in parameters for p in pair), getattr(block, "combine", "add")

@@ -8,7 +8,7 @@ arguments: the running statistics are updated by who calls them, from `mean` and
 import torch
 from torch import Tensor
 
-from ..ops import COMBINE, memory_format
+from ..ops import COMBINE, gradient_memory, memory_format
 from ..reference import accumulation_dtype
 
 #: those of the package's backends that have kernels for this
@@ -37,7 +37,7 @@ def _fake_forward(u, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, ws, bs, eps,
     concat = w1 is not None and ws is not None and combine == COMBINE["concat"]
     shape = (n, 2 * c, *u.shape[2:]) if concat else u.shape
     channels, hidden = (0, 0) if w1 is None else (c, w1.shape[0])
-    small = ((c,), (c,), (n, channels), (n, hidden), (n, channels))
+    small = ((c,), (c,), (n, channels), (2, n, hidden), (n, channels))
     dtype = accumulation_dtype(u.dtype)
     return (
         torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=memory_format(u)),
@@ -52,7 +52,7 @@ def _fake_backward(
     def grad(parameter, needed):
         if parameter is None or not needed:
             return u.new_empty((0,))
-        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        return gradient_memory(parameter)
 
     return (
         torch.empty_like(u, memory_format=memory_format(u)) if need_du else u.new_empty((0,)),

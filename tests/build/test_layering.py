@@ -19,6 +19,7 @@ ORDER = (
         "layouts",
         "batch_norm",
         "modules",
+        "children",
         "functional",
         "backends",
         "autograd",

@@ -1,6 +1,7 @@
 """gpulab: run and measure compiled CUDA kernels (PTX) on a CPU."""
 
-from .arrays import as_bf16, bf16_to_float, empty, float_to_bf16
+from .arrays import Struct, as_bf16, bf16_to_float, empty, float_to_bf16
+from .caches import L2Cache
 from .counters import Report
 from .devices import A100, B200, H100, PRESETS, RTX4090, Device
 from .errors import (
@@ -18,7 +19,6 @@ from .errors import (
     UninitialisedRead,
     UnsupportedInstruction,
 )
-from .caches import L2Cache
 from .interception import intercept
 from .module import Module
 from .nvcc import nvcc_ptx
@@ -26,4 +26,40 @@ from .resources import Resources, resources
 from .summary import summary, summary_text
 from .triton_front import triton_compile, triton_launch
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+__all__ = [
+    "A100",
+    "B200",
+    "H100",
+    "PRESETS",
+    "RTX4090",
+    "AsyncError",
+    "Deadlock",
+    "Device",
+    "GlobalRace",
+    "GpuLabError",
+    "KernelFault",
+    "L2Cache",
+    "MisalignedAccess",
+    "Module",
+    "OutOfBounds",
+    "OverlapError",
+    "PtxSyntaxError",
+    "Report",
+    "Resources",
+    "SharedRace",
+    "Struct",
+    "Trap",
+    "UninitialisedRead",
+    "UnsupportedInstruction",
+    "as_bf16",
+    "bf16_to_float",
+    "empty",
+    "float_to_bf16",
+    "intercept",
+    "nvcc_ptx",
+    "resources",
+    "summary",
+    "summary_text",
+    "triton_compile",
+    "triton_launch",
+]

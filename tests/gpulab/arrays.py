@@ -1,5 +1,7 @@
 """Host-side helpers: bf16 bit patterns and uninitialised arrays."""
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from .memory import empty  # noqa: F401
@@ -26,3 +28,11 @@ def float_to_bf16(x):
 def bf16_to_float(bits):
     """bfloat16 bit patterns -> float32."""
     return bf16_to_f32(np.asarray(bits).view(np.ndarray).astype(np.uint16))
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A parameter by its bytes; at the offsets in ``pointers`` lie pointers to those arrays."""
+
+    raw: bytes
+    pointers: dict = field(default_factory=dict)

@@ -25,7 +25,8 @@ class Mbarrier:
 
     def describe(self):
         return (
-            f"phase {self.phase}: {self.pending} of {self.expected} arrivals and {self.tx} bytes missing"
+            f"phase {self.phase}: {self.pending} of {self.expected} arrivals and {self.tx} bytes "
+            "missing"
             if self.tx >= 0
             else f"phase {self.phase}: {-self.tx} more bytes have landed than were expected"
         )
@@ -60,7 +61,8 @@ class AsyncCopies:
         if found is None:
             m = self.m
             raise AsyncError(
-                f"no mbarrier has been initialised at shared address {flat % m.shared_stride:#x} of "
+                f"no mbarrier has been initialised at shared address {flat % m.shared_stride:#x} "
+                "of "
                 f"{m.cta_name(flat // m.shared_stride)}",
                 ins,
             )
@@ -169,7 +171,8 @@ class AsyncCopies:
             store.data = self.m.shared_view(1, 1)[store.flat : store.flat + store.nbytes].copy()
             if self.m.checks and (store.data != store.before).any():
                 raise AsyncError(
-                    "the shared-memory source of a bulk copy was overwritten before the copy had read it "
+                    "the shared-memory source of a bulk copy was overwritten before the copy had "
+                    "read it "
                     "(no cp.async.bulk.wait_group.read in between)",
                     store.ins,
                 )
@@ -189,7 +192,8 @@ class AsyncCopies:
                 ):
                     if store.data is None and m.checks:
                         raise AsyncError(
-                            f"a thread of {m.cta_name(lane // m.cta_lanes)} exits while its bulk copy may "
+                            f"a thread of {m.cta_name(lane // m.cta_lanes)} exits while its bulk "
+                            "copy may "
                             "still read shared memory (no cp.async.bulk.wait_group.read)",
                             store.ins,
                         )
@@ -201,13 +205,15 @@ class AsyncCopies:
                 b = self.barriers.pop(flat)
                 if b.landings and m.checks:
                     raise AsyncError(
-                        f"{m.cta_name(flat // m.shared_stride)} exits while data is still on its way into "
+                        f"{m.cta_name(flat // m.shared_stride)} exits while data is still on its "
+                        "way into "
                         "shared memory: nothing waited on the mbarrier",
                         b.landings[0].ins,
                     )
 
     def check_source(self, flat, nbytes, warp, ins):
-        """A bulk copy reads shared memory: everything there must be written and fenced to the async proxy."""
+        """A bulk copy reads shared memory: everything there must be written and fenced to the async
+        proxy."""
         races, m = self.m.shared_races, self.m
         bad, why = races.unfenced(flat, nbytes, warp)
         if bad is None:
@@ -216,6 +222,7 @@ class AsyncCopies:
         if why is None:
             raise UninitialisedRead(f"bulk copy of never-written shared memory: {where}", ins)
         raise AsyncError(
-            f"bulk copy reads shared memory {where}, stored by warp {why} with no fence.proxy.async since",
+            f"bulk copy reads shared memory {where}, stored by warp {why} with no "
+            "fence.proxy.async since",
             ins,
         )

@@ -72,7 +72,8 @@ def reads_global(ins):
 
 
 class Counters:
-    """Filled in by the engine while a launch runs.  Arrays are indexed by instruction, ``sm_*`` by SM."""
+    """Filled in by the engine while a launch runs.  Arrays are indexed by instruction, ``sm_*`` by
+    SM."""
 
     def __init__(self, program, sms=1):
         n = len(program.instrs)
@@ -82,10 +83,7 @@ class Counters:
         self.sm_read = np.zeros(sms, np.int64)  # bytes from the L2
         self.sm_written = np.zeros(sms, np.int64)  # bytes to the L2
         self.sm_wavefronts = np.zeros(sms, np.int64)
-        self.block_issued = [
-            sum(classify(i) not in UNCHARGED for i in program.instrs[b.start : b.end])
-            for b in program.blocks
-        ]
+        self.block_issued = program.block_issued
         self._all_warps = None  # per SM, of a group of all lanes
         self.block_warps = np.zeros(len(program.blocks), np.int64)
         self.block_threads = np.zeros(len(program.blocks), np.int64)
@@ -209,7 +207,8 @@ class AccessSite:
 
     @property
     def efficiency(self):
-        """Requested bytes over bytes of touched sectors; 1.0 is fully coalesced (broadcast can exceed it)."""
+        """Requested bytes over bytes of touched sectors; 1.0 is fully coalesced (broadcast can
+        exceed it)."""
         return self.bytes / (32 * self.sectors) if self.sectors else 1.0
 
 
@@ -261,7 +260,7 @@ class Report:
     )  # eviction priority -> (read sectors, hits, written sectors)
     sites: list = field(default_factory=list)
     printed: list = field(default_factory=list)
-    instruction_profile: list = field(default_factory=list)  # (warp executions, where)
+    instruction_profile: list = field(default_factory=list)  # (warp executions, instruction)
     wall_seconds: float = 0.0
     footprint: object = field(
         default=None, repr=False
@@ -306,7 +305,8 @@ class Report:
 
     def hottest(self, n=10):
         """The most executed PTX instructions."""
-        return sorted(self.instruction_profile, key=lambda e: -e[0])[:n]
+        executed = sorted(self.instruction_profile, key=lambda e: -e[0])[:n]
+        return [(count, instr.where()) for count, instr in executed]
 
     def roofline(self, device=None):
         """Lower bounds (microseconds) from counted work divided by peak rates.
@@ -315,9 +315,9 @@ class Report:
         PTX-to-SASS translation are not modelled.  Moves, parameter loads and address-space casts
         are not charged as issue slots, because ptxas removes most of them.  Returns a dict with one
         entry per resource, plus ``bound_us``, the largest, and ``binds``, its name.  ``sm_*``: the
-        busiest SM, with the CTAs as this launch's device got them.  ``latency_us``, of launches with
-        ``latency=True``: the longest chain of dependent instructions on the launch's device (see ``latency``).
-        """
+        busiest SM, with the CTAs as this launch's device got them.  ``latency_us``, of launches
+        with ``latency=True``: the longest chain of dependent instructions on the launch's device
+        (see ``latency``)."""
         d = device or self.device
         clock = d.clock_mhz * 1e6
         sms = min(d.sms, self.ctas)  # a small grid cannot use every SM
@@ -347,27 +347,32 @@ class Report:
 
     def __str__(self):
         rows = [
-            f"{self.kernel}: grid {self.grid} block {self.block} cluster {self.cluster} on {self.device.name}"
+            f"{self.kernel}: grid {self.grid} block {self.block} cluster {self.cluster} on "
+            f"{self.device.name}"
             f" ({self.ctas} CTAs, {self.resident_ctas} resident, {self.ctas_per_sm}/SM)",
             f"  warp instructions {self.warp_instructions:,}: "
             + ", ".join(f"{k} {v:,}" for k, v in self.instructions.most_common()),
             f"  global loads  {self.global_load_bytes:,} B in {self.global_load_sectors:,} sectors"
             f" ({100 * self.load_efficiency:.0f}% efficient), widths {dict(self.load_widths)}",
-            f"  global stores {self.global_store_bytes:,} B in {self.global_store_sectors:,} sectors"
+            f"  global stores {self.global_store_bytes:,} B in {self.global_store_sectors:,} "
+            "sectors"
             f" ({100 * self.store_efficiency:.0f}% efficient), widths {dict(self.store_widths)}",
             f"  atomics {self.atomic_requests:,} requests, {self.atomic_lane_ops:,} lane ops,"
             f" busiest word {self.atomic_max_same_address:,}",
             f"  shared {self.shared_requests:,} requests, {self.shared_wavefronts:,} passes"
             f" ({self.bank_conflict_ratio:.2f}x ideal, worst {self.shared_max_ways}-way)",
-            f"  L1 hits {self.l1_hit_sectors:,} sectors; L2 reads {self.l2_read_sectors:,} sectors ({100 * self.l2_hit_rate:.0f}% hit), writes"
-            f" {self.l2_write_sectors:,}; DRAM read {self.dram_read_bytes:,} B, written {self.dram_write_bytes:,} B"
+            f"  L1 hits {self.l1_hit_sectors:,} sectors; L2 reads {self.l2_read_sectors:,} sectors "
+            f"({100 * self.l2_hit_rate:.0f}% hit), writes"
+            f" {self.l2_write_sectors:,}; DRAM read {self.dram_read_bytes:,} B, written "
+            f"{self.dram_write_bytes:,} B"
             + (f", {self.l2_dirty_bytes:,} B left dirty" if self.l2_dirty_bytes else ""),
         ]
         if set(self.l2_policies) - {"evict_normal"}:
             rows.append(
                 "  L2 by priority: "
                 + "; ".join(
-                    f"{name} {reads:,} reads ({100 * hits / max(1, reads):.0f}% hit), {writes:,} writes"
+                    f"{name} {reads:,} reads ({100 * hits / max(1, reads):.0f}% hit), {writes:,} "
+                    "writes"
                     for name, (reads, hits, writes) in self.l2_policies.items()
                 )
             )

@@ -7,18 +7,22 @@ clock it is used, elsewhere the value is an assumption marked as such - override
 with ``device.scaled(l2_gbps=...)`` if you have a measurement.
 
 What one SM can do per clock: 4 warp instructions (4 schedulers), one shared-memory wavefront of
-128 bytes (white papers), and 64 bytes from and to the L2 (assumption for all presets: it is the width
-commonly reported for Volta and later; NVIDIA publishes only the sum of all SMs).
+128 bytes (white papers), and 64 bytes from and to the L2 (assumption for all presets: it is the
+width commonly reported for Volta and later; NVIDIA publishes only the sum of all SMs).
 
 Latencies (``*_cycles``) are of an idle device.  NVIDIA does not publish them; sources:
   Luo     Luo et al. 2024, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture"
           (arXiv:2402.13499), A100, H100 and RTX 4090; quoted from memory, not looked up
-  mt4g    pointer chases of github.com/caps-tum/mt4g, sample_results, H100 80GB HBM3 and A100-PCIE-40GB
-  AI      pointer chases of github.com/markdewing/AI_kernels, latency/README.md, GH200, RTX 4090 and B200
-  Ampere  Abdelkhalik et al. 2022, "Demystifying the Nvidia Ampere Architecture ..." (arXiv:2208.11174), likewise
-They differ by where a line lives in the L2 and by TLB misses, DRAM most of all: H100 479 (Luo), GH200 690 (AI),
-H100 834 (mt4g).  The presets take the lower ones, as they are used for lower bounds.  4 cycles of dependent
-arithmetic are of Ampere and Luo; special functions, shuffles, tensor cores and barriers are assumptions.
+  mt4g    pointer chases of github.com/caps-tum/mt4g, sample_results, H100 80GB HBM3 and
+          A100-PCIE-40GB
+  AI      pointer chases of github.com/markdewing/AI_kernels, latency/README.md, GH200, RTX 4090
+          and B200
+  Ampere  Abdelkhalik et al. 2022, "Demystifying the Nvidia Ampere Architecture ..."
+          (arXiv:2208.11174), likewise
+They differ by where a line lives in the L2 and by TLB misses, DRAM most of all: H100 479 (Luo),
+GH200 690 (AI), H100 834 (mt4g).  The presets take the lower ones, as they are used for lower
+bounds.  4 cycles of dependent arithmetic are of Ampere and Luo; special functions, shuffles, tensor
+cores and barriers are assumptions.
 """
 
 from dataclasses import dataclass, replace
@@ -98,9 +102,10 @@ A100 = Device(
     dram_cycles=466,
 )  # mt4g (read-only path), Ampere, Luo
 
-# NVIDIA H100 SXM5 data sheet (3.35 TB/s); H100 white paper: 132 SMs, 50 MB L2, 228 KB shared
-# per SM; 1980 MHz is the maximum boost clock, that of the data sheet's 67 TFLOPS (1755 MHz is quoted as well).
-# L2 bandwidth is not published: assumed the A100's 5120 B/clk at a sustained clock of about 1.7 GHz.
+# NVIDIA H100 SXM5 data sheet (3.35 TB/s); H100 white paper: 132 SMs, 50 MB L2, 228 KB shared per
+# SM; 1980 MHz is the maximum boost clock, that of the data sheet's 67 TFLOPS (1755 MHz is quoted as
+# well). L2 bandwidth is not published: assumed the A100's 5120 B/clk at a sustained clock of about
+# 1.7 GHz.
 H100 = Device(
     "H100-SXM",
     90,

@@ -29,30 +29,29 @@ def _select(watch, keep):
 class Group:
     """Threads executing one basic block together, with a cache of their registers.
 
-    Cached values may be views of each other (``mov`` shares its source), so none may be a view of stored
-    registers that ``flush`` overwrites in place.
-    """
+    Cached values may be views of each other (``mov`` shares its source), so none may be a view of
+    stored registers that ``flush`` overwrites in place."""
 
     __slots__ = (
-        "m",
-        "idx",
-        "n",
-        "full",
-        "sel",
-        "cache",
-        "dirty",
-        "mask",
-        "full_warps",
-        "_warp_of",
-        "_warp_index",
-        "n_warps",
+        "_carry",
+        "_ctas",
         "_lanes",
         "_slots",
-        "_ctas",
-        "_whole",
-        "_carry",
         "_sm",
+        "_warp_index",
+        "_warp_of",
+        "_whole",
+        "cache",
+        "dirty",
+        "full",
+        "full_warps",
+        "idx",
+        "m",
+        "mask",
+        "n",
+        "n_warps",
         "overwritten",
+        "sel",
     )
 
     def __init__(self, m, idx, overwritten=frozenset()):
@@ -188,7 +187,8 @@ class Group:
         return self._whole
 
     def warp_rows(self, values, mask, absent):
-        """Per-lane values as (warps, 32); ``absent`` where a lane is not in the group or masked off."""
+        """Per-lane values as (warps, 32); ``absent`` where a lane is not in the group or masked
+        off."""
         if self.full_warps:
             rows = values.reshape(-1, 32)
             return rows if mask is None else np.where(mask.reshape(-1, 32), rows, absent)
@@ -533,7 +533,8 @@ class Machine:
                     dispatched_epoch = epoch
                     if self.dispatch():
                         continue
-                # progress: a CTA starts, a thread exits, global memory changes, or a poll sees something new
+                # progress: a CTA starts, a thread exits, global memory changes, or a poll sees
+                # something new
                 if self.progressed:
                     self.progressed, self.progress_epoch = False, epoch
                 elif epoch > self.progress_epoch + self.deadlock_rounds:
@@ -542,7 +543,7 @@ class Machine:
                     )
                 entries = self.ready.pop(key)
                 age = max(a for _, a in entries)
-                lanes = self.merge([l for l, _ in entries] + self.parked.pop(pc, []))
+                lanes = self.merge([waiting for waiting, _ in entries] + self.parked.pop(pc, []))
                 block = self.program.block_at.get(pc)
                 if block is None:  # ran off the end of the kernel
                     self.exit(lanes)
@@ -583,9 +584,11 @@ class Machine:
         """Keep the warps whose named lanes have all arrived; park the others."""
         ins = block.converge
         members = np.array([0xFFFFFFFF], U32)
-        if ins.op in ("shfl", "vote", "match", "redux") and "sync" in ins.mods:
-            members = operand_value(ins.operands[-1], g, ins)
-        elif ins.op in ("bar", "barrier", "elect"):
+        if (ins.op in ("shfl", "vote", "match", "redux") and "sync" in ins.mods) or ins.op in (
+            "bar",
+            "barrier",
+            "elect",
+        ):
             members = operand_value(ins.operands[-1], g, ins)
         bits = U64(1) << np.arange(32, dtype=U64)
         warps = g.warps()
@@ -668,18 +671,19 @@ class Machine:
             self.push_jittered(epoch + 1, target, lanes, delay)
 
     def _sleep(self, block, pc, lanes, epoch):
-        """Put the CTAs to sleep whose polls saw nothing new in this iteration; returns the other lanes."""
+        """Put the CTAs to sleep whose polls saw nothing new in this iteration; returns the other
+        lanes."""
         polled, stale = np.zeros(self.slots, np.int64), np.zeros(self.slots, np.int64)
         watch = []
         for poll_pc in block.polls:
             seen = self._seen.get(poll_pc)
             if seen is None:
                 continue
-            l = lanes[seen.epoch[lanes] == epoch]
-            slot = l // self.cta_lanes
+            polling = lanes[seen.epoch[lanes] == epoch]
+            slot = polling // self.cta_lanes
             polled += np.bincount(slot, minlength=self.slots)
-            stale += np.bincount(slot[seen.stale[l]], minlength=self.slots)
-            watch.append((l, seen.addr[l], seen.value[l], seen.size))
+            stale += np.bincount(slot[seen.stale[polling]], minlength=self.slots)
+            watch.append((polling, seen.addr[polling], seen.value[polling], seen.size))
         idle = (polled > 0) & (stale == polled)
         if not idle.any():
             return lanes
@@ -868,15 +872,15 @@ class Machine:
             self.shared_races.forget(flat, size)
 
     def finish_copies(self, sel, keep, everything, ins, before=None):
-        """cp.async.wait_group keep: land all but the newest ``keep`` committed groups of these threads
-        (with ``before``: only copies started earlier than that number)."""
+        """cp.async.wait_group keep: land all but the newest ``keep`` committed groups of these
+        threads (with ``before``: only copies started earlier than that number)."""
         left = []
         self._flags[sel] = True
         for c in self.copies:
             mine = self._flags[c.idx]
             limit = self.copy_group[c.idx] - keep
             go = mine if everything else mine & (c.groups < limit)
-            if not go.any() or before is not None and c.number >= before:
+            if not go.any() or (before is not None and c.number >= before):
                 left.append(c)
                 continue
             flat, data = c.flat[go], c.data[go]
@@ -934,7 +938,8 @@ class Machine:
     def count_printf(self, g, ins):
         self.prints += g.n if g.mask is None else int(g.mask.sum())
 
-    # ---- deadlock report --------------------------------------------------------------------------
+    # ---- deadlock report
+    # --------------------------------------------------------------------------
     def _deadlock(self, why):
         places = {}
         for (_, pc), entries in self.ready.items():
@@ -955,7 +960,7 @@ class Machine:
         for (what, pc), pieces in places.items():
             lanes = np.concatenate(pieces)
             for cta, n in zip(
-                *np.unique(self.slot_cta[lanes // self.cta_lanes], return_counts=True)
+                *np.unique(self.slot_cta[lanes // self.cta_lanes], return_counts=True), strict=False
             ):
                 by_cta.setdefault(int(cta), []).append((what, pc, int(n)))
         for cta in sorted(by_cta)[:16]:
@@ -973,6 +978,7 @@ class Machine:
         left = self.total_ctas - self.next_cta
         if left:
             rows.append(
-                f"  {left} of {self.total_ctas} CTAs were never started: all {self.slots} resident slots are taken"
+                f"  {left} of {self.total_ctas} CTAs were never started: all {self.slots} resident "
+                "slots are taken"
             )
         raise Deadlock(f"deadlock: {why}\n" + "\n".join(rows))

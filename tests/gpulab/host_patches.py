@@ -98,7 +98,7 @@ def torch_properties(device):
 
 
 def patch_torch_cuda(patches, device, pretend):
-    """``pretend`` also makes is_available() true, device_count() 1 and every tensor's is_cuda true."""
+    """``pretend`` also makes is_available() and every tensor's is_cuda true, device_count() 1."""
     import torch
 
     cuda = torch.cuda
@@ -140,13 +140,9 @@ def patch_empty(patches):
                 and tensor.device.type == "cpu"
                 and tensor.layout == torch.strided
             ):
-                try:
+                # A tensor may have no storage of its own, e.g. under vmap.
+                with contextlib.suppress(RuntimeError, NotImplementedError):
                     poison.track(tensor)
-                except (
-                    RuntimeError,
-                    NotImplementedError,
-                ):  # no storage of its own, e.g. under vmap
-                    pass
             return tensor
 
         allocate.__wrapped__ = original

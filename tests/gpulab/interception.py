@@ -31,7 +31,7 @@ def _current():
 
 
 class LabDevice(int):
-    """Device 0, but another key than a real device 0 in the kernel caches of @triton.jit functions."""
+    """Device 0, but another key than a real one in the caches of @triton.jit functions."""
 
     def __new__(cls, target):
         self = super().__new__(cls, 0)
@@ -195,7 +195,8 @@ class Interception:
         hidden = len(kernel.params) - len(values)
         if not 0 <= hidden <= 2:
             raise GpuLabError(
-                f"{meta.name} takes {len(kernel.params)} PTX parameters, got {len(values)} arguments"
+                f"{meta.name} takes {len(kernel.params)} PTX parameters, got {len(values)} "
+                "arguments"
             )
         block = kernel.reqntid or (32 * meta.num_warps, 1, 1)
         if getattr(meta, "launch_cooperative_grid", False):
@@ -228,17 +229,19 @@ class Interception:
         )
         if overlap is not None:
             self._previous, report.footprint = report.footprint, None
-            self._previous.arrays = ()  # tensors may be freed, and their memory used again, as on a GPU
+            # Tensors may be freed, and their memory used again, as on a GPU.
+            self._previous.arrays = ()
         return report
 
 
 def runtime_arguments(compiled, args):
-    """The PTX parameters of a launch and their names: constexprs dropped, tuples and tensor descriptors flattened."""
+    """The PTX parameters of a launch and their names: constexprs dropped, tuples and tensor
+    descriptors flattened."""
     out, names = [], []
 
     def add(kind, value):
         if isinstance(kind, (tuple, list)):
-            for k, v in zip(kind, value):
+            for k, v in zip(kind, value, strict=False):
                 add(k, v)
         elif kind == "constexpr":
             pass
@@ -271,11 +274,12 @@ def runtime_arguments(compiled, args):
             return None
         if value.device.type != "cpu":
             raise GpuLabError(
-                f"{compiled.metadata.name}: tensor on {value.device}; gpulab.intercept wants CPU tensors"
+                f"{compiled.metadata.name}: tensor on {value.device}; gpulab.intercept wants CPU "
+                "tensors"
             )
         return value
 
-    for (name, kind), value in zip(compiled.src.signature.items(), args):
+    for (name, kind), value in zip(compiled.src.signature.items(), args, strict=False):
         add(kind, value)
         names += [name] * (len(out) - len(names))
     return out, names
@@ -354,9 +358,8 @@ def intercept(
     ``checks``, ``seed``: as for ``Module.launch``; ``l2``: an L2Cache to go on with, or its size in
     bytes; ``poison``: reading a torch.empty tensor that was allocated inside the context and never
     written is an error; ``cuda_available``: torch.cuda.is_available() and tensor.is_cuda say True;
-    ``overlap``: check that launches with ``launch_pdl`` wait before they touch what the launch before them does;
-    ``latency``: compute every launch's critical path.
-    """
+    ``overlap``: check that launches with ``launch_pdl`` wait before they touch what the launch
+    before them does; ``latency``: compute every launch's critical path."""
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner

@@ -1,19 +1,22 @@
 """Critical path of a launch: when each register of each warp is ready, if only latencies counted.
 
-Rules.  An instruction starts when its operands are ready; its result is ready after the latency of its class
-(``Device.*_cycles``).  A warp issues one instruction per cycle, and each in its turn, but ptxas may reorder: between
-two boundaries - iterations of a loop, barriers, fences, waits - any order that the operands allow, so what follows a
-boundary starts after everything before it has started.  A branch waits for its predicate.  Moves and parameter loads
-are free, stores do not block.  Throughput is unlimited: no bank conflicts, no queues, no competition of warps.
+Rules.  An instruction starts when its operands are ready; its result is ready after the latency of
+its class (``Device.*_cycles``).  A warp issues one instruction per cycle, and each in its turn, but
+ptxas may reorder: between two boundaries - iterations of a loop, barriers, fences, waits - any
+order that the operands allow, so what follows a boundary starts after everything before it has
+started.  A branch waits for its predicate.  Moves and parameter loads are free, stores do not
+block.  Throughput is unlimited: no bank conflicts, no queues, no competition of warps.
 
-Loads: the level that the cache models say, but not before the data has arrived that an earlier load has requested.
-A barrier opens some cycles after its last arrival.  Copies (cp.async, bulk) are complete their source's latency after
-issue, which only the wait for them sees.  A CTA starts when the one before it in its slot has ended.
+Loads: the level that the cache models say, but not before the data has arrived that an earlier load
+has requested. A barrier opens some cycles after its last arrival.  Copies (cp.async, bulk) are
+complete their source's latency after issue, which only the wait for them sees.  A CTA starts when
+the one before it in its slot has ended.
 
-Threads that wait for another CTA: a strong load, or an atomic whose result is used and that is not marked relaxed,
-starts no earlier than the latest strong store or atomic on its word, in the order of the emulation.  In a loop that
-does nothing but wait (``_polling_loops``), a poll that is not the thread's first look at the word starts no earlier
-than the first write since the last look, and polling in vain costs nothing.
+Threads that wait for another CTA: a strong load, or an atomic whose result is used and that is not
+marked relaxed, starts no earlier than the latest strong store or atomic on its word, in the order
+of the emulation.  In a loop that does nothing but wait (``_polling_loops``), a poll that is not the
+thread's first look at the word starts no earlier than the first write since the last look, and
+polling in vain costs nothing.
 
 The lanes of a warp share their times, so diverged paths follow one another.
 """
@@ -49,10 +52,8 @@ def _is_ordered(ins):
     """Whether it starts after all instructions before it and before all after it."""
     if ins.op == "cp":
         return bool({"wait_group", "wait_all"} & set(ins.mods))
-    return (
-        ins.op in ("membar", "fence", "bar", "barrier", "mbarrier")
-        or ins.op == "griddepcontrol"
-        and "wait" in ins.mods
+    return ins.op in ("membar", "fence", "bar", "barrier", "mbarrier") or (
+        ins.op == "griddepcontrol" and "wait" in ins.mods
     )
 
 
@@ -77,10 +78,8 @@ class Path:
             tuple({r.slot for r in block.last.reads()}) if block.last is not None else ()
         )
         after = program.successors(block)
-        self.boundary = (
-            block.last is not None
-            and is_barrier(block.last)
-            or any(s.start <= block.start or loops[s.index] != loops[block.index] for s in after)
+        self.boundary = (block.last is not None and is_barrier(block.last)) or any(
+            s.start <= block.start or loops[s.index] != loops[block.index] for s in after
         )
         self.polls = None  # head of the polling loop that ends here, registers set in it
 
@@ -98,8 +97,9 @@ def _loops(program):
 
 
 def _polling_loops(program):
-    """Loops that do nothing but wait: their only accesses are strong loads and atomics that may leave memory as it
-    is, all of unchanging addresses, and waits for mbarriers.  Yields (last block, first block, instructions)."""
+    """Loops that do nothing but wait: their only accesses are strong loads and atomics that may
+    leave memory as it is, all of unchanging addresses, and waits for mbarriers.  Yields (last
+    block, first block, instructions)."""
     for block in program.blocks:
         if not block.spin:
             continue
@@ -118,7 +118,7 @@ def _waits(ins, written):
         )
         return bool(idle) and _fixed(ins, written)
     if ins.op == "ld":
-        return "param" in ins.mods or bool(STRONG & set(ins.mods)) and _fixed(ins, written)
+        return "param" in ins.mods or (bool(STRONG & set(ins.mods)) and _fixed(ins, written))
     return ins.op not in ACCESSES and not is_barrier(ins)
 
 
@@ -128,7 +128,8 @@ def _fixed(ins, written):
 
 
 class Latency:
-    """Times of one launch, in cycles.  While a block runs, arrays have one entry per warp of the group."""
+    """Times of one launch, in cycles.  While a block runs, arrays have one entry per warp of the
+    group."""
 
     def __init__(self, machine):
         self.m, d = machine, machine.device
@@ -182,7 +183,7 @@ class Latency:
         if block.index in self.heads:
             self.heads[block.index][sel] = base
         last, times, changed = base - 1, {}, set()
-        for step, execute in zip(path.steps, block.code):
+        for step, execute in zip(path.steps, block.code, strict=False):
             self.start, self.done = self._operands(step.reads, base, times, sel), None
             if step.ordered:
                 self.start = np.maximum(np.maximum(self.start, last), self.pending[sel])
@@ -237,7 +238,8 @@ class Latency:
         return rows if g.mask is None else rows[g.mask]
 
     def result(self, row, time):
-        """The instruction's result for these warp rows (ascending, repeated), besides what other lanes load."""
+        """The instruction's result for these warp rows (ascending, repeated), besides what other
+        lanes load."""
         done = self.start.copy() if self.done is None else self.done
         if row.size:
             first = np.flatnonzero(np.diff(row, prepend=-1))
@@ -246,7 +248,7 @@ class Latency:
         self.done = done
 
     def global_load(self, sectors, row, sm, missed):
-        """``missed``: mask of the sectors that go to the L2; None: none of them looks into the L1."""
+        """``missed``: mask of the sectors that go to the L2; None: none looks into the L1."""
         start = self.start[row]
         if missed is None:
             self.result(row, self.from_l2(sectors, start))
@@ -264,7 +266,8 @@ class Latency:
         self.result(row, time)
 
     def from_l2(self, sectors, start):
-        """When data requested at ``start`` arrives.  What is on its way already comes with the first request."""
+        """When data requested at ``start`` arrives.  What is on its way already comes with the
+        first request."""
         d = self.device
         if not sectors.size:
             return start
@@ -290,9 +293,10 @@ class Latency:
         self.result(row, self.start[row] + self.device.l1_cycles)
 
     def observe(self, g, offset, ins):
-        """The instruction reads what other CTAs write: it starts after the write that it may wait for."""
+        """The instruction reads what other CTAs write: it starts after the write that it may wait
+        for."""
         words, polls = offset >> 2, ins.pc in self.polling
-        if self.written is None or ins.op == "atom" and "relaxed" in ins.mods and not polls:
+        if self.written is None or (ins.op == "atom" and "relaxed" in ins.mods and not polls):
             return
         time, lanes = self.written[words], self._lanes(g)
         if polls:
@@ -332,8 +336,8 @@ class Latency:
         return (self.start if self.done is None else self.done)[self.lane_rows(g)]
 
     def bulk_time(self, g, lane, sectors=None):
-        """The same of a bulk copy by the lane-th active lane, from these sectors of global memory (None: from
-        shared memory to another CTA)."""
+        """The same of a bulk copy by the lane-th active lane, from these sectors of global memory
+        (None: from shared memory to another CTA)."""
         start = self.start[self.lane_rows(g)[lane]]
         if sectors is None:
             return int(start) + self.device.dsmem_cycles

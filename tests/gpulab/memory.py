@@ -58,7 +58,7 @@ class HostBuffer:
         else:  # a torch CPU tensor
             self.pointer, self.itemsize = array.data_ptr(), array.element_size()
             extent = (
-                sum((n - 1) * s for n, s in zip(array.shape, array.stride())) + 1
+                sum((n - 1) * s for n, s in zip(array.shape, array.stride(), strict=False)) + 1
                 if array.numel()
                 else 0
             )
@@ -150,8 +150,8 @@ class GlobalMemory:
                 r.init = self._initialised(r)
 
     def _place(self, space):
-        """One Region per stretch of memory.  Disjoint stretches of one allocation are moved apart, to have
-        red zones between them; ``home`` gives the caches the sectors of the real layout."""
+        """One Region per stretch of memory.  Disjoint stretches of one allocation are moved apart,
+        to have red zones between them; ``home`` gives the caches the sectors of the real layout."""
         placed, used = [], set()
         for lo, hi, buffers in self.regions:
             low, high = min(b.root[0] for b in buffers), max(b.root[1] for b in buffers)
@@ -248,7 +248,8 @@ class GlobalMemory:
             lane = int(np.flatnonzero(bad)[0])
             a = int(addr[lane])
             raise OutOfBounds(
-                f"{size}-byte access out of bounds: address {a:#x}, {self._nearest(a)}, by {who(lane)}; "
+                f"{size}-byte access out of bounds: address {a:#x}, {self._nearest(a)}, by "
+                f"{who(lane)}; "
                 f"{int(bad.sum())} lane(s) affected",
                 ins,
             )

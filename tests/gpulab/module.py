@@ -5,13 +5,14 @@ from collections import Counter
 
 import numpy as np
 
-from .counters import AccessSite, Counters, Report, classify, reads_global
+from .arrays import Struct
+from .caches import POLICY_NAMES, L1Filter, L2Cache
+from .counters import AccessSite, Counters, Report, reads_global
 from .devices import H100
 from .engine import Machine
 from .errors import GpuLabError
-from .caches import POLICY_NAMES, L1Filter, L2Cache
-from .memory import GlobalMemory, HostBuffer
 from .latency import Latency
+from .memory import GlobalMemory, HostBuffer
 from .overlap import Overlap
 from .parser import PtxParser
 from .program import Program
@@ -24,18 +25,18 @@ def _triple(value):
 
 
 def is_array(value):
-    return isinstance(value, np.ndarray) and value.ndim > 0 or hasattr(value, "data_ptr")
+    return (isinstance(value, np.ndarray) and value.ndim > 0) or hasattr(value, "data_ptr")
 
 
 class Module:
-    """A parsed PTX module.  Module variables (``__device__``) keep their values between launches."""
+    """A parsed PTX module.  Module variables (``__device__``) keep their values."""
 
     def __init__(self, ptx):
         self.ptx = ptx
         parsed = PtxParser(ptx)
         self.kernels, self.target = parsed.kernels, parsed.target
         self.variables = parsed.variables
-        self._programs, self._resources = {}, None
+        self._programs, self._layouts, self._resources = {}, {}, None
         self.globals = {}
         for v in self.variables.values():
             if v.space in ("global", "const"):
@@ -55,6 +56,10 @@ class Module:
         if self._resources is None:
             self._resources = try_resources(self.ptx, self.target)
         return self._resources.get(name)
+
+    def static_shared(self, name):
+        """Bytes of shared memory that a kernel's code declares."""
+        return self._shared_layout(name)[1]
 
     def registers(self, name):
         """Registers per thread reported by ptxas, or 0 when ptxas is not available."""
@@ -83,19 +88,19 @@ class Module:
     ):
         """Run a kernel to completion and return a Report.
 
-        ``args``: numpy arrays or torch CPU tensors for pointers (results are written back),
-        Python or numpy numbers for scalars, ``bytes`` for structs passed by value, None for
-        a null pointer.  ``resident_ctas`` limits the CTAs that run at the same time; by
-        default it is SMs x occupancy of ``device``.  Without ``cluster`` every CTA is a cluster of
-        its own.  ``seed=None`` gives the plain in-order schedule, a number a random interleaving of
+        ``args``: numpy arrays or torch CPU tensors for pointers (results are written back), Python
+        or numpy numbers for scalars, ``bytes`` for structs passed by value, None for a null
+        pointer.  ``resident_ctas`` limits the CTAs that run at the same time; by default it is SMs
+        x occupancy of ``device``.  Without ``cluster`` every CTA is a cluster of its own.
+        ``seed=None`` gives the plain in-order schedule, a number a random interleaving of
         communicating CTAs.  ``l2`` carries cache contents from one launch to the next; without it
-        the launch starts cold and dirty data is written back at the end.  ``checks=False`` switches the race and
-        initialisation checkers off (bounds are always checked); ``shared_init=False`` only
-        allows reads of never-written shared memory.  ``names`` of the arguments, for messages.
-        ``overlap``: the Reports of earlier launches (of arrays: all of it) that may still be running until
-        ``griddepcontrol.wait``, as in a launch with programmatic stream serialization; ``[]`` for a launch
-        that only has to be known to later ones.  ``latency``: also compute the critical path.
-        """
+        the launch starts cold and dirty data is written back at the end.  ``checks=False`` switches
+        the race and initialisation checkers off (bounds are always checked); ``shared_init=False``
+        only allows reads of never-written shared memory.  ``names`` of the arguments, for messages.
+        ``overlap``: the Reports of earlier launches (of arrays: all of it) that may still be
+        running until ``griddepcontrol.wait``, as in a launch with programmatic stream
+        serialization; ``[]`` for a launch that only has to be known to later ones.  ``latency``:
+        also compute the critical path."""
         started = time.perf_counter()
         program = self.program(kernel_name)
         kernel = program.kernel
@@ -107,13 +112,14 @@ class Module:
         l2 = L2Cache(device.l2_bytes) if own_l2 else l2
         before, policies = l2.snapshot(), l2.policies.copy()
 
-        shared = [v for v in self.variables.values() if v.space == "shared"]
-        symbols, static = self._shared_layout(kernel, shared)
+        symbols, static = self._shared_layout(kernel_name)
         total_shared = static + shared_bytes
         if total_shared > device.shared_per_cta:
             raise GpuLabError(
-                f"{total_shared} bytes of shared memory; {device.name} allows {device.shared_per_cta}"
+                f"{total_shared} bytes of shared memory; {device.name} allows "
+                f"{device.shared_per_cta}"
             )
+        symbols = dict(symbols)
         gmem, params = self._bind(program, args, symbols, l2, names)
         threads = int(np.prod(block))
         if registers is None:
@@ -174,7 +180,7 @@ class Module:
         _fill(report, machine, counters, l2, before, own_l2)
         report.l2_policies = {
             name: tuple(int(v) for v in row)
-            for name, row in zip(POLICY_NAMES, l2.policies - policies)
+            for name, row in zip(POLICY_NAMES, l2.policies - policies, strict=False)
             if row.any()
         }
         if latency:
@@ -186,7 +192,7 @@ class Module:
 
     @staticmethod
     def _check_shape(kernel, grid, block, cluster, device):
-        if any(g % c for g, c in zip(grid, cluster)):
+        if any(g % c for g, c in zip(grid, cluster, strict=False)):
             raise GpuLabError(f"grid {grid} is not a multiple of the cluster {cluster}")
         if int(np.prod(block)) > 1024 or min(grid + block) < 1:
             raise GpuLabError(f"invalid launch: grid {grid}, block {block}")
@@ -199,23 +205,27 @@ class Module:
         if np.prod(cluster) > 1 and device.arch < 90:
             raise GpuLabError(f"{device.name} has no thread block clusters")
 
-    @staticmethod
-    def _shared_layout(kernel, module_shared):
-        """Addresses of shared variables; dynamic (extern) ones start after the static ones."""
-        symbols, end = {v.name: v.address for v in kernel.shared}, kernel.static_shared
-        used = {name for ins in kernel.instrs for name in _names(ins)}
-        for v in module_shared:
-            if v.nbytes and v.name in used:
-                start = -(-end // v.align) * v.align
-                symbols[v.name], end = start, start + v.nbytes
-        dynamic = [v for v in module_shared + kernel.shared if not v.nbytes]
-        align = max((v.align for v in dynamic), default=1)
-        end = -(-end // align) * align
-        for v in dynamic:
-            symbols[v.name] = end
-        for v in kernel.local:
-            symbols[v.name] = v.address
-        return symbols, end
+    def _shared_layout(self, name):
+        """Addresses of a kernel's shared variables, and their end; dynamic (extern) ones start
+        after the static ones."""
+        if name not in self._layouts:
+            kernel = self.kernels[name]
+            symbols, end = {v.name: v.address for v in kernel.shared}, kernel.static_shared
+            used = {name for ins in kernel.instrs for name in _names(ins)}
+            module_shared = [v for v in self.variables.values() if v.space == "shared"]
+            for v in module_shared:
+                if v.nbytes and v.name in used:
+                    start = -(-end // v.align) * v.align
+                    symbols[v.name], end = start, start + v.nbytes
+            dynamic = [v for v in module_shared + kernel.shared if not v.nbytes]
+            align = max((v.align for v in dynamic), default=1)
+            end = -(-end // align) * align
+            for v in dynamic:
+                symbols[v.name] = end
+            for v in kernel.local:
+                symbols[v.name] = v.address
+            self._layouts[name] = symbols, end
+        return self._layouts[name]
 
     def _bind(self, program, args, symbols, l2, names):
         kernel = program.kernel
@@ -225,8 +235,11 @@ class Module:
             )
         buffers = {}
         for i, a in enumerate(args):
+            name = names[i] if names else f"arg{i}"
             if is_array(a):
-                buffers[i] = HostBuffer(a, names[i] if names else f"arg{i}")
+                buffers[i] = HostBuffer(a, name)
+            elif isinstance(a, Struct):
+                buffers |= {(i, at): HostBuffer(b, name) for at, b in a.pointers.items()}
         for name, storage in self.globals.items():
             buffers[name] = HostBuffer(storage, name)
         if program.uses_envreg:
@@ -237,7 +250,11 @@ class Module:
             if isinstance(name, str):
                 symbols[name] = gmem.address_of(b)
         params = np.zeros(max(kernel.param_bytes, 1), np.uint8)
-        for i, (p, a) in enumerate(zip(kernel.params, args)):
+        for i, (p, a) in enumerate(zip(kernel.params, args, strict=False)):
+            if isinstance(a, Struct):
+                a, pointers = bytearray(a.raw), a.pointers
+                for at in pointers:
+                    a[at : at + 8] = gmem.address_of(buffers[i, at]).to_bytes(8, "little")
             raw = _param_bytes(p, gmem.address_of(buffers[i]) if i in buffers else a)
             params[p.offset : p.offset + p.nbytes] = np.frombuffer(raw, np.uint8)
             symbols[p.name] = p.offset
@@ -260,7 +277,7 @@ def _param_bytes(param, value):
         value = 0
     if isinstance(value, (bytes, bytearray, np.void)):
         raw = bytes(value)
-    elif isinstance(value, np.generic) or isinstance(value, np.ndarray):
+    elif isinstance(value, (np.generic, np.ndarray)):
         raw = value.tobytes()
         if len(raw) != n and value.dtype.kind in "iub":
             raw = (int(value) & (1 << 8 * n) - 1).to_bytes(n, "little")
@@ -282,12 +299,11 @@ def _fill(report, machine, c, l2, before, own_l2):
         threads[b.start : b.end] = c.block_threads[b.index]
     report.warp_instructions, report.thread_instructions = int(warps.sum()), int(threads.sum())
     kinds = Counter()
-    for ins in program.instrs:
-        kind = classify(ins)
-        kinds[kind] += int(warps[ins.pc])
-        if warps[ins.pc]:
-            report.instruction_profile.append((int(warps[ins.pc]), ins.where()))
-        if not c.lanes[ins.pc]:
+    for pc in np.flatnonzero(warps):
+        ins, kind, executed = program.instrs[pc], program.kinds[pc], int(warps[pc])
+        kinds[kind] += executed
+        report.instruction_profile.append((executed, ins))
+        if not c.lanes[pc]:
             continue
         per_lane = int(c.bytes[ins.pc] // c.lanes[ins.pc])
         lanes, nbytes, sectors = int(c.lanes[ins.pc]), int(c.bytes[ins.pc]), int(c.sectors[ins.pc])
@@ -314,7 +330,7 @@ def _fill(report, machine, c, l2, before, own_l2):
             report.shared_wavefronts += int(c.wavefronts[ins.pc])
             report.shared_ideal_wavefronts += int(c.ideal_wavefronts[ins.pc])
             report.shared_max_ways = max(report.shared_max_ways, int(c.max_ways[ins.pc]))
-    report.instructions = Counter({k: v for k, v in kinds.items() if v})
+    report.instructions = kinds
     report.sm_issued, report.sm_wavefronts = int(c.sm_issued.max()), int(c.sm_wavefronts.max())
     busiest = int(np.argmax(c.sm_read + c.sm_written))
     report.sm_read_bytes, report.sm_written_bytes = (
@@ -331,5 +347,5 @@ def _fill(report, machine, c, l2, before, own_l2):
         report.l2_write_sectors,
         report.dram_read_bytes,
         report.dram_write_bytes,
-    ) = (a - b for a, b in zip(after, before))
+    ) = (a - b for a, b in zip(after, before, strict=False))
     report.l2_dirty_bytes = 0 if own_l2 else l2.dirty_bytes

@@ -1,4 +1,4 @@
-"""Bit-level number formats: bf16, fp8, directed rounding and float->int conversion on numpy arrays."""
+"""Bit-level number formats: bf16, fp8, directed rounding, float->int conversion of numpy arrays."""
 
 import numpy as np
 

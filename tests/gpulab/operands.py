@@ -136,7 +136,7 @@ def lanewise(ins, fn, *source_types):
     if len(ins.operands) - 1 < len(source_types):
         raise unsupported(ins, "operand count")
     d = writer(ins.operands[0], ins)
-    r = [reader(o, t, ins) for o, t in zip(ins.operands[1:], source_types)]
+    r = [reader(o, t, ins) for o, t in zip(ins.operands[1:], source_types, strict=False)]
     if len(r) == 1:
         (a,) = r
         return lambda g: d(g, fn(a(g)))

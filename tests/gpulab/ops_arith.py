@@ -11,16 +11,17 @@ FLOATS = {"f32", "f64", "f16", "bf16", "f16x2", "bf16x2", "f32x2"}
 SIGNED = {"s8", "s16", "s32", "s64"}
 ROUNDING = {"rn", "rz", "rm", "rp"}
 
-# Every modifier the builders of this module understand; any other makes the instruction unsupported.
-KNOWN_MODIFIERS = (
-    set(TYPE_BYTES)
-    | ROUNDING
-    | set(
-        "rni rzi rmi rpi rna ftz noftz sat satfinite relu NaN xorsign approx full lo hi wide cc wrap clamp l r shiftamt "
-        "eq ne lt le gt ge ls hs equ neu ltu leu gtu geu num nan and or xor finite infinite number notanumber normal "
-        "subnormal f4e b4e rc8 ecl ecr rc16 to global shared local const param rs".split()
-    )
-)
+# fmt: off
+MODIFIERS = {
+    "rni", "rzi", "rmi", "rpi", "rna", "ftz", "noftz", "sat", "satfinite", "relu", "NaN", "xorsign",
+    "approx", "full", "lo", "hi", "wide", "cc", "wrap", "clamp", "l", "r", "shiftamt", "eq", "ne",
+    "lt", "le", "gt", "ge", "ls", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan",
+    "and", "or", "xor", "finite", "infinite", "number", "notanumber", "normal", "subnormal", "f4e",
+    "b4e", "rc8", "ecl", "ecr", "rc16", "to", "global", "shared", "local", "const", "param", "rs",
+}
+# fmt: on
+# Every modifier that this module understands; any other makes the instruction unsupported.
+KNOWN_MODIFIERS = set(TYPE_BYTES) | ROUNDING | MODIFIERS
 TWO_TYPES = {"cvt", "set", "slct", "dp4a", "add", "sub", "fma"}
 
 
@@ -86,7 +87,7 @@ def encode(t, y, mode="rn"):
 
 
 def float_op(ins, fn, count, wide=False, t=None):
-    """Build a float instruction of ``count`` sources; ``wide`` computes in float64 (one rounding)."""
+    """A float instruction of ``count`` sources; ``wide`` computes in float64 (one rounding)."""
     t = t or ins.type
     mods = set(ins.mods)
     mode = next(iter(mods & ROUNDING), "rn")
@@ -278,7 +279,7 @@ def build_fma(ins):
 
 
 def _fma64(a, b, c):
-    """float64 fma with one rounding, through the 80-bit (or wider) long double where there is one."""
+    """float64 fma with one rounding, through the long double where that is wider."""
     return (a.astype(np.longdouble) * b + c).astype(F64)
 
 
@@ -295,7 +296,8 @@ def build_rem(ins):
 
 
 def _int_div(t, remainder):
-    """Truncating division; a zero divisor gives all ones (quotient) or the dividend, as hardware does."""
+    """Truncating division; a zero divisor gives all ones (quotient) or the dividend, as hardware
+    does."""
 
     def compute(a, b):
         dtype = a.dtype
@@ -710,13 +712,13 @@ def build_mov(ins):
     if t == "pred":
         return lanewise(ins, lambda a: a, "pred")
     if t == "b128":  # pack, unpack and copy are all two 64-bit moves
-        pairs = list(zip(elements(dst), elements(src)))
+        pairs = list(zip(elements(dst), elements(src), strict=False))
         if len(pairs) != 2:
             raise unsupported(ins)
         moves = [(writer(to, ins), reader(source, "b64", ins)) for to, source in pairs]
 
         def move_pair(g):
-            for (to, _), value in zip(moves, [source(g) for _, source in moves]):
+            for (to, _), value in zip(moves, [source(g) for _, source in moves], strict=False):
                 to(g, value)
 
         return move_pair

@@ -88,7 +88,7 @@ def build_mbarrier(ins):
 
     def setup(g):
         flat, counts = barrier_flats(g, addr(g), ins, plain=True), lane_values(g, extra, 0)
-        for f, count in zip(flat.tolist(), counts.tolist()):
+        for f, count in zip(flat.tolist(), counts.tolist(), strict=False):
             if kind == "inval":
                 g.m.asynchronous.barrier(f, ins)
                 del g.m.asynchronous.barriers[f]
@@ -99,7 +99,7 @@ def build_mbarrier(ins):
 
     def transactions(g):
         flat, nbytes = barrier_flats(g, addr(g), ins), lane_values(g, extra)
-        for f, n in zip(flat.tolist(), nbytes.tolist()):
+        for f, n in zip(flat.tolist(), nbytes.tolist(), strict=False):
             g.m.asynchronous.expect(f, n if kind == "expect_tx" else -n, ins)
             if kind == "complete_tx":
                 g.m.asynchronous.settle(g.m.asynchronous.barrier(f, ins))
@@ -168,7 +168,8 @@ def global_span(g, start, nbytes, lane, ins):
     m = g.m
     if start % 16 or nbytes % 16 or nbytes <= 0:
         raise MisalignedAccess(
-            f"bulk copy of {nbytes} bytes at address {start:#x} by {g.describe_lane(lane)}: address "
+            f"bulk copy of {nbytes} bytes at address {start:#x} by {g.describe_lane(lane)}: "
+            "address "
             "and size must be multiples of 16",
             ins,
         )
@@ -189,7 +190,8 @@ def shared_span(g, addr, nbytes, ins):
         lane = int(np.flatnonzero(nbytes > room)[0])
         raise OutOfBounds(
             f"bulk copy of {int(nbytes[lane])} bytes at shared address "
-            f"{int(flat[lane] % g.m.shared_stride):#x}, beyond the CTA's {g.m.shared_bytes} bytes, by "
+            f"{int(flat[lane] % g.m.shared_stride):#x}, beyond the CTA's {g.m.shared_bytes} bytes, "
+            "by "
             f"{g.describe_lane(lane)}",
             ins,
         )
@@ -275,7 +277,9 @@ def _bulk_prefetch(ins):
 
     def run(g):
         for lane, (a, n) in enumerate(
-            zip(active(g, spread(src(g), g.n)).tolist(), lane_values(g, size).tolist())
+            zip(
+                active(g, spread(src(g), g.n)).tolist(), lane_values(g, size).tolist(), strict=False
+            )
         ):
             global_span(g, a, n, lane, ins)
             g.m.l2.access(

@@ -81,8 +81,9 @@ L2_POLICIES = {
     "evict_unchanged": UNCHANGED,
     "no_allocate": NO_ALLOCATE,
 }
-# A cache-policy operand, in the encoding of CUTLASS's constants (EVICT_FIRST 0x12F0..., EVICT_LAST 0x14F0...):
-# bits 56..59 primary priority, 52..55 sixteenths of the lines it applies to less one, 48..51 the others' priority.
+# A cache-policy operand, in the encoding of CUTLASS's constants (EVICT_FIRST 0x12F0..., EVICT_LAST
+# 0x14F0...): bits 56..59 primary priority, 52..55 sixteenths of the lines it applies to less one,
+# 48..51 the others' priority.
 _POLICY_CODE = {NORMAL: 0, UNCHANGED: 1, FIRST: 2, LAST: 4}
 _CODE_POLICY = {code: policy for policy, code in _POLICY_CODE.items()}
 
@@ -229,7 +230,8 @@ def mapped(g, a, slot, ins):
     if int(tag.max()) > m.cluster_size:
         bad = int(np.argmax(tag))
         raise OutOfBounds(
-            f"shared::cluster address of CTA rank {int(tag[bad]) - 1} in a cluster of {m.cluster_size}, "
+            f"shared::cluster address of CTA rank {int(tag[bad]) - 1} in a cluster of "
+            f"{m.cluster_size}, "
             f"by {g.describe_lane(bad)}",
             ins,
         )
@@ -238,7 +240,8 @@ def mapped(g, a, slot, ins):
     if gone.any():
         lane = int(np.flatnonzero(gone)[0])
         raise OutOfBounds(
-            f"{g.describe_lane(lane)} accesses the shared memory of {m.cta_name(int(target[lane]))}, "
+            f"{g.describe_lane(lane)} accesses the shared memory of "
+            f"{m.cta_name(int(target[lane]))}, "
             "which has already exited",
             ins,
         )
@@ -337,7 +340,7 @@ def build_ld(ins):
     signed = NP_TYPE[t] if t[0] == "s" else None
 
     def finish(g, columns):
-        for d, c in zip(writers, columns):
+        for d, c in zip(writers, columns, strict=False):
             d(g, c.view(signed) if signed else c)
 
     if space != "generic":
@@ -359,7 +362,7 @@ def build_ld(ins):
         for name, mask in by_space(g, a, None):
             g.mask = mask
             part = LOADS[name](g, a, e, k, ins, strong, hint(g) if hint else fixed)
-            for o, p in zip(out, part):
+            for o, p in zip(out, part, strict=False):
                 if mask is None:
                     o[:] = p
                 else:
@@ -577,14 +580,14 @@ def build_atom(ins):
         for name_, mask in [(space, outer)] if space != "generic" else by_space(g, a, None):
             g.mask = mask
             part = one_space(g, a, name_, b, c)
-            for r, p in zip(result, part):
+            for r, p in zip(result, part, strict=False):
                 if mask is None:
                     r[:] = p
                 else:
                     r[mask] = p
         g.mask = outer
         if want_old:
-            for d, r in zip(writers, result):
+            for d, r in zip(writers, result, strict=False):
                 d(g, r)
 
     return run
@@ -693,13 +696,13 @@ def build_griddepcontrol(ins):
 
 @op("createpolicy")
 def build_createpolicy(ins):
-    """fractional: a share of the lines gets the primary priority.  range: the primary one for every address.
-    cvt: not interpreted (evict_normal)."""
+    """fractional: a share of the lines gets the primary priority.  range: the primary one for every
+    address. cvt: not interpreted (evict_normal)."""
     d = writer(ins.operands[0], ins)
     names = [
         L2_POLICIES[m.partition("::")[2]] for m in ins.mods if m.partition("::")[2] in L2_POLICIES
     ]
-    primary, secondary = (names + [UNCHANGED])[:2] if names else (NORMAL, UNCHANGED)
+    primary, secondary = ([*names, UNCHANGED])[:2] if names else (NORMAL, UNCHANGED)
     sixteenths = 16
     if "fractional" in ins.mods and isinstance(ins.operands[-1], Imm):
         value = ins.operands[-1]

@@ -211,7 +211,7 @@ def build_ldmatrix(ins):
         if not g.full_warps or g.mask is not None:
             raise unsupported(ins, "with a partly active warp")
         full = spread(addr(g), g.n)
-        g.mask = np.tile(LANES < 8 * count, g.n // 32)  # only these lanes give row addresses
+        g.mask = np.tile(8 * count > LANES, g.n // 32)  # only these lanes give row addresses
         rows = load_shared(g, full, 8, 2, ins)
         g.mask = None
         data = np.stack(rows, axis=1).view(np.uint16).reshape(-1, count, 8, 8)
@@ -244,7 +244,7 @@ def build_stmatrix(ins):
                 matrix = np.ascontiguousarray(matrix.swapaxes(1, 2))
             rows[:, i] = matrix.view(np.uint64)
         rows = rows.reshape(-1, 2)
-        g.mask = np.tile(LANES < 8 * count, g.n // 32)
+        g.mask = np.tile(8 * count > LANES, g.n // 32)
         store_shared(g, spread(addr(g), g.n), [rows[:, 0], rows[:, 1]], 8, 2, ins)
         g.mask = None
 
@@ -256,7 +256,7 @@ GROUP, TIG = LANES >> 2, LANES & 3
 
 def _fragment(shape, kind, element):
     """Index arrays [register element][lane] -> (row, column) of A, B and C fragments."""
-    m, n, k = shape
+    _m, _n, k = shape
     per = 1 if element == "tf32" else 2  # elements per 32-bit register
     if kind == "c":
         return [(GROUP + 8 * (i // 2), 2 * TIG + i % 2) for i in range(4)]
@@ -303,14 +303,16 @@ def build_mma(ins):
 
     def matrix(g, kind, regs, element):
         out = np.zeros((g.n // 32,) + sizes[kind])
-        for (row, col), value in zip(maps[kind], unpack(g, regs, element)):
+        for (row, col), value in zip(maps[kind], unpack(g, regs, element), strict=False):
             out[:, row, col] = value.reshape(-1, 32)
         return out
 
     def run(g):
         if not g.full_warps or g.mask is not None:
             raise unsupported(ins, "with a partly active warp")
-        a, b, c = (matrix(g, k, r, t) for k, r, t in zip("abc", readers, (at, bt, ct)))
+        a, b, c = (
+            matrix(g, k, r, t) for k, r, t in zip("abc", readers, (at, bt, ct), strict=False)
+        )
         r = (a @ b + c).astype(np.float32)  # products and sums in float64, one rounding
         values = [r[:, row, col].reshape(-1) for row, col in maps["c"]]
         if dt == "f16":
@@ -321,7 +323,7 @@ def build_mma(ins):
                 .reshape(-1)
                 for i in (0, 2)
             ]
-        for d, v in zip(dst, values):
+        for d, v in zip(dst, values, strict=False):
             d(g, v)
 
     return run

@@ -1,9 +1,10 @@
-"""Programmatic dependent launch: until ``griddepcontrol.wait``, earlier launches may still be running.
+"""Programmatic dependent launch: until ``griddepcontrol.wait``, earlier launches may still be
+running.
 
-``Overlap`` watches one launch.  It records which bytes the launch reads and writes (its ``Footprint``) and
-refuses accesses in conflict with the footprints of the launches that may be running at the same time.  Launches
-still run one after the other: a conflict is an error, not a wrong result.
-"""
+``Overlap`` watches one launch.  It records which bytes the launch reads and writes (its
+``Footprint``) and refuses accesses in conflict with the footprints of the launches that may be
+running at the same time.  Launches still run one after the other: a conflict is an error, not a
+wrong result."""
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Footprint:
         self.left = left  # ... and even when it has ended
 
     def paint(self, gmem, kind, target):
-        """Add the bytes read or written, as far as they are in ``gmem``, to the array ``target``."""
+        """Add the bytes read or written, as far as they are in ``gmem``, to ``target``."""
         for low, high, *bits in self.parts:
             for r in gmem.regions:
                 first, end = max(low, r.low), min(high, r.high)
@@ -68,7 +69,8 @@ def footprint_of(earlier):
     if hasattr(earlier, "footprint"):
         if earlier.footprint is None:
             raise GpuLabError(
-                f"overlap: {earlier.kernel} was launched without overlap=, so what it touched is unknown"
+                f"overlap: {earlier.kernel} was launched without overlap=, so what it touched is "
+                "unknown"
             )
         return earlier.footprint
     b = HostBuffer(earlier, "")
@@ -142,7 +144,8 @@ class Overlap:
         )
 
     def _report(self, kind, offset, size, early, ins, who):
-        """``kind`` of this launch at ``offset`` is in conflict with one of the footprints: say with which."""
+        """``kind`` of this launch at ``offset`` is in conflict with one of the footprints: say with
+        which."""
         candidates = [
             (f, theirs)
             for f in (self.running if early else self.left)
@@ -154,7 +157,10 @@ class Overlap:
             f"the previous launch{f.label}" if f in self.previous else f"an earlier launch{f.label}"
         )
         if not early:
-            which += "; a launch in between has not executed griddepcontrol.wait, so that its end is not enough"
+            which += (
+                "; a launch in between has not executed griddepcontrol.wait, "
+                "so that its end is not enough"
+            )
         elif f not in self.previous:
             which += (
                 "; the previous launch lets its dependents start before it has waited for that one"

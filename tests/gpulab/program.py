@@ -1,7 +1,7 @@
 """A kernel compiled for execution: basic blocks, liveness and one closure per instruction."""
 
-from . import ops_arith
-from . import ops_memory, ops_warp, ops_async  # noqa: F401  (they register their instructions)
+from . import ops_arith, ops_async, ops_memory, ops_warp  # noqa: F401  (they register their instructions)
+from .counters import UNCHARGED, classify
 from .errors import GpuLabError
 from .operands import OPS, reader, unsupported
 from .parser import TYPE_BYTES
@@ -45,6 +45,10 @@ class Program:
         for block in self.blocks:
             self._compile(block)
         self._classify()
+        self.kinds = [classify(ins) for ins in self.instrs]
+        self.block_issued = [
+            sum(kind not in UNCHARGED for kind in self.kinds[b.start : b.end]) for b in self.blocks
+        ]
 
     def _make_blocks(self):
         instrs = self.instrs
@@ -114,9 +118,9 @@ class Program:
                 block.last
             ):  # reads its operands after the flush
                 needed |= sum(1 << slot for slot in {r.slot for r in block.last.reads()})
-            block.overwritten = frozenset(
-                r.slot for r in self.kernel.registers if (needed & block.defs) >> r.slot & 1
-            )
+            needed &= block.defs
+            written = {r.slot for ins in self.instrs[block.start : block.end] for r in ins.writes()}
+            block.overwritten = frozenset(slot for slot in written if needed >> slot & 1)
             for ins in reversed(self.instrs[block.start : block.end]):
                 written = ins.writes()
                 ins.result_unused = all(not bits >> r.slot & 1 for r in written)

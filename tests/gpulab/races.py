@@ -62,7 +62,8 @@ class SharedRaces:
         self.write_stamp[self._cells(flat, size)] = self.time << ID_BITS | ASYNC
 
     def unfenced(self, flat, nbytes, warp):
-        """First byte that the async proxy may not read yet, and the warp that stored it (None: nobody did)."""
+        """First byte that the async proxy may not read yet, and the warp that stored it (None:
+        nobody did)."""
         first = flat // self.granule
         stamp = self.write_stamp[first : first + nbytes // self.granule]
         if self.check_written and not stamp.all():
@@ -146,7 +147,7 @@ class SharedRaces:
             self.read_stamp[cells[several]] = shared_read
 
     def write(self, flat, size, warps, ins, changes=None, atomic=False):
-        """``changes``: per lane, whether the store alters the memory (for store/store conflicts)."""
+        """``changes``: per lane, whether the store alters memory (for store/store conflicts)."""
         cells, me = self._cells(flat, size), warps[:, None].astype(np.int64)
         since = self.synced[me]
         r = self.read_stamp[cells]

@@ -53,7 +53,7 @@ def _number(arch):
 
 
 def resources(code, arch=None):
-    """{kernel: Resources} of PTX text (via ``ptxas -v``) or of a cubin (bytes, via ``cuobjdump``)."""
+    """{kernel: Resources} of PTX text (by ``ptxas -v``) or a cubin (bytes, by ``cuobjdump``)."""
     if isinstance(code, (bytes, bytearray)) and code[:4] == b"\x7fELF":
         return _cubin_resources(code, _number(arch or 90))
     text = code.decode() if isinstance(code, (bytes, bytearray)) else code
@@ -81,7 +81,7 @@ def _parse_verbose(text, device):
     for part in re.split(r"Compiling entry function '", text)[1:]:
         name = part.split("'", 1)[0]
 
-        def number(pattern):
+        def number(pattern, part=part):
             m = re.search(pattern, part)
             return int(m.group(1)) if m else 0
 

@@ -88,7 +88,7 @@ def summary_text(reports, tensor_bytes=None):
     ]
     rows = [
         _row(f"{i} {r.kernel}", r, unit, line, parts)
-        for i, (r, line) in enumerate(zip(reports, lines))
+        for i, (r, line) in enumerate(zip(reports, lines, strict=False))
     ]
     dirty = reports[-1].l2_dirty_bytes
     read = sum(r.dram_read_bytes for r in reports)
@@ -117,7 +117,7 @@ def summary_text(reports, tensor_bytes=None):
         "| "
         + " | ".join(
             c.ljust(w) if i in (0, len(head) - 1) else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths))
+            for i, (c, w) in enumerate(zip(row, widths, strict=False))
         )
         + " |"
         for row in table
@@ -147,7 +147,8 @@ def summary_text(reports, tensor_bytes=None):
 
 
 def summary(reports, tensor_bytes=None):
-    """Print one row per launch and the totals: a list of Reports, one Report, or what ``intercept`` yields.
+    """Print one row per launch and the totals: a list of Reports, one Report, or what ``intercept``
+    yields.
 
     DRAM traffic is in units of ``tensor_bytes`` (T), or MB without it.
     """

@@ -60,7 +60,8 @@ def specialise(name, value):
 
 
 def triton_compile(fn, args, constexprs, target=90, **options):
-    """Compile a @triton.jit function for these arguments; returns (compiled kernel, runtime arguments)."""
+    """Compile a @triton.jit function for these arguments; returns (compiled kernel, runtime
+    arguments)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -69,7 +70,7 @@ def triton_compile(fn, args, constexprs, target=90, **options):
     while not hasattr(jit, "arg_names"):  # autotune / heuristics wrappers
         jit = jit.fn
     names = jit.arg_names
-    values = dict(zip(names, args))
+    values = dict(zip(names, args, strict=False))
     for key, value in constexprs.items():
         if key not in names:
             raise GpuLabError(f"{key!r} is not an argument of {jit.__name__}")
@@ -175,7 +176,8 @@ def triton_launch(
     ]
     if not 0 <= hidden <= len(scratch):
         raise GpuLabError(
-            f"{meta.name} takes {len(info.params)} PTX parameters, {len(runtime)} arguments were given"
+            f"{meta.name} takes {len(info.params)} PTX parameters, {len(runtime)} arguments were "
+            "given"
         )
     if device is None:
         device = A100 if meta.target.arch < 90 else H100

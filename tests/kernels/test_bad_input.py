@@ -140,6 +140,59 @@ def test_combine(target, combine):
         scse_kernels.ChannelSpatialSELayer(6, combine=combine)
 
 
+@pytest.mark.parametrize("value", ("ReLU", "swish", "", None, 1))
+@pytest.mark.parametrize(
+    "argument, known", (("activation", "'relu'.*'none'"), ("gate", "'sigmoid'"))
+)
+def test_activation_and_gate(target, argument, known, value):
+    for function, names in _functions("w1" if argument == "activation" else "x"):
+        arguments = {n: t for n, t in _arguments(target.device).items() if n in names}
+        message = (
+            rf"{function.__name__}.*{argument} ({MUST_BE}).*{known}.*got {re.escape(repr(value))}"
+        )
+        options = {argument: value, "backend": target.backend}
+        _raises(ValueError, message, function, **arguments, **options)
+
+
+@pytest.mark.parametrize("activation", ("relu", "silu", "gelu", "gelu_tanh", "none"))
+def test_slope_without_effect(target, activation):
+    message = rf"{activation}.*no slope.*got 0.2"
+    options = {"activation": activation, "slope": 0.2, "backend": target.backend}
+    _raises(ValueError, message, scse_kernels.scse, **_arguments(target.device), **options)
+
+
+@pytest.mark.parametrize("slope", ("0.2", True, torch.ones(())), ids=repr)
+def test_type_of_slope(target, slope):
+    options = {"activation": "elu", "slope": slope, "backend": target.backend}
+    message = rf"slope ({MUST_BE}).*float.*{type(slope).__name__}"
+    _raises(TypeError, message, scse_kernels.scse, **_arguments(target.device), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    "make, kind",
+    (
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+        (lambda x: x.flatten(2)[0].to_sparse_csr(), "torch.sparse_csr"),
+        (torch.Tensor.to_mkldnn, "torch._mkldnn"),
+        (lambda x: torch.nested.nested_tensor(list(x)), "nested"),
+        (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "nested"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "torch.quint8"),
+    ),
+    ids=("coo", "csr", "mkldnn", "nested", "jagged", "quantised"),
+)
+@pytest.mark.parametrize("function", ("scse", "cse", "sse"))
+def test_other_kinds_of_tensors(function, make, kind):
+    arguments = _arguments()
+    names = {"scse": NAMES, "cse": NAMES[:5], "sse": ("x", "ws", "bs")}[function]
+    arguments = {name: arguments[name] for name in names}
+    arguments["x"] = make(arguments["x"])
+    with pytest.raises(TypeError, match=rf"{function}\(\).*x'? must .*got.*{re.escape(kind)}"):
+        getattr(scse_kernels, function)(**arguments)
+
+
 @pytest.mark.parametrize("backend", ("cudnn", "CPU", "", None))
 @pytest.mark.parametrize("function", ("scse", "cse", "sse"))
 def test_unknown_backend(function, backend):
@@ -212,11 +265,41 @@ def test_modules(cls, shape):
         layer(torch.ones(shape))
 
 
-@pytest.mark.parametrize("channels", (0, -3))
-def test_number_of_channels(channels):
-    for cls in (scse_kernels.ChannelSELayer, scse_kernels.ChannelSpatialSELayer):
-        with pytest.raises(ValueError, match=rf"channels must .*{channels}"):
+LAYERS = (
+    scse_kernels.ChannelSELayer,
+    scse_kernels.ChannelSELayer3D,
+    scse_kernels.SpatialSELayer,
+    scse_kernels.SpatialSELayer3D,
+    scse_kernels.ChannelSpatialSELayer,
+    scse_kernels.ChannelSpatialSELayer3D,
+    scse_kernels.SCSEModule,
+)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_number_of_channels(cls):
+    for channels in (0, -3):
+        with pytest.raises(ValueError, match=rf"channels must be at least 1, got {channels}"):
             cls(channels)
+    for channels in ("8", 8.0, None, [8]):
+        kind = type(channels).__name__
+        with pytest.raises(TypeError, match=f"channels must be an int, not {kind}"):
+            cls(channels)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in LAYERS if cls.__name__[:7] != "Spatial"])
+def test_type_of_reduction(cls):
+    for reduction in ("2", 2.0, None):
+        kind = type(reduction).__name__
+        with pytest.raises(TypeError, match=f"reduction(_ratio)? must be an int, not {kind}"):
+            cls(8, reduction)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_channels_of_another_layer(cls):
+    layer = cls(32)
+    with pytest.raises(ValueError, match="x has 16 channels, this layer is for 32"):
+        layer(torch.ones(2, 16, 4, 4))
 
 
 @pytest.mark.skipif(

@@ -1,5 +1,7 @@
 """Strides of every kind give the same answers, and y and dx have the memory format of x."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from budget import call, check, make_case, moved, output_and_gradients
@@ -136,3 +138,42 @@ def test_output_of_a_map_with_other_strides_is_contiguous(target):
         x = moved(STRIDES[strides](case.x), target.device)
         parameters = [p.to(target.device) for p in case.parameters]
         assert call("add", x, *parameters, backend=target.backend).is_contiguous()
+
+
+def _in_channels_last(p):
+    """[C, Cr, 1, 1] with the strides that module.to(memory_format=channels_last) leaves."""
+    memory_format = CHANNELS_LAST.get(p.dim(), torch.contiguous_format)
+    return torch.empty_like(p, memory_format=memory_format).copy_(p)
+
+
+@pytest.mark.parametrize("parameter_dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("variant", ("cse", "sse", "max"))
+@pytest.mark.parametrize("trailing", (2, 3))
+def test_gradients_have_their_parameters_strides(fused, variant, trailing, parameter_dtype):
+    """Which DistributedDataParallel asks for, also where the strides are those of axes of size one
+    alone; and other strides give right answers."""
+    case = make_case((2, 12, 5, 7), variant, trailing=trailing, parameter_dtype=parameter_dtype)
+    arranged = tuple(None if p is None else _in_channels_last(p) for p in case.parameters)
+    case = replace(case, parameters=arranged)
+    got = check(case, fused)
+    for name, p in zip(("w1", "b1", "w2", "b2", "ws", "bs"), arranged, strict=True):
+        if p is not None:
+            assert got[f"d{name}"].stride() == p.stride(), name
+            if p.dim() > 2 and name != "ws":
+                assert p.stride() != torch.empty(p.shape).stride()
+    x, *parameters = (
+        None if t is None else moved(t, fused.device).requires_grad_() for t in (case.x, *arranged)
+    )
+    for times in (1, 2):
+        call(variant, x, *parameters, backend=fused.backend).backward(case.dy.to(fused.device))
+        for name, p in zip(("w1", "b1", "w2", "b2", "ws", "bs"), parameters, strict=True):
+            if p is not None:
+                assert p.grad.stride() == p.stride()
+                torch.testing.assert_close(p.grad, times * got[f"d{name}"])
+
+
+def test_gradients_of_transposed_parameters(fused):
+    case = make_case((2, 12, 5, 7), "add")
+    w1, b1, w2, *rest = case.parameters
+    arranged = (w1.T.contiguous().T, b1, w2.T.contiguous().T, *rest)
+    check(replace(case, parameters=arranged), fused)

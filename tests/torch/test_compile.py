@@ -149,3 +149,43 @@ def test_without_gradients(target, variant):
     with torch.no_grad():
         got = compiled(*tensors)
         torch.testing.assert_close(got, call(variant, *tensors, backend=target.backend))
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+@pytest.mark.parametrize("of", ("x", "parameters"))
+def test_a_gradient_penalty_raises_instead_of_being_a_constant(fused, backend, of):
+    """Of a compiled layer, and where the penalty is compiled with the loss."""
+    case = make_case((2, 6, 5, 7))
+    tensors = [t.to(fused.device).requires_grad_() for t in (case.x, *case.parameters)]
+    inputs = tensors[:1] if of == "x" else tensors[1:]
+
+    def function(*tensors):
+        return call("add", *tensors, backend=fused.backend)
+
+    def loss(*tensors):
+        y = function(*tensors)
+        grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return y.sum() + sum(g.square().sum() for g in grads)
+
+    compiled = torch.compile(function, backend=backend)
+    compiled(*tensors).sum().backward()
+    message = "second derivatives|double backward"
+    with pytest.raises(RuntimeError, match=message):
+        y = compiled(*tensors)
+        grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        sum(g.square().sum() for g in grads).backward()
+    with pytest.raises(RuntimeError, match=message):
+        torch.compile(loss, backend=backend)(*tensors).backward()
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+def test_output_may_be_changed_in_place(fused, backend):
+    case = make_case((2, 6, 5, 7))
+
+    def function(**tensors):
+        return torch.relu_(call("add", **tensors, backend=fused.backend))
+
+    expected = _gradients(function, case, fused.device)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for a, b in zip(_gradients(compiled, case, fused.device), expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,6 +1,8 @@
 """DistributedDataParallel and fully_shard (FSDP2): two processes with half a batch each get the
 gradient that one process gets from the whole batch."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from networks import images, needs_kernels, unet
@@ -28,6 +30,12 @@ def _data_parallel():
     return network, network.module
 
 
+def _channels_last():
+    """Strides of gradients that aren't those of the parameters make a warning, an error here."""
+    network = unet().to(memory_format=torch.channels_last)
+    return DistributedDataParallel(network), network
+
+
 def _sharded(**options):
     network = unet()
     for decoder in network.decoders:
@@ -42,6 +50,7 @@ def _sharded_in_bfloat16():
 
 WAYS = {
     "DDP": (_data_parallel, 1e-5),
+    "DDP, channels_last": (_channels_last, 1e-5),
     "FSDP2": (_sharded, 1e-5),
     "FSDP2 in bfloat16": (_sharded_in_bfloat16, 5e-2),
 }
@@ -52,6 +61,7 @@ def _process(rank, folder):
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
     )
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=".*strides do not match")
     try:
         x = images(BATCH, 3, 16, 12)
         expected = _whole_batch(x)
@@ -59,7 +69,7 @@ def _process(rank, folder):
             network, inner = make()
             _backward(network, x.chunk(WORLD)[rank])
             for name, p in inner.named_parameters():
-                got = p.grad.full_tensor() if way != "DDP" else p.grad
+                got = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
                 want = expected[name]
                 assert got.dtype == want.dtype, f"{way}: {name} has {got.dtype}"
                 # both average over the processes what is to be a sum over the batch

@@ -44,7 +44,7 @@ struct NormChannelsLast {
       squeeze_positions<decltype(group)::value, kChannel>(p, u, i, q, partial);
     });
     if constexpr (kSpatial) {
-      close_gate(q, q, strip.len);
+      close_gate(p.gate, q, q, strip.len);
       park(p, strip, 0, q);
     }
   }
@@ -116,14 +116,14 @@ struct NormChannelsLast {
         in_groups<kPositions>(b, end, [&](int64_t i, auto group) {
           squeeze_positions<decltype(group)::value, false>(p, u, i, q, nullptr);
         });
-        close_gate(q + b, s + b, end - b);
+        close_gate(p.gate, q + b, s + b, end - b);
       }
       in_groups<kPositions>(b, end, [&](int64_t i, auto group) {
         reduce_positions<decltype(group)::value>(p, strip, u, dy, i, q, s, t);
       });
       if constexpr (kSpatial) {
-        if (!F::by_gates) close_gate(q + b, s + b, end - b);
-        sum_dq += close_gradient(t + b, s + b, end - b);
+        if (!F::by_gates) close_gate(p.gate, q + b, s + b, end - b);
+        sum_dq += close_gradient(p.gate, t + b, s + b, end - b);
       }
       if (p.need_sums() || p.need_spatial) {
         in_groups<kPositions>(b, end, [&](int64_t i, auto group) {

@@ -9,7 +9,9 @@ template <typename T>
 NormProblem<T> describe_norm(const Tensor& u, const Optional& w1, const Optional& w2,
                              const Optional& ws, double eps, int64_t combine, bool channels_last) {
   NormProblem<T> p{};
-  static_cast<Problem<T>&>(p) = describe<T>(u, w1, w2, ws, combine, channels_last);
+  static_cast<Problem<T>&>(p) =
+      describe<T>(u, w1, w2, ws, combine, static_cast<int64_t>(Gate::sigmoid), channels_last);
+  p.activation = Activation::relu;
   p.eps = eps;
   if (!channels_last) {  // the backward uses a strip of u and of dy twice: both should stay in L2
     const int64_t both = (512 << 10) / (2 * sizeof(T) * p.channels);
@@ -40,13 +42,14 @@ NormForwardResult norm_forward(const Tensor& given_u, const Optional& weight, co
   const int64_t C = p.channels, Cr = p.hidden_channels, channels = w1 ? C : 0;
   const Tensor mean = empty({C}, acc), var = empty({C}, acc);
   const Tensor pooled = empty({p.samples, channels}, acc);
-  const Tensor hidden = empty({p.samples, Cr}, acc);
+  const Tensor hidden = empty({2, p.samples, Cr}, acc);  // value and slope
   const Tensor channel_gate = empty({p.samples, channels}, acc);
   p.y = static_cast<T*>(y.mutable_data_ptr());
   p.mean = static_cast<A*>(mean.mutable_data_ptr());
   p.var = static_cast<A*>(var.mutable_data_ptr());
   p.pooled = static_cast<A*>(pooled.mutable_data_ptr());
   p.hidden = static_cast<A*>(hidden.mutable_data_ptr());
+  p.hidden_slope = p.hidden + p.samples * Cr;
   p.channel_gate = static_cast<A*>(channel_gate.mutable_data_ptr());
 
   const Parameter<A> w1_("w1", w1, Cr * C), b1_("b1", b1, Cr), w2_("w2", w2, C * Cr),
@@ -112,7 +115,8 @@ NormBackwardResult norm_backward(const Tensor& given_dy, const Tensor& given_u,
   p.mean = saved<A>("mean", mean, C);
   p.var = saved<A>("var", var, C);
   p.pooled = saved<A>("pooled", pooled, w1 ? p.samples * C : 0);
-  p.hidden = saved<A>("hidden", hidden, w1 ? p.samples * Cr : 0);
+  p.hidden = saved<A>("hidden", hidden, 2 * p.samples * Cr);
+  p.hidden_slope = p.hidden + p.samples * Cr;
   p.channel_gate = saved<A>("channel_gate", channel_gate, w1 ? p.samples * C : 0);
   p.w1 = w1_.data(), p.w2 = w2_.data(), p.ws = ws_.data();
   p.bs = bs_.data() ? *bs_.data() : A(0);

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
                    const T* x,                 // [N, C, S] or [N, S, C]
                    const float* channel_gate,  // [N, C]
                    const float* spatial_gate,  // [N, S]
-                   const float* dq,            // [N, S]: gradient before the gate's sigmoid
+                   const float* dq,            // [N, S]: gradient before the spatial gate
                    const float* d_mean,        // [N, C]
                    const void* ws,             // [C]
                    int dtypes,                 // of the parameters, see dtypes.h

@@ -160,14 +160,17 @@ __global__ void __launch_bounds__(kExciteThreads, 1)
            int dtypes,            // of the parameters, see dtypes.h
            float* pooled,         // [N, C]
            float* hidden,         // [N, Cr]
+           float* hidden_slope,   // [N, Cr]: the activation's derivative
            float* channel_gate,   // [N, C]
-           int channels, int hidden_channels, int64_t positions, int strips) {
+           Activation activation, float activation_parameter, Gate gate, int channels,
+           int hidden_channels, int64_t positions, int strips) {
   __shared__ __align__(16) float shared[kExciteThreads * 4];
   let_next_start();
   wait_for_previous();
   const int64_t n = blockIdx.x;
   partial += n * strips * channels;
-  pooled += n * channels, hidden += n * hidden_channels, channel_gate += n * channels;
+  pooled += n * channels, channel_gate += n * channels;
+  hidden += n * hidden_channels, hidden_slope += n * hidden_channels;
 
   sum_strips(partial, strips, channels, shared,
              [&](int c, float sum) { pooled[c] = sum / static_cast<float>(positions); });
@@ -175,13 +178,14 @@ __global__ void __launch_bounds__(kExciteThreads, 1)
   multiply(w1, dtype_of(dtypes, Parameter::w1), pooled, hidden_channels, channels,
            [&](int j, float h) {
              if (b1 != nullptr) h += load_parameter(b1, dtype_of(dtypes, Parameter::b1), j);
-             hidden[j] = h < 0 ? 0 : h;  // NaN stays
+             const Activated<float> a = activate(activation, activation_parameter, h);
+             hidden[j] = a.value, hidden_slope[j] = a.slope;
            });
   __syncthreads();
   multiply(w2, dtype_of(dtypes, Parameter::w2), hidden, channels, hidden_channels,
            [&](int c, float excited) {
              if (b2 != nullptr) excited += load_parameter(b2, dtype_of(dtypes, Parameter::b2), c);
-             channel_gate[c] = sigmoid(excited);
+             channel_gate[c] = gate_of(gate, excited);
            });
 }
 
@@ -193,14 +197,14 @@ __global__ void __launch_bounds__(kExciteThreads, 1)
                     const void* w1,             // [Cr, C]
                     const void* w2,             // [C, Cr]
                     int dtypes,                 // of the parameters, see dtypes.h
-                    const float* hidden,        // [N, Cr]
+                    const float* hidden_slope,  // [N, Cr]
                     const float* channel_gate,  // [N, C]
-                    float* d_excited,           // [N, C]: gradient before the second sigmoid
-                    float* d_hidden,            // [N, Cr]: gradient before the ReLU
+                    float* d_excited,           // [N, C]: gradient before the channel gate
+                    float* d_hidden,            // [N, Cr]: gradient before the activation
                     float* d_mean,              // [N, C]: the pooled value's gradient / S, or null
                     float* sample_ws,           // [N, C]: the sample's part of dws
                     float* sample_bs,           // [N]: the sample's part of dbs
-                    int channels, int hidden_channels, int64_t positions, int strips) {
+                    Gate gate, int channels, int hidden_channels, int64_t positions, int strips) {
   __shared__ __align__(16) float shared[kExciteThreads * 4];
   let_next_start();
   wait_for_previous();
@@ -213,14 +217,13 @@ __global__ void __launch_bounds__(kExciteThreads, 1)
                [&](int, float sum) { sample_bs[n] = sum; });
     return;
   }
-  hidden += n * hidden_channels, channel_gate += n * channels;
+  hidden_slope += n * hidden_channels, channel_gate += n * channels;
   d_excited += n * channels, d_hidden += n * hidden_channels;
-  sum_strips(partial + sums, strips, channels, shared, [&](int c, float sum) {
-    d_excited[c] = sum * channel_gate[c] * (1.f - channel_gate[c]);
-  });
+  sum_strips(partial + sums, strips, channels, shared,
+             [&](int c, float sum) { d_excited[c] = gate_gradient(gate, sum, channel_gate[c]); });
   __syncthreads();
   multiply_transposed(w2, dtype_of(dtypes, Parameter::w2), d_excited, channels, hidden_channels,
-                      shared, [&](int j, float d) { d_hidden[j] = hidden[j] <= 0 ? 0 : d; });
+                      shared, [&](int j, float d) { d_hidden[j] = through(hidden_slope[j], d); });
   if (d_mean == nullptr) return;
   __syncthreads();
   multiply_transposed(

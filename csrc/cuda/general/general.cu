@@ -2,6 +2,7 @@
 #include "general.h"
 
 #include "excite.cuh"
+#include "../gradient_tasks.h"
 #include "../launch.h"
 #include "../per_device.h"
 
@@ -63,7 +64,8 @@ void forward(const Problem& p, float* scratch) {
       Grid grid{p.samples, excite_threads(p.channels, p.hidden_channels, f.tile.strips)};
       grid.overlap = true;
       launch("excite", excite, grid, p, f.partial, p.w1, p.b1, p.w2, p.b2, p.dtypes, p.pooled,
-             p.hidden, p.channel_gate, p.channels, p.hidden_channels, p.positions, f.tile.strips);
+             p.hidden, p.hidden_slope, p.channel_gate, p.activation, p.activation_parameter, p.gate,
+             p.channels, p.hidden_channels, p.positions, f.tile.strips);
     }
     passes.apply(p, f);
   });
@@ -79,8 +81,9 @@ void backward(const Problem& p, float* scratch) {
       Grid grid{p.samples * branches, excite_threads(p.channels, p.hidden_channels, b.tile.strips)};
       grid.overlap = true;
       launch("excite_backward", excite_backward, grid, p, b.partial, b.partial_ws, b.partial_bs,
-             p.w1, p.w2, p.dtypes, p.hidden, p.channel_gate, b.d_excited, b.d_hidden, b.d_mean,
-             b.sample_ws, b.sample_bs, p.channels, p.hidden_channels, p.positions, b.tile.strips);
+             p.w1, p.w2, p.dtypes, p.hidden_slope, p.channel_gate, b.d_excited, b.d_hidden,
+             b.d_mean, b.sample_ws, b.sample_bs, p.gate, p.channels, p.hidden_channels, p.positions,
+             b.tile.strips);
     }
     passes.apply_backward(p, b);
   });

@@ -22,9 +22,9 @@ struct Backward {
   float* partial_ws;    // [N, strips, C]: sums of dq * x
   float* partial_bs;    // [N, strips]: sums of dq
   float* spatial_gate;  // [N, S]
-  float* dq;            // [N, S]: gradient before the spatial gate's sigmoid
-  float* d_excited;     // [N, C]: gradient before the second sigmoid
-  float* d_hidden;      // [N, Cr]: gradient before the ReLU
+  float* dq;            // [N, S]: gradient before the spatial gate
+  float* d_excited;     // [N, C]: gradient before the channel gate
+  float* d_hidden;      // [N, Cr]: gradient before the activation
   float* d_mean;        // [N, C]: gradient of the pooled value, divided by S
   float* sample_ws;     // [N, C]: a sample's part of dws
   float* sample_bs;     // [N]

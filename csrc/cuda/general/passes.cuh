@@ -30,8 +30,8 @@ void Passes<T>::squeeze(const Problem& p, const Forward& f) {
              p.channels_last ? squeeze_channels_last<T, W, CHANNEL, SPATIAL>
                              : squeeze_planes<T, W, CHANNEL, SPATIAL>,
              Grid{p.samples * t.strips, t.threads()}, p, static_cast<const T*>(p.x), p.ws, p.bs,
-             p.dtypes, f.partial, f.spatial_gate, p.x_sample, p.channels, p.positions, t.lanes,
-             t.tiles, t.strips);
+             p.dtypes, f.partial, f.spatial_gate, p.x_sample, p.gate, p.channels, p.positions,
+             t.lanes, t.tiles, t.strips);
     };
     if (!p.has_channel()) return run(std::false_type(), std::true_type());
     with_bool(p.has_spatial(), [&](auto spatial) { run(std::true_type(), spatial); });
@@ -76,8 +76,8 @@ void Passes<T>::reduce(const Problem& p, const Backward& b) {
         launch("reduce", p.channels_last ? reduce_channels_last<T, W, K> : reduce_planes<T, W, K>,
                grid, p, static_cast<const T*>(p.dy), static_cast<const T*>(p.x), p.ws, p.bs,
                p.dtypes, p.channel_gate, b.partial, b.partial_ws, b.partial_bs, b.spatial_gate,
-               b.dq, p.dy_sample, p.x_sample, p.channels, p.positions, t.lanes, t.tiles, t.strips,
-               kept);
+               b.dq, p.dy_sample, p.x_sample, p.gate, p.channels, p.positions, t.lanes, t.tiles,
+               t.strips, kept);
       });
     }
   });

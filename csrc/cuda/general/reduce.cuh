@@ -2,7 +2,7 @@
 // gradients of the two gates (see formulas.h), for each sample
 //
 //   d channel_gate[c] = sum_s gc[c, s]
-//   dq[s]             = sum_c gs[c, s] * spatial_gate[s] * (1 - spatial_gate[s])
+//   dq[s]             = gate'[s] * sum_c gs[c, s], gate' being the spatial gate's derivative
 //   dws[c]            = sum_s dq[s] * x[c, s],  dbs = sum_s dq[s]
 //
 // A block for each sample and strip. Reads x and dy once from memory: x waits in shared memory for
@@ -32,6 +32,7 @@ namespace scse::cuda {
       float *spatial_gate,                    /* [N, S] */                     \
       float *dq,                              /* [N, S] */                     \
       int64_t dy_sample, int64_t x_sample,    /* to the next sample */         \
+      Gate gating,                            /* the spatial gate */           \
       int channels, int64_t positions, int lanes, int tiles, int strips,       \
       int kept /* accesses of a thread that wait in shared memory */
 
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGU
       // zeros that x has there is NaN.
       sum_rows(squeezed, lanes, shared, [&](int i, float sum) {
         const bool exists = begin + i < positions;
-        gates[inner_index<W>(i, lanes)] = exists ? sigmoid(sum + bias) : 0.f;
+        gates[inner_index<W>(i, lanes)] = exists ? gate_of(gating, sum + bias) : 0.f;
       });
     };
 
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGU
       sum_rows(d_gate, lanes, shared, [&](int i, float sum) {
         const int64_t position = begin + i;
         const float g = gates[inner_index<W>(i, lanes)];
-        const float d = position < positions ? sum * g * (1.f - g) : 0.f;
+        const float d = position < positions ? gate_gradient(gating, sum, g) : 0.f;
         dqs[inner_index<W>(i, lanes)] = d;
         dbs += d;
         if (dq != nullptr && position < positions) {
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
       sum_lanes(squeezed, lanes);
 #pragma unroll
       for (int u = 0; u < kOuter; ++u) {
-        gate[u] = u < positions - s ? sigmoid(squeezed[u] + bias) : 0.f;
+        gate[u] = u < positions - s ? gate_of(gating, squeezed[u] + bias) : 0.f;
       }
     };
 
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
       float d[kOuter];
 #pragma unroll
       for (int u = 0; u < kOuter; ++u) {
-        d[u] = u < positions - s ? d_gate[u] * gate[u] * (1.f - gate[u]) : 0.f;
+        d[u] = u < positions - s ? gate_gradient(gating, d_gate[u], gate[u]) : 0.f;
         if (me.lane == 0) dbs += d[u];
       }
       if (dq != nullptr && me.lane == 0) {

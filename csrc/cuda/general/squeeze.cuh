@@ -17,6 +17,7 @@ namespace scse::cuda {
       float *partial,              /* [N, strips, C]: sums of x */   \
       float *spatial_gate,         /* [N, S] */                      \
       int64_t x_sample,            /* from one sample to the next */ \
+      Gate gate,                   /* the spatial one */             \
       int channels, int64_t positions, int lanes, int tiles, int strips
 
 template <typename T, int W, bool CHANNEL, bool SPATIAL>
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_AR
     }
     if (SPATIAL) {
       sum_rows(squeezed, lanes, shared, [&](int i, float sum) {
-        if (begin + i < positions) spatial_gate[begin + i] = sigmoid(sum + bias);
+        if (begin + i < positions) spatial_gate[begin + i] = gate_of(gate, sum + bias);
       });
     }
   }
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQU
     if (SPATIAL) {
       sum_lanes(squeezed, lanes);
 #pragma unroll
-      for (int u = 0; u < kOuter; ++u) squeezed[u] = sigmoid(squeezed[u] + bias);
+      for (int u = 0; u < kOuter; ++u) squeezed[u] = gate_of(gate, squeezed[u] + bias);
       if (me.lane == 0) store_four(spatial_gate + s, positions - s, squeezed);
     }
   }

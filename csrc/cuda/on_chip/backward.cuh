@@ -3,7 +3,7 @@
 //
 // With shares gc, gs of dy in the gradients of the two gates (see formulas.h), for each sample
 //
-//     dq[s]             = sum_c gs[c, s] * spatial_gate[s] * (1 - spatial_gate[s])
+//     dq[s]             = gate'[s] * sum_c gs[c, s], gate' being the spatial gate's derivative
 //     d channel_gate[c] = sum_s gc[c, s]
 //     dws[c]            = sum_s dq[s] * x[c, s],  dbs = sum_s dq[s]
 //     dx[c, s]          = direct[c, s] + d_mean[c] + ws[c] * dq[s]
@@ -24,14 +24,14 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                     const void* w2,             // [C, Cr]
                     const void* ws,             // [C]
                     const void* bs,             // [1] or null
-                    const float* hidden,        // [N, Cr]
+                    const float* hidden_slope,  // [N, Cr]
                     const float* channel_gate,  // [N, C]
                     T* dx,                      // [N, C, S] or null: not needed
-                    float* d_excited,           // [N, C]: gradient before the second sigmoid
-                    float* d_hidden,            // [N, Cr]: gradient before the ReLU
+                    float* d_excited,           // [N, C]: gradient before the channel gate
+                    float* d_hidden,            // [N, Cr]: gradient before the activation
                     float* sample_ws,           // [N, C]: the sample's part of dws, or null
                     float* sample_bs,           // [N]: the sample's part of dbs, or null
-                    int dtypes, int C, int Cr, int S, int slice, int64_t dy_sample,
+                    Gate gating, int dtypes, int C, int Cr, int S, int slice, int64_t dy_sample,
                     int64_t x_sample,           // elements from one sample to the next
                     int dy_bytes, int x_bytes,  // that can be read at once
                     int dx_bytes) {             // that can be written at once: 16 or one element's
@@ -106,11 +106,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     constexpr int both = F::by_gates ? 1 : 2;
     // Padding gets zeros: an infinite weight would make it NaN, and NaN times its zeros is NaN.
     const auto use_gate = [&](float sum, int s) {
-      gate_s[s] = s < positions ? sigmoid(sum + bias) : 0.f;
+      gate_s[s] = s < positions ? gate_of(gating, sum + bias) : 0.f;
     };
     const auto use_gradient = [&](float sum, int s) {
-      const float gate = gate_s[s];
-      dq[s] = s < positions ? sum * gate * (1.f - gate) : 0.f;
+      dq[s] = s < positions ? gate_gradient(gating, sum, gate_s[s]) : 0.f;
     };
     if constexpr (F::by_gates) {
       sweep(
@@ -196,8 +195,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     float *const own_excited = floats(at.d_excited), *const part = floats(at.d_hidden_part);
     float *const all_hidden = floats(at.d_hidden), *const own_mean = floats(at.own_d_mean);
     for (int i = thread(); i < own.size(); i += threads()) {
-      const float gate = gate_c[own.begin + i];
-      const float d = sum_over_blocks(cluster, channel_sum, own.begin + i) * gate * (1.f - gate);
+      const float sum = sum_over_blocks(cluster, channel_sum, own.begin + i);
+      const float d = gate_gradient(gating, sum, gate_c[own.begin + i]);
       own_excited[i] = d;
       d_excited[n * C + own.begin + i] = d;
     }
@@ -208,7 +207,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     cluster.sync();
     for (int j = thread(); j < Cr; j += threads()) {
       const float sum = sum_over_blocks(cluster, part, j);
-      const float d = hidden[n * Cr + j] <= 0.f ? 0.f : sum;
+      const float d = through(hidden_slope[n * Cr + j], sum);
       all_hidden[j] = d;
       if (j % blocks == rank) d_hidden[n * Cr + j] = d;
     }

@@ -19,8 +19,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                    T* y,                 // [N, C, S]; concat: [N, 2 * C, S]
                    float* pooled,        // [N, C]
                    float* hidden,        // [N, Cr]
+                   float* hidden_slope,  // [N, Cr]: the activation's derivative
                    float* channel_gate,  // [N, C]
-                   int dtypes, int C, int Cr, int S, int slice,
+                   Activation activation, float activation_parameter, Gate gating, int dtypes,
+                   int C, int Cr, int S, int slice,
                    int64_t x_sample,  // elements from one sample to the next
                    int x_bytes,       // that can be read at once
                    int y_bytes) {     // that can be written at once: 16 or one element's
@@ -79,7 +81,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       for (int i = 0; i < W; ++i) sum.add(0, i, w.at(row, i) * xs[i]);
     };
   };
-  const auto take_position = [&](int, int s, float sum) { gate_s[s] = sigmoid(sum + bias); };
+  const auto take_position = [&](int, int s, float sum) {
+    gate_s[s] = gate_of(gating, sum + bias);
+  };
 #pragma unroll 1
   for (int part = 0; part < parts.count; ++part) {
     parts.wait(part);
@@ -110,9 +114,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     for (int j = thread(); j < Cr; j += threads()) {
       float h = sum_over_blocks(cluster, part, j);
       if (b1) h += load_parameter(b1, dtype_of(dtypes, Parameter::b1), j);
-      h = h < 0.f ? 0.f : h;  // NaN stays
-      all_hidden[j] = h;
-      if (j % blocks == rank) hidden[n * Cr + j] = h;
+      const Activated<float> a = activate(activation, activation_parameter, h);
+      all_hidden[j] = a.value;
+      if (j % blocks == rank) hidden[n * Cr + j] = a.value, hidden_slope[n * Cr + j] = a.slope;
     }
     __syncthreads();
     matvec({w2, dtype_of(dtypes, Parameter::w2), int64_t{own.begin} * Cr, Cr, own.size(), Cr},
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     for (int i = thread(); i < own.size(); i += threads()) {
       float excited = own_gate[i];
       if (b2) excited += load_parameter(b2, dtype_of(dtypes, Parameter::b2), own.begin + i);
-      const float gate = sigmoid(excited);
+      const float gate = gate_of(gating, excited);
       own_gate[i] = gate;
       channel_gate[n * C + own.begin + i] = gate;
     }

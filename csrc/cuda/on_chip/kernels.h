@@ -7,8 +7,8 @@ namespace scse::cuda::on_chip {
 
 // What the backward leaves to be summed over the samples.
 struct PerSample {
-  float* d_excited;  // [N, C]: gradient before the second sigmoid; null without that branch
-  float* d_hidden;   // [N, Cr]: gradient before the ReLU
+  float* d_excited;  // [N, C]: gradient before the channel gate; null without that branch
+  float* d_hidden;   // [N, Cr]: gradient before the activation
   float* sample_ws;  // [N, C]: a sample's part of dws; null unless needed
   float* sample_bs;  // [N]
 };

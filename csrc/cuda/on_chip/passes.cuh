@@ -49,9 +49,10 @@ void Kernels<T>::forward(const Problem& p, const Plan& plan) {
     constexpr const char* name = "on_chip_forward";
     const auto kernel = forward_kernel<T, decltype(combine)::value, decltype(channels_last)::value>;
     launch(name, kernel, grid_of(name, kernel, p, plan), p, static_cast<const T*>(p.x), p.w1, p.b1,
-           p.w2, p.b2, p.ws, p.bs, static_cast<T*>(p.y), p.pooled, p.hidden, p.channel_gate,
-           p.dtypes, p.channels, p.hidden_channels, p.positions, plan.slice, p.x_sample,
-           access_bytes(p, p.x, p.x_sample), store_bytes(p, p.y));
+           p.w2, p.b2, p.ws, p.bs, static_cast<T*>(p.y), p.pooled, p.hidden, p.hidden_slope,
+           p.channel_gate, p.activation, p.activation_parameter, p.gate, p.dtypes, p.channels,
+           p.hidden_channels, p.positions, plan.slice, p.x_sample, access_bytes(p, p.x, p.x_sample),
+           store_bytes(p, p.y));
   });
 }
 
@@ -62,9 +63,9 @@ void Kernels<T>::backward(const Problem& p, const Plan& plan, const PerSample& s
     const auto kernel =
         backward_kernel<T, decltype(combine)::value, decltype(channels_last)::value>;
     launch(name, kernel, grid_of(name, kernel, p, plan), p, static_cast<const T*>(p.dy),
-           static_cast<const T*>(p.x), p.w1, p.w2, p.ws, p.bs, p.hidden, p.channel_gate,
+           static_cast<const T*>(p.x), p.w1, p.w2, p.ws, p.bs, p.hidden_slope, p.channel_gate,
            static_cast<T*>(p.dx), sums.d_excited, sums.d_hidden, sums.sample_ws, sums.sample_bs,
-           p.dtypes, p.channels, p.hidden_channels, p.positions, plan.slice, p.dy_sample,
+           p.gate, p.dtypes, p.channels, p.hidden_channels, p.positions, plan.slice, p.dy_sample,
            p.x_sample, access_bytes(p, p.dy, p.dy_sample), access_bytes(p, p.x, p.x_sample),
            store_bytes(p, p.dx));
   });

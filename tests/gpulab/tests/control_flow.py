@@ -1,6 +1,7 @@
-"""Random control flow and its meaning: structured programs printed as CUDA C++ and as Python, and PTX of random basic
-blocks with a sequential interpreter.  Both are dense in what is easily got wrong: registers carried round a loop,
-copied and overwritten in one block, written under a predicate, or read after an early exit."""
+"""Random control flow and its meaning: structured programs printed as CUDA C++ and as Python, and
+PTX of random basic blocks with a sequential interpreter.  Both are dense in what is easily got
+wrong: registers carried round a loop, copied and overwritten in one block, written under a
+predicate, or read after an early exit."""
 
 import numpy as np
 
@@ -20,7 +21,8 @@ __device__ __forceinline__ unsigned lesser(unsigned x, unsigned y) { return x < 
 __device__ __forceinline__ int signed_(unsigned x) { return (int)x; }
 """
 KERNELS = """
-extern "C" __global__ void each{k}(const unsigned* n, const unsigned* columns, unsigned* out, int total) {{
+extern "C" __global__ void each{k}(const unsigned* n, const unsigned* columns, unsigned* out,
+                                   int total) {{
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < total) out[i] = f{k}(n[i], columns[i], i);
 }}
@@ -38,8 +40,9 @@ PREDICATED = {
 
 
 class Program:
-    """A random function of (n, columns, t).  Expressions are text that is both C++ and Python (``and``, ``or`` and
-    ``not`` are C++ too; ``:=`` becomes ``=``); statements are tuples.  ``body``: a given program instead."""
+    """A random function of (n, columns, t).  Expressions are text that is both C++ and Python
+    (``and``, ``or`` and ``not`` are C++ too; ``:=`` becomes ``=``); statements are tuples.
+    ``body``: a given program instead."""
 
     def __init__(self, rng, depth=3, body=None):
         self.rng, self.counters, self.scope = rng, 2 if body else 0, ()
@@ -52,10 +55,11 @@ class Program:
         self.run = space["run"]
 
     def cuda(self, name):
-        declared = ", ".join(STATE + ("acc",) + tuple(f"i{k}" for k in range(1, self.counters + 1)))
+        declared = ", ".join((*STATE, "acc", *(f"i{k}" for k in range(1, self.counters + 1))))
         return "\n".join(
             [
-                f"__device__ __forceinline__ unsigned {name}(unsigned n, unsigned columns, unsigned t) {{",
+                f"__device__ __forceinline__ unsigned {name}(unsigned n, unsigned columns, "
+                f"unsigned t) {{",
                 f"unsigned {declared};",
                 *cuda_lines(self.body),
                 f"return {self.result};",
@@ -105,7 +109,7 @@ class Program:
         return [self.statement(depth, in_loop) for _ in range(self.rng.randint(1, size))]
 
     def statement(self, depth, in_loop):
-        r, v = self.rng.random(), self.rng.choice(STATE + ("acc",))
+        r, v = self.rng.random(), self.rng.choice((*STATE, "acc"))
         if depth and r < 0.34:
             return self.loop(depth)
         if depth and r < 0.5:
@@ -173,7 +177,8 @@ def cuda_lines(statements, update=None):
             op, v, x, y, z = s
             out.append(
                 f'asm volatile("{{ .reg .pred p; setp.lt.u32 p, %1, %2; @p {op} %0, '
-                f'{"" if op == "mov.b32" else "%0, "}%3; }}" : "+r"({v}) : "r"({x}), "r"({y}), "r"({z}));'
+                f'{"" if op == "mov.b32" else "%0, "}%3; }}" '
+                f': "+r"({v}) : "r"({x}), "r"({y}), "r"({z}));'
             )
         elif kind == "if":
             out += [f"if ({s[0]}) {{", *cuda_lines(s[1], update), "}"]
@@ -237,7 +242,8 @@ def python_lines(statements, level, at_continue=()):
 
 
 def cuda_source(programs):
-    """Kernels each0, each1, ... (n and columns per thread) and all0, all1, ... (the same for all threads)."""
+    """Kernels each0, each1, ... (n and columns per thread) and all0, all1, ... (the same for all
+    threads)."""
     return PRELUDE + "\n".join(
         p.cuda(f"f{k}") + KERNELS.format(k=k) for k, p in enumerate(programs)
     )
@@ -262,8 +268,8 @@ COMPARE = {
 
 
 class RandomBlocks:
-    """Instructions are tuples (guard, negated, opcode, destination, sources).  The kernel takes five input arrays and
-    five output arrays, one per register; ``%fuel`` ends every loop."""
+    """Instructions are tuples (guard, negated, opcode, destination, sources).  The kernel takes
+    five input arrays and five output arrays, one per register; ``%fuel`` ends every loop."""
 
     def __init__(self, rng, blocks=6, size=5):
         self.rng, self.code, self.labels = rng, [], {}
@@ -293,7 +299,7 @@ class RandomBlocks:
                 *guard,
                 rng.choice([o for o in BINARY if "pred" not in o]),
                 d,
-                (rng.choice(R), rng.choice(R + [1, 3])),
+                (rng.choice(R), rng.choice([*R, 1, 3])),
             )
         if r < 0.65:
             return (*guard, "shl.b32", d, (rng.choice(R), 1))
@@ -304,7 +310,7 @@ class RandomBlocks:
                 *guard,
                 rng.choice(list(COMPARE)),
                 rng.choice(P),
-                (rng.choice(R), rng.choice(R + [5])),
+                (rng.choice(R), rng.choice([*R, 5])),
             )
         if r < 0.95:
             return (*guard, "mov.pred", rng.choice(P), (rng.choice(P),))
@@ -340,8 +346,10 @@ class RandomBlocks:
                 ".version 8.0\n.target sm_80\n.address_size 64",
                 f".visible .entry k({params}, .param .u32 fuel)",
                 "{",
-                f".reg .b32 {', '.join(R)}, %fuel, %i, %w; .reg .pred {', '.join(P)}, %more; .reg .b64 %a, %o;",
-                "mov.u32 %i, %ctaid.x; mov.u32 %w, %ntid.x; mul.lo.u32 %i, %i, %w; mov.u32 %w, %tid.x; add.u32 %i, %i, %w;",
+                f".reg .b32 {', '.join(R)}, %fuel, %i, %w; .reg .pred {', '.join(P)}, %more; .reg "
+                ".b64 %a, %o;",
+                "mov.u32 %i, %ctaid.x; mov.u32 %w, %ntid.x; mul.lo.u32 %i, %i, %w; mov.u32 %w, "
+                "%tid.x; add.u32 %i, %i, %w;",
                 "mul.wide.u32 %o, %i, 4; ld.param.u32 %fuel, [fuel];",
                 *load,
                 *[f"setp.lt.u32 {p}, {R[i]}, {R[i + 1]};" for i, p in enumerate(P)],
@@ -355,7 +363,7 @@ class RandomBlocks:
     def run(self, values, fuel):
         """The registers of one thread at the end."""
         state = dict(
-            zip(R, values),
+            zip(R, values, strict=False),
             **{"%fuel": fuel},
             **{p: values[i] < values[i + 1] for i, p in enumerate(P)},
         )
@@ -386,7 +394,8 @@ class RandomBlocks:
 
 
 def banded(rng, count, high):
-    """Values that are equal along stretches of threads, so that the groups of threads are contiguous but not full."""
+    """Values that are equal along stretches of threads, so that the groups of threads are
+    contiguous but not full."""
     out = np.zeros(count, np.uint32)
     at = 0
     while at < count:

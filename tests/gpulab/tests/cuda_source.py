@@ -2,9 +2,8 @@
 
 import shutil
 
-import pytest
-
 import gpulab
+import pytest
 
 
 def cuda_module(source, arch=80, options=()):

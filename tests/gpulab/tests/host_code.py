@@ -68,7 +68,8 @@ def _total(part, out, count, B: tl.constexpr):
 
 
 def total(x, short=False):
-    """Two launches over one scratch tensor; ``short`` plants a bug: the last partial sum is not written."""
+    """Two launches over one scratch tensor; ``short`` plants a bug: the last partial sum is not
+    written."""
     count = triton.cdiv(x.numel(), 256)
     scratch = torch.empty(count + 1)
     part, out = scratch[:count], scratch[count:]

@@ -1,8 +1,7 @@
 """Run one or a few PTX instructions over arrays: each thread loads its inputs, computes, stores."""
 
-import numpy as np
-
 import gpulab
+import numpy as np
 
 SIZES = {"b16": 2, "b32": 4, "b64": 8, "pred": 1}
 
@@ -13,7 +12,7 @@ def run(code, inputs, out_type, out_dtype, declare="", arch="sm_90"):
     names = "abc"[: len(inputs)]
     params = ", ".join(f".param .u64 p{i}" for i in range(len(inputs) + 1))
     lines = []
-    for i, (name, x) in enumerate(zip(names, inputs)):
+    for i, (name, x) in enumerate(zip(names, inputs, strict=False)):
         bits = f"b{8 * x.itemsize}"
         lines += [
             f".reg .{bits} %{name};",
@@ -40,5 +39,5 @@ def run(code, inputs, out_type, out_dtype, declare="", arch="sm_90"):
   ret;
 }}
 """
-    gpulab.Module(ptx).launch("k", 1, n, list(inputs) + [out], resident_ctas=1)
+    gpulab.Module(ptx).launch("k", 1, n, [*list(inputs), out], resident_ctas=1)
     return out.view(out_dtype)

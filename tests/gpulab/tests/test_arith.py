@@ -3,11 +3,10 @@
 import math
 from fractions import Fraction
 
+import gpulab
 import numpy as np
 import pytest
 from ptx_snippet import run
-
-import gpulab
 
 RNG = np.random.default_rng(7)
 N = 256
@@ -27,7 +26,7 @@ def s(x, bits=32):
 def check(code, inputs, reference, out_type="b32", out_dtype=np.uint32, declare=""):
     got = run(code, inputs, out_type, out_dtype, declare)
     mask = (1 << 8 * got.itemsize) - 1
-    want = [reference(*[int(v) for v in row]) & mask for row in zip(*inputs)]
+    want = [reference(*[int(v) for v in row]) & mask for row in zip(*inputs, strict=False)]
     assert [int(v) for v in got] == want
 
 
@@ -176,7 +175,7 @@ def bits(x):
 def same(got, want):
     got, want = np.asarray(got), np.asarray(want)
     ok = (got == want) & (np.signbit(got) == np.signbit(want)) | (np.isnan(got) & np.isnan(want))
-    assert ok.all(), [(g, w) for g, w, o in zip(got, want, ok) if not o][:5]
+    assert ok.all(), [(g, w) for g, w, o in zip(got, want, ok, strict=False) if not o][:5]
 
 
 def test_f32_arithmetic():
@@ -208,7 +207,7 @@ def test_fma_rounds_once():
     got = run("fma.rn.f32 %d, %a, %b, %c;", [bits(a), bits(b), bits(c)], "b32", np.float32)
     exact = [
         Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
-        for x, y, z in zip(a[:3], b[:3], c[:3])
+        for x, y, z in zip(a[:3], b[:3], c[:3], strict=False)
     ]
     assert [float(g) for g in got[:3]] == [float(np.float32(float(e))) for e in exact]
     assert np.isinf(got[3])
@@ -271,7 +270,7 @@ def test_float_comparisons(cmp, fn):
         np.uint32,
         ".reg .pred %p;",
     )
-    assert [bool(g) for g in got] == [bool(fn(x, y)) for x, y in zip(a, b)]
+    assert [bool(g) for g in got] == [bool(fn(x, y)) for x, y in zip(a, b, strict=False)]
 
 
 def test_float_to_integer():

@@ -1,9 +1,8 @@
 """sm_90 asynchronous copies: correct kernels pass on every schedule, planted faults are found."""
 
+import gpulab
 import numpy as np
 import pytest
-
-import gpulab
 from cuda_source import cuda_module
 
 SEEDS = [None, 0, 1, 2, 3]
@@ -24,7 +23,8 @@ extern "C" __global__ void library_bulk(const float* x, float* y) {
   __syncthreads();
   block_barrier::arrival_token token;
   if (threadIdx.x == 0) {
-    cuda::device::memcpy_async_tx(s, x + blockIdx.x * 1024, cuda::aligned_size_t<16>(sizeof(s)), bar);
+    cuda::device::memcpy_async_tx(s, x + blockIdx.x * 1024, cuda::aligned_size_t<16>(sizeof(s)),
+                                  bar);
     token = cuda::device::barrier_arrive_tx(bar, 1, sizeof(s));
   } else token = bar.arrive();
   bar.wait(std::move(token));
@@ -43,40 +43,67 @@ extern "C" __global__ void library_memcpy_async(const float* x, float* y) {
   __shared__ block_barrier bar;
   if (threadIdx.x == 0) init(&bar, blockDim.x);
   __syncthreads();
-  cuda::memcpy_async(s + threadIdx.x * 4, x + blockIdx.x * 1024 + threadIdx.x * 4, sizeof(float) * 4, bar);
+  cuda::memcpy_async(s + threadIdx.x * 4, x + blockIdx.x * 1024 + threadIdx.x * 4,
+                     sizeof(float) * 4, bar);
   bar.arrive_and_wait();
   for (int i = threadIdx.x; i < 1024; i += blockDim.x) y[blockIdx.x * 1024 + i] = s[1023 - i];
 }
 
 // ---- inline PTX ----
 __device__ unsigned at(const void* p) { return __cvta_generic_to_shared(p); }
-__device__ void mb_init(uint64_t* b, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(at(b)), "r"(n) : "memory"); }
+__device__ void mb_init(uint64_t* b, int n) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at(b)), "r"(n) : "memory");
+}
 __device__ void mb_expect(uint64_t* b, int n) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1; }" :: "r"(at(b)), "r"(n) : "memory"); }
-__device__ void mb_arrive(uint64_t* b) { asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" :: "r"(at(b)) : "memory"); }
+  asm volatile(
+      "{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1; }" ::"r"(at(b)), "r"(n)
+      : "memory");
+}
+__device__ void mb_arrive(uint64_t* b) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(at(b)) : "memory");
+}
 __device__ bool mb_try(uint64_t* b, int parity) {
   int ok;
-  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-               : "=r"(ok) : "r"(at(b)), "r"(parity) : "memory");
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; "
+      "}"
+      : "=r"(ok)
+      : "r"(at(b)), "r"(parity)
+      : "memory");
   return ok;
 }
 __device__ void mb_wait(uint64_t* b, int parity) { while (!mb_try(b, parity)) {} }
 __device__ void load(void* s, const void* g, int n, uint64_t* b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               :: "r"(at(s)), "l"(g), "r"(n), "r"(at(b)) : "memory"); }
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(at(s)),
+      "l"(g), "r"(n), "r"(at(b))
+      : "memory");
+}
 __device__ void store(void* g, const void* s, int n) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(g), "r"(at(s)), "r"(n) : "memory"); }
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(g), "r"(at(s)),
+               "r"(n)
+               : "memory");
+}
 __device__ void commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int n> __device__ void wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(n) : "memory"); }
+template <int n>
+__device__ void wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(n) : "memory");
+}
 __device__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A producer warp fills a ring of stages; consumer warps add the tiles up.  fault: which rule to break.
+// A producer warp fills a ring of stages; consumer warps add the tiles up.  fault: which rule to
+// break.
 enum { OK, NO_WAIT, NO_EMPTY, SHORT, LONG, NO_INIT_SYNC, WRONG_PARITY };
 template <int fault> __device__ void ring(const float* x, float* y, int tiles) {
   constexpr int stages = 3, width = 64;
   __shared__ alignas(128) float s[stages][width];
   __shared__ alignas(8) uint64_t full[stages], empty[stages];
-  if (threadIdx.x == 0) for (int i = 0; i < stages; i++) { mb_init(full + i, 1); mb_init(empty + i, width); }
+  if (threadIdx.x == 0)
+    for (int i = 0; i < stages; i++) {
+      mb_init(full + i, 1);
+      mb_init(empty + i, width);
+    }
   if (fault != NO_INIT_SYNC) __syncthreads();
   if (threadIdx.x >= width) {
     if (threadIdx.x == width) for (int t = 0; t < tiles; t++) {
@@ -97,7 +124,8 @@ template <int fault> __device__ void ring(const float* x, float* y, int tiles) {
   }
   __syncthreads();
 }
-#define RING(name, fault) extern "C" __global__ void name(const float* x, float* y, int t) { ring<fault>(x, y, t); }
+#define RING(name, fault) \
+  extern "C" __global__ void name(const float* x, float* y, int t) { ring<fault>(x, y, t); }
 RING(ring_ok, OK) RING(ring_no_wait, NO_WAIT) RING(ring_no_empty, NO_EMPTY) RING(ring_short, SHORT)
 RING(ring_long, LONG) RING(ring_no_init_sync, NO_INIT_SYNC) RING(ring_wrong_parity, WRONG_PARITY)
 
@@ -132,7 +160,10 @@ template <bool wait> __device__ void neighbour(const int* x, int* y) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(ra) : "r"(a), "r"(to));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(rb) : "r"(b), "r"(to));
   int i = blockIdx.x * 64 + threadIdx.x;
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" :: "r"(ra), "r"(x[i]), "r"(rb) : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(ra),
+      "r"(x[i]), "r"(rb)
+      : "memory");
   if (wait) mb_wait(&bar, 0);
   y[i] = box[threadIdx.x];
   cluster.sync();
@@ -147,31 +178,52 @@ extern "C" __global__ void multicast(const float* x, float* y) {
   if (threadIdx.x == 0) { mb_init(&bar, 1); mb_expect(&bar, sizeof(s)); }
   cluster.sync();
   if (cluster.block_rank() == 0 && threadIdx.x == 0)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-                 :: "r"(at(s)), "l"(x + blockIdx.x * 64), "r"(256), "r"(at(&bar)), "h"((short)0xB) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(at(s)),
+        "l"(x + blockIdx.x * 64), "r"(256), "r"(at(&bar)), "h"((short)0xB)
+        : "memory");
   if (cluster.block_rank() != 2) mb_wait(&bar, 0);
   y[blockIdx.x * 64 + threadIdx.x] = cluster.block_rank() != 2 ? s[threadIdx.x] : 0;
   cluster.sync();
 }
 
-extern "C" __global__ void tokens(int* y) {              // arrival tokens, test_wait, counts, drop, pending_count
+extern "C" __global__ void tokens(
+    int* y) {  // arrival tokens, test_wait, counts, drop, pending_count
   __shared__ alignas(8) uint64_t bar;
   if (threadIdx.x == 0) mb_init(&bar, 64);
   __syncthreads();
   uint64_t t; int p, pending;
-  if (threadIdx.x < 32) asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(t) : "r"(at(&bar)) : "memory");
+  if (threadIdx.x < 32)
+    asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(t) : "r"(at(&bar)) : "memory");
   if (threadIdx.x == 0) {
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }" : "=r"(p) : "r"(at(&bar)), "l"(t) : "memory");
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+        : "=r"(p)
+        : "r"(at(&bar)), "l"(t)
+        : "memory");
     y[0] = p;
     asm volatile("mbarrier.pending_count.b64 %0, %1;" : "=r"(pending) : "l"(t));
     y[1] = pending > 0;
   }
   __syncthreads();
-  if (threadIdx.x == 32) asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1], 31;" : "=l"(t) : "r"(at(&bar)) : "memory");
-  if (threadIdx.x == 33) asm volatile("mbarrier.arrive_drop.shared::cta.b64 %0, [%1];" : "=l"(t) : "r"(at(&bar)) : "memory");
+  if (threadIdx.x == 32)
+    asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1], 31;"
+                 : "=l"(t)
+                 : "r"(at(&bar))
+                 : "memory");
+  if (threadIdx.x == 33)
+    asm volatile("mbarrier.arrive_drop.shared::cta.b64 %0, [%1];"
+                 : "=l"(t)
+                 : "r"(at(&bar))
+                 : "memory");
   __syncthreads();
   if (threadIdx.x == 33) {
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }" : "=r"(p) : "r"(at(&bar)), "l"(t) : "memory");
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+        : "=r"(p)
+        : "r"(at(&bar)), "l"(t)
+        : "memory");
     y[2] = p;
   }
   if (threadIdx.x < 63) mb_arrive(&bar);                  // one fewer is expected now
@@ -350,7 +402,7 @@ def test_bulk_arguments(cuda):
         (252, 32, gpulab.OutOfBounds),
         (0, 2048, gpulab.OutOfBounds),
     ]:
-        with pytest.raises(error, match="cp.async.bulk"):
+        with pytest.raises(error, match=r"cp.async.bulk"):
             cuda.launch("bulk_args", 1, 1, [x, y, shift, size])
     with pytest.raises(gpulab.UninitialisedRead, match="'arg0'"):
         cuda.launch("bulk_args", 1, 1, [gpulab.empty(256), y, 0, 64])

@@ -1,9 +1,8 @@
 """The L1 and L2 models."""
 
+import gpulab
 import numpy as np
 import pytest
-
-import gpulab
 from gpulab import caches
 from gpulab.caches import L1Filter, L2Cache
 
@@ -31,7 +30,8 @@ def exact_lru(accesses, capacity):
 def test_l2_is_lru(seed):
     rng = np.random.default_rng(seed)
     accesses = [
-        (int(s), bool(w)) for s, w in zip(rng.zipf(1.3, 4000) % 600, rng.random(4000) < 0.3)
+        (int(s), bool(w))
+        for s, w in zip(rng.zipf(1.3, 4000) % 600, rng.random(4000) < 0.3, strict=False)
     ]
     cache = L2Cache(40 * 128)
     cache.batch = 1
@@ -134,7 +134,11 @@ def test_eviction_priorities(seed):
     rng = np.random.default_rng(seed)
     accesses = [
         (int(s), int(p))
-        for s, p in zip(rng.zipf(1.3, 3000) % 500, rng.choice(5, 3000, p=[0.2, 0.4, 0.1, 0.2, 0.1]))
+        for s, p in zip(
+            rng.zipf(1.3, 3000) % 500,
+            rng.choice(5, 3000, p=[0.2, 0.4, 0.1, 0.2, 0.1]),
+            strict=False,
+        )
     ]
     cache = L2Cache(40 * 128)
     cache.batch = 1

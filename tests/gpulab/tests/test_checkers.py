@@ -33,7 +33,8 @@ template <bool sync> __device__ void neighbour(const float* x, float* y) {
 }
 extern "C" __global__ void with_barrier(const float* x, float* y) { neighbour<true>(x, y); }
 extern "C" __global__ void without_barrier(const float* x, float* y) { neighbour<false>(x, y); }
-template <bool sync> __device__ void rounds(float* y) {       // missing barrier between read and next write
+template <bool sync>
+__device__ void rounds(float* y) {  // missing barrier between read and next write
   __shared__ float s[64];
   float acc = 0;
   for (int i = 0; i < 3; i++) {
@@ -104,7 +105,7 @@ def test_out_of_bounds(cuda):
 
 def test_out_of_bounds_triton():
     x, y, z = (np.ones(N, np.float32) for _ in range(3))
-    with pytest.raises(gpulab.OutOfBounds, match="triton_kernels.py"):
+    with pytest.raises(gpulab.OutOfBounds, match=r"triton_kernels.py"):
         gpulab.triton_launch(tk.add_no_mask, (8,), x, y, z, N, B=128)
     gpulab.triton_launch(tk.add_no_mask, (5,), x, y, z, N, B=128)  # 640 elements: inside
 
@@ -153,7 +154,7 @@ def test_shared_race(cuda):
 def test_shared_race_of_a_read_with_the_next_write(cuda):
     y = np.zeros(64, np.float32)
     cuda.launch("rounds_ok", 1, 64, [y])
-    with pytest.raises(gpulab.SharedRace, match="st.shared"):
+    with pytest.raises(gpulab.SharedRace, match=r"st.shared"):
         cuda.launch("rounds_race", 1, 64, [y])
 
 

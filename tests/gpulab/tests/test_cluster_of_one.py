@@ -1,9 +1,8 @@
 """Cluster addressing in a launch without clusters, which is one of clusters of one CTA."""
 
+import gpulab
 import numpy as np
 import pytest
-
-import gpulab
 from cuda_source import cuda_module
 
 SOURCE = r"""
@@ -26,7 +25,8 @@ extern "C" __global__ void library(const float* x, float* y, int* facts) {
   if (threadIdx.x == 0) {
     f[0] = c.block_rank(); f[1] = c.num_blocks(); f[2] = c.query_shared_rank(next); f[3] = count;
     f[4] = c.dim_blocks().x; f[5] = c.block_index().x; f[6] = c.num_threads();
-    asm volatile("{ .reg .pred p; mov.pred p, %%is_explicit_cluster; selp.s32 %0, 1, 0, p; }" : "=r"(f[7]));
+    asm volatile("{ .reg .pred p; mov.pred p, %%is_explicit_cluster; selp.s32 %0, 1, 0, p; }"
+                 : "=r"(f[7]));
   }
 }
 extern "C" __global__ void __cluster_dims__(1, 1, 1) declared(int* y) {
@@ -39,7 +39,10 @@ extern "C" __global__ void __cluster_dims__(1, 1, 1) declared(int* y) {
 
 __device__ unsigned at(const void* p) { return __cvta_generic_to_shared(p); }
 __device__ unsigned map(unsigned a, int rank) {
-  unsigned r; asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(rank)); return r; }
+  unsigned r;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(rank));
+  return r;
+}
 
 extern "C" __global__ void instructions(unsigned* y) {
   __shared__ unsigned s[32], other[32], sum;
@@ -50,11 +53,17 @@ extern "C" __global__ void instructions(unsigned* y) {
   ASM("st.shared::cluster.u32 [%0], %1;", "r"(map(at(s + i), 0)), "r"(i * i));
   ASM("red.shared::cluster.add.u32 [%0], %1;", "r"(map(at(&sum), 0)), "r"(i));
   if (i == 0) {
-    ASM("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], 4;", "r"(map(at(&bar), 0)));
-    ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];", "r"(map(at(other), 0)), "r"(99u), "r"(map(at(&bar), 0)));
+    ASM("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], 4;",
+        "r"(map(at(&bar), 0)));
+    ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];",
+        "r"(map(at(other), 0)), "r"(99u), "r"(map(at(&bar), 0)));
   }
-  asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0; @!p bra L; }" :: "r"(at(&bar)) : "memory");
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile(
+      "{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0; @!p bra L; }" ::"r"(
+          at(&bar))
+      : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
   asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(map(at(s + (31 - i)), 0)));
   asm volatile("getctarank.shared::cluster.u32 %0, %1;" : "=r"(rank) : "r"(map(at(s), 0)));
   y[i] = v + 1000 * rank;
@@ -65,7 +74,9 @@ extern "C" __global__ void stray(unsigned* y, int rank, int offset) {
   __shared__ unsigned s[32];
   s[threadIdx.x] = 1;
   __syncthreads();
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(y[threadIdx.x]) : "r"(map(at(s + threadIdx.x), rank) + offset));
+  asm volatile("ld.shared::cluster.u32 %0, [%1];"
+               : "=r"(y[threadIdx.x])
+               : "r"(map(at(s + threadIdx.x), rank) + offset));
 }
 """
 

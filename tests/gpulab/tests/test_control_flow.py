@@ -2,11 +2,10 @@
 
 import random
 
-import numpy as np
-import pytest
-
 import control_flow as cf
 import gpulab
+import numpy as np
+import pytest
 from cuda_source import cuda_module
 
 BOTH = "i1 < n and i1 * 4 < columns"
@@ -137,7 +136,9 @@ def check_each(module, k, program, n, columns, block, resident):
     module.launch(
         f"each{k}", -(-n.size // block), block, [n, columns, out, n.size], resident_ctas=resident
     )
-    want = [program.run(int(x), int(y), i) for i, (x, y) in enumerate(zip(n, columns))]
+    want = [
+        program.run(int(x), int(y), i) for i, (x, y) in enumerate(zip(n, columns, strict=False))
+    ]
     np.testing.assert_array_equal(out, np.array(want, np.uint32), f"each{k}")
 
 
@@ -199,9 +200,9 @@ def test_random_blocks(first):
             out, fuel = [np.zeros_like(v) for v in values], rng.choice((1, 3, 9))
             module.launch("k", grid, block, [*values, *out, fuel], resident_ctas=resident)
             want = {}
-            for row in set(zip(*(v.tolist() for v in values))):
+            for row in set(zip(*(v.tolist() for v in values), strict=False)):
                 want[row] = program.run(row, fuel)
-            want = [want[row] for row in zip(*(v.tolist() for v in values))]
+            want = [want[row] for row in zip(*(v.tolist() for v in values), strict=False)]
             np.testing.assert_array_equal(
                 np.stack(out, axis=1), np.array(want, np.uint32), f"seed {seed}"
             )
@@ -214,7 +215,8 @@ BLOCK = """
 .visible .entry k(.param .u64 out, .param .u32 one)
 {{
   .reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .pred %p<4>;
-  mov.u32 %r0, %ctaid.x; mov.u32 %r1, %ntid.x; mul.lo.u32 %r0, %r0, %r1; mov.u32 %r1, %tid.x; add.u32 %r0, %r0, %r1;
+  mov.u32 %r0, %ctaid.x; mov.u32 %r1, %ntid.x; mul.lo.u32 %r0, %r0, %r1;
+  mov.u32 %r1, %tid.x; add.u32 %r0, %r0, %r1;
   mul.wide.u32 %rd0, %r0, 4; ld.param.u64 %rd1, [out]; add.u64 %rd1, %rd1, %rd0;
   ld.param.u32 %r1, [one];
   {code}
@@ -237,7 +239,8 @@ def run(code, threads=100, ctas=1):
 def test_a_register_copied_and_overwritten_in_one_block(threads, ctas):
     for old, new in (("%r2", "%r3"), ("%r3", "%r2")):  # whichever is stored first
         code = (
-            f"add.u32 {new}, %r0, 5; bra A; A: mov.b32 {old}, {new}; shl.b32 {new}, {new}, 1; bra B; B: "
+            f"add.u32 {new}, %r0, 5; bra A; A: mov.b32 {old}, {new}; shl.b32 {new}, {new}, 1; bra "
+            "B; B: "
             f"sub.u32 %r4, {new}, {old}; mov.b32 %r2, %r4;"
         )
         assert (run(code, threads, ctas) == np.arange(threads * ctas) + 5).all()
@@ -245,7 +248,8 @@ def test_a_register_copied_and_overwritten_in_one_block(threads, ctas):
 
 def test_a_predicate_copied_and_overwritten_before_a_branch():
     code = (
-        "setp.lt.u32 %p{0}, %r0, 50; mov.u32 %r2, 1; bra A; A: mov.pred %p{1}, %p{0}; setp.lt.u32 %p{0}, %r0, 10; "
+        "setp.lt.u32 %p{0}, %r0, 50; mov.u32 %r2, 1; bra A; A: mov.pred %p{1}, %p{0}; setp.lt.u32 "
+        "%p{0}, %r0, 10; "
         "@%p{1} bra B; mov.u32 %r2, 2; B: @%p{0} add.u32 %r2, %r2, 4;"
     )
     for first, second in ((0, 1), (1, 0)):
@@ -256,7 +260,8 @@ def test_a_predicate_copied_and_overwritten_before_a_branch():
 def test_operands_of_a_predicated_barrier():
     """The id and count are made in the barrier's own block and are not needed after it."""
     code = (
-        "mov.u32 %r2, 7; setp.lt.u32 %p0, %r0, 64; bra A; A: shl.b32 %r4, %r1, 6; add.u32 %r3, %r1, 1; "
+        "mov.u32 %r2, 7; setp.lt.u32 %p0, %r0, 64; bra A; A: shl.b32 %r4, %r1, 6; add.u32 %r3, "
+        "%r1, 1; "
         "@%p0 bar.sync %r3, %r4; bar.sync 1, 96;"
     )
     assert (run(code, 96) == 7).all()

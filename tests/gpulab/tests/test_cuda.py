@@ -1,9 +1,8 @@
 """CUDA C++ kernels compiled with nvcc, against numpy."""
 
+import gpulab
 import numpy as np
 import pytest
-
-import gpulab
 from cuda_source import cuda_module
 
 RNG = np.random.default_rng(11)
@@ -53,8 +52,8 @@ extern "C" __global__ void divergent(const int* x, int* y, int n) {
   y[i] = steps;
 }
 
-extern "C" __global__ void half2_ops(const __half2* a, const __half2* b, __half2* c, const __nv_bfloat162* d,
-                                     __nv_bfloat162* e, int n) {
+extern "C" __global__ void half2_ops(const __half2* a, const __half2* b, __half2* c,
+                                     const __nv_bfloat162* d, __nv_bfloat162* e, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
   c[i] = __hfma2(a[i], b[i], __hmax2(a[i], b[i]));
@@ -74,7 +73,10 @@ extern "C" __global__ void atomics(int* y, float* f, unsigned long long* big, __
   atomicAdd(big, 1ull << 33);
   atomicAdd(h, __floats2half2_rn(1.f, 2.f));
   int old = f[1], seen;                                // float multiply with compare-and-swap
-  do { seen = old; old = atomicCAS((int*)f + 1, seen, __float_as_int(__int_as_float(seen) * 2.f)); } while (old != seen);
+  do {
+    seen = old;
+    old = atomicCAS((int*)f + 1, seen, __float_as_int(__int_as_float(seen) * 2.f));
+  } while (old != seen);
 }
 
 extern "C" __global__ void shared_histogram(const unsigned char* x, int* y, int n) {
@@ -126,7 +128,11 @@ extern "C" __global__ void __cluster_dims__(4, 1, 1) cluster_sum(const float* x,
   for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
   __syncthreads();
-  if (threadIdx.x == 0) { v = 0; for (int i = 0; i < blockDim.x / 32; i++) v += part[i]; total = v; }
+  if (threadIdx.x == 0) {
+    v = 0;
+    for (int i = 0; i < blockDim.x / 32; i++) v += part[i];
+    total = v;
+  }
   cluster.sync();
   if (threadIdx.x == 0) {
     v = 0;
@@ -136,13 +142,15 @@ extern "C" __global__ void __cluster_dims__(4, 1, 1) cluster_sum(const float* x,
   cluster.sync();
 }
 
-template <bool first, bool last> __device__ void ring(int* y) {    // write into the next CTA, then read own
+template <bool first, bool last>
+__device__ void ring(int* y) {  // write into the next CTA, then read own
   __shared__ int s[64];
   auto cluster = cg::this_cluster();
   int rank = cluster.block_rank();
   s[threadIdx.x] = -1;
   if (first) cluster.sync();
-  cluster.map_shared_rank(s, (rank + 1) % cluster.num_blocks())[threadIdx.x] = 1000 * rank + threadIdx.x;
+  cluster.map_shared_rank(s, (rank + 1) % cluster.num_blocks())[threadIdx.x] =
+      1000 * rank + threadIdx.x;
   if (last) cluster.sync(); else __syncthreads();
   y[blockIdx.x * 64 + threadIdx.x] = s[threadIdx.x];
 }

@@ -2,13 +2,11 @@
 
 import threading
 
-import pytest
-
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton")
-
 import gpulab
 import host_code as host
+import pytest
+import torch
+import triton
 
 SMALL = gpulab.H100.scaled(l2_bytes=1 << 16)
 
@@ -94,7 +92,7 @@ def test_poison():
     x = torch.randn(2000)
     with gpulab.intercept():
         assert torch.allclose(host.total(x), x.sum(), atol=1e-3)
-        with pytest.raises(gpulab.UninitialisedRead, match="'part'.*\n.*host_code.py"):
+        with pytest.raises(gpulab.UninitialisedRead, match=r"'part'.*\n.*host_code.py"):
             host.total(x, short=True)
         y = torch.empty(2000)
         y[:1000] = 1
@@ -179,17 +177,21 @@ def test_options_and_limits():
         )
         compiled._init_handles()
         assert compiled.n_regs > 0 and compiled.n_spills == 0
-    with gpulab.intercept(device=gpulab.H100.scaled(sms=2)):
-        with pytest.raises(gpulab.GpuLabError, match="cooperative launch of 300 CTAs"):
-            host.add(x, y, launch_cooperative_grid=True)
-    with gpulab.intercept(device=gpulab.H100.scaled(sms=1)):
-        with pytest.raises(gpulab.GpuLabError, match="tensor on meta"):
-            host.add(x.to("meta"), y)
+    with (
+        gpulab.intercept(device=gpulab.H100.scaled(sms=2)),
+        pytest.raises(gpulab.GpuLabError, match="cooperative launch of 300 CTAs"),
+    ):
+        host.add(x, y, launch_cooperative_grid=True)
+    with (
+        gpulab.intercept(device=gpulab.H100.scaled(sms=1)),
+        pytest.raises(gpulab.GpuLabError, match="tensor on meta"),
+    ):
+        host.add(x.to("meta"), y)
 
 
 def test_errors_name_the_source():
     x, y = torch.randn(1000), torch.randn(1000)
-    with gpulab.intercept() as lab, pytest.raises(gpulab.OutOfBounds, match="host_code.py"):
+    with gpulab.intercept() as lab, pytest.raises(gpulab.OutOfBounds, match=r"host_code.py"):
         host._add[(1,)](x, y, torch.empty(500), 1000, B=1024)
     assert lab.launches == 0
 

@@ -1,14 +1,13 @@
 """The critical path: chains of dependent instructions, what they wait for, and what they do not."""
 
+import gpulab
 import numpy as np
 import pytest
-
-import gpulab
 from cuda_source import cuda_module
 
 H100 = gpulab.H100
 SOURCE = r"""
-extern "C" __global__ void chase(const int* next, int* out, int n) {       // one load after the other
+extern "C" __global__ void chase(const int* next, int* out, int n) {  // one load after the other
   int at = threadIdx.x;
   #pragma unroll 1
   for (int i = 0; i < n; ++i) at = next[at];
@@ -26,10 +25,12 @@ extern "C" __global__ void gather(const float* x, float* y) {              // 16
   for (int i = 0; i < 16; ++i) s += x[i * 1024 + threadIdx.x];
   y[threadIdx.x] = s;
 }
-extern "C" __global__ void guarded(const float* x, float* y, int n) {      // branches around loads and their uses
+extern "C" __global__ void guarded(const float* x, float* y,
+                                   int n) {  // branches around loads and their uses
   float v[8];
   #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = i * 32 + threadIdx.x < n ? sqrtf(x[i * 1024 + threadIdx.x]) : 0.f;
+  for (int i = 0; i < 8; ++i)
+    v[i] = i * 32 + threadIdx.x < n ? sqrtf(x[i * 1024 + threadIdx.x]) : 0.f;
   float s = 0;
   #pragma unroll
   for (int i = 0; i < 8; ++i) s += v[i];
@@ -46,7 +47,12 @@ extern "C" __global__ void loop8(const float* x, float* y, int n) { accumulate<8
 extern "C" __global__ void arithmetic(float* y, int n) {
   float s = threadIdx.x;
   #pragma unroll 1
-  for (int i = 0; i < n; ++i) { s = s * 0.5f + 1.f; s = s * 0.5f + 1.f; s = s * 0.5f + 1.f; s = s * 0.5f + 1.f; }
+  for (int i = 0; i < n; ++i) {
+    s = s * 0.5f + 1.f;
+    s = s * 0.5f + 1.f;
+    s = s * 0.5f + 1.f;
+    s = s * 0.5f + 1.f;
+  }
   y[threadIdx.x] = s;
 }
 extern "C" __global__ void roots(float* y) {
@@ -59,7 +65,8 @@ extern "C" __global__ void shuffles(float* y) {
   for (int i = 16; i > 0; i /= 2) s = __shfl_xor_sync(~0u, s, i);
   y[threadIdx.x] = s;
 }
-extern "C" __global__ void turns(const int* next, int* out, int n, int meet) {    // warp 0, then warp 1
+extern "C" __global__ void turns(const int* next, int* out, int n,
+                                 int meet) {  // warp 0, then warp 1
   int at = 0, warp = threadIdx.x / 32;
   #pragma unroll 1
   for (int i = 0; warp == 0 && i < n; ++i) at = next[at];
@@ -77,12 +84,14 @@ extern "C" __global__ void through_shared(float* y, int n) {
   for (int i = 0; i < n; ++i) at = buffer[at];
   y[threadIdx.x] = at;
 }
-extern "C" __global__ void shared_line(const float* x, float* y) {         // warp 1 asks for what warp 0 waits for
+extern "C" __global__ void shared_line(const float* x,
+                                       float* y) {  // warp 1 asks for what warp 0 waits for
   float v = 0;
   if (threadIdx.x < 32) { v = __ldcg(x); y[threadIdx.x] = v; }
   else { v = __ldcg(x); y[threadIdx.x] = v + 1.f; }
 }
-extern "C" __global__ void ring(const int* next, int* out, int n, volatile int* flag) {   // CTA i after CTA i - 1
+extern "C" __global__ void ring(const int* next, int* out, int n,
+                                volatile int* flag) {  // CTA i after CTA i - 1
   int at = 0;
   if (blockIdx.x) { while (flag[blockIdx.x - 1] == 0) {} }
   #pragma unroll 1
@@ -91,7 +100,8 @@ extern "C" __global__ void ring(const int* next, int* out, int n, volatile int* 
   __threadfence();
   flag[blockIdx.x] = 1;
 }
-extern "C" __global__ void signal(const int* x, int* out, volatile int* flag, int c) {   // after a load, through a store
+extern "C" __global__ void signal(const int* x, int* out, volatile int* flag,
+                                  int c) {  // after a load, through a store
   if (blockIdx.x) { while (flag[0] == 0) {} }
   int v = x[32 * blockIdx.x];
   if (c) out[blockIdx.x] = v;
@@ -106,7 +116,8 @@ extern "C" __global__ void last_one(const int* next, int* out, int n, unsigned* 
   __threadfence();
   if (atomicAdd(tickets, 1) == gridDim.x - 1) out[gridDim.x] = at;
 }
-extern "C" __global__ void queue(const int* next, int* out, unsigned* tickets, int* done) {   // uneven, not waiting
+extern "C" __global__ void queue(const int* next, int* out, unsigned* tickets,
+                                 int* done) {  // uneven, not waiting
   int at = 0, n = blockIdx.x ? 2 : 40;
   #pragma unroll 1
   for (int i = 0; i < n; ++i) at = next[at];
@@ -115,10 +126,14 @@ extern "C" __global__ void queue(const int* next, int* out, unsigned* tickets, i
   #pragma unroll 1
   for (int i = 0; i < 42 - n; ++i) at = next[at];
   out[t] = at;
-  if (threadIdx.x == 0) {                                                  // a relaxed poll waits all the same
+  if (threadIdx.x == 0) {  // a relaxed poll waits all the same
     unsigned seen;
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(done) : "memory");
-    do asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 0;" : "=r"(seen) : "l"(done) : "memory");
+    do
+      asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 0;"
+                   : "=r"(seen)
+                   : "l"(done)
+                   : "memory");
     while (seen < gridDim.x);
   }
 }
@@ -171,12 +186,13 @@ extern "C" __global__ void meetings(float* y, int n) {                     // of
   for (int i = 0; i < n; ++i) cg::this_grid().sync();
   y[blockIdx.x * blockDim.x + threadIdx.x] = 1;
 }
-extern "C" __global__ void neighbours(float* y, int n) {                   // a chain through the cluster's memories
+extern "C" __global__ void neighbours(float* y, int n) {  // a chain through the cluster's memories
   __shared__ int buffer[32];
   auto cluster = cg::this_cluster();
   buffer[threadIdx.x] = (threadIdx.x + 1) % 32;
   cluster.sync();
-  const int* other = cluster.map_shared_rank(buffer, (cluster.block_rank() + 1) % cluster.num_blocks());
+  const int* other =
+      cluster.map_shared_rank(buffer, (cluster.block_rank() + 1) % cluster.num_blocks());
   int at = threadIdx.x;
   #pragma unroll 1
   for (int i = 0; i < n; ++i) at = other[at];
@@ -339,7 +355,8 @@ def test_ctas_of_a_slot_follow_one_another(module):
 
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])
 def test_waiting_for_another_cta(module, seed):
-    """Each CTA starts its chain when the one before has set its flag, however often it has polled until then."""
+    """Each CTA starts its chain when the one before has set its flag, however often it has polled
+    until then."""
     n, ctas = 8, 4
     x = np.concatenate([chain(n - 1)] * ctas)
     c = cycles(
@@ -429,7 +446,7 @@ def test_results_and_counters_stay_the_same(module):
     )
     plain, timed = (
         module.launch("gather", 1, 1024, [x, v], latency=latency)
-        for v, latency in zip(y, (False, True))
+        for v, latency in zip(y, (False, True), strict=False)
     )
     assert (y[0] == y[1]).all() and plain.latency_cycles == 0 < timed.latency_cycles
     a, b = plain.roofline(), timed.roofline()

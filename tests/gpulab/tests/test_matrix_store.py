@@ -1,9 +1,8 @@
 """stmatrix against its definition, and inside Triton's sm_90 layout conversions."""
 
+import gpulab
 import numpy as np
 import pytest
-
-import gpulab
 from cuda_source import cuda_module
 
 
@@ -11,7 +10,8 @@ def kernel(count, trans):
     regs = ", ".join(f"%{i + 1}" for i in range(count))
     inputs = ", ".join(f'"r"(r[{i}])' for i in range(count))
     return f"""
-extern "C" __global__ void st{count}{"t" if trans else "n"}(const unsigned* x, unsigned short* y, int pitch) {{
+extern "C" __global__ void st{count}{"t" if trans else "n"}(
+    const unsigned* x, unsigned short* y, int pitch) {{
   extern __shared__ __align__(16) unsigned short s[];
   int t = threadIdx.x, rows = blockDim.x, base = blockIdx.x * rows;
   for (int i = t; i < rows * pitch; i += rows) s[i] = 0;
@@ -19,7 +19,8 @@ extern "C" __global__ void st{count}{"t" if trans else "n"}(const unsigned* x, u
   unsigned r[{count}];
   for (int i = 0; i < {count}; i++) r[i] = x[(base + t) * {count} + i];
   unsigned a = __cvta_generic_to_shared(s + t * pitch);
-  asm volatile("stmatrix.sync.aligned.m8n8.x{count}{".trans" if trans else ""}.shared.b16 [%0], {{{regs}}};"
+  asm volatile("stmatrix.sync.aligned.m8n8.x{count}{".trans" if trans else ""}.shared.b16 "
+               "[%0], {{{regs}}};"
                :: "r"(a), {inputs} : "memory");
   __syncthreads();
   for (int i = t; i < rows * 8; i += rows) y[base * 8 + i] = s[i / 8 * pitch + i % 8];

@@ -1,9 +1,9 @@
-"""Programmatic dependent launch: a kernel that waits first passes, one that touches too early is found."""
-
-import numpy as np
-import pytest
+"""Programmatic dependent launch: a kernel that waits first passes, one that touches too early is
+found."""
 
 import gpulab
+import numpy as np
+import pytest
 from cuda_source import cuda_module
 
 N = 512
@@ -13,32 +13,47 @@ __device__ void trigger() { asm volatile("griddepcontrol.launch_dependents;" :::
 #define I int i = blockIdx.x * blockDim.x + threadIdx.x
 
 extern "C" __global__ void produce(const float* x, float* y) { I; trigger(); y[i] = 2 * x[i]; }
-extern "C" __global__ void consume(const float* w, const float* y, float* z) {    // the weights do not depend on it
-  I; float scale = w[i]; wait(); z[i] = scale * y[i]; }
+extern "C" __global__ void consume(const float* w, const float* y,
+                                   float* z) {  // the weights do not depend on it
+  I; float scale = w[i]; wait(); z[i] = scale * y[i];
+}
 extern "C" __global__ void hasty(const float* w, const float* y, float* z) {
   I; float v = y[i]; wait(); z[i] = w[i] * v; }
-extern "C" __global__ void no_wait(const float* w, const float* y, float* z) { I; z[i] = w[i] * y[i]; }
+extern "C" __global__ void no_wait(const float* w, const float* y, float* z) {
+  I;
+  z[i] = w[i] * y[i];
+}
 extern "C" __global__ void clears_early(float* z) { I; z[i] = 0; wait(); }
 extern "C" __global__ void counts_early(float* z) { I; atomicAdd(z + i, 1.f); wait(); }
-extern "C" __global__ void some_wait(const float* w, const float* y, float* z) {  // the last CTA forgets
-  I; float scale = w[i]; if (blockIdx.x + 1 < gridDim.x) wait(); z[i] = scale * y[i]; }
+extern "C" __global__ void some_wait(const float* w, const float* y,
+                                     float* z) {  // the last CTA forgets
+  I; float scale = w[i]; if (blockIdx.x + 1 < gridDim.x) wait(); z[i] = scale * y[i];
+}
 extern "C" __global__ void late_trigger(const float* w, const float* y, float* z) {
   I; wait(); trigger(); z[i] = w[i] * y[i]; }
 extern "C" __global__ void early_trigger(const float* w, const float* y, float* z) {
   I; trigger(); wait(); z[i] = w[i] * y[i]; }
 extern "C" __global__ void idle(const float* w, const float* y, float* z) { I; z[i] = w[i]; }
 
-extern "C" __global__ void bulk(const float* y, float* z, int early) {             // a bulk copy of the CTA's elements
+extern "C" __global__ void bulk(const float* y, float* z,
+                                int early) {  // a bulk copy of the CTA's elements
   __shared__ alignas(128) float s[128];
   __shared__ alignas(8) unsigned long long bar;
   unsigned b = __cvta_generic_to_shared(&bar), d = __cvta_generic_to_shared(s);
   if (threadIdx.x == 0) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(b) : "memory");
-    asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], 512; }" :: "r"(b) : "memory");
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], 512; }" ::"r"(b)
+                 : "memory");
     if (!early) wait();
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 512, [%2];"
-                 :: "r"(d), "l"(y + blockIdx.x * 128), "r"(b) : "memory");
-    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0; @!p bra L; }" :: "r"(b) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 512, "
+        "[%2];" ::"r"(d),
+        "l"(y + blockIdx.x * 128), "r"(b)
+        : "memory");
+    asm volatile(
+        "{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0; @!p bra L; }" ::
+            "r"(b)
+        : "memory");
   }
   __syncthreads();
   wait();
@@ -92,12 +107,12 @@ def test_reading_before_the_wait(cuda, data, name):
 
 
 def test_writing_before_the_wait(cuda, data):
-    w, x, y, z, _ = data.values()
+    _w, x, y, z, _ = data.values()
     first = launch(cuda, "produce", [x, y], [])
     for name in ("clears_early", "counts_early"):
         launch(cuda, name, [z], [first])
         with pytest.raises(
-            gpulab.OverlapError, match="before griddepcontrol.wait of memory written by"
+            gpulab.OverlapError, match=r"before griddepcontrol.wait of memory written by"
         ):
             launch(cuda, name, [y], [first])
     with pytest.raises(
@@ -108,9 +123,9 @@ def test_writing_before_the_wait(cuda, data):
 
 
 def test_bulk_copies(cuda, data):
-    w, x, y, z, _ = data.values()
+    _w, x, y, z, _ = data.values()
     first = launch(cuda, "produce", [x, y], [])
-    with pytest.raises(gpulab.OverlapError, match="cp.async.bulk"):
+    with pytest.raises(gpulab.OverlapError, match=r"cp.async.bulk"):
         launch(cuda, "bulk", [y, z, 1], [first])
     launch(cuda, "bulk", [x, z, 1], [first])
 
@@ -143,12 +158,12 @@ def test_a_chain_of_launches(cuda, data):
         cuda, "idle", [w, x, z], [first]
     )  # never waits: its end says nothing about the first launch
     with pytest.raises(
-        gpulab.OverlapError, match="^read of memory written by an earlier launch .*not enough"
+        gpulab.OverlapError, match=r"^read of memory written by an earlier launch .*not enough"
     ):
         launch(cuda, "consume", [w, y, v], [second])
     third = launch(cuda, "consume", [w, z, v], [second])
     with pytest.raises(
-        gpulab.OverlapError, match="^read of memory written by an earlier launch .*not enough"
+        gpulab.OverlapError, match=r"^read of memory written by an earlier launch .*not enough"
     ):
         launch(cuda, "consume", [w, y, x], [third])
     launch(cuda, "consume", [w, y, v], [])

@@ -1,15 +1,14 @@
 """What the busiest SM has to do: issue slots, bytes from and to the L2, shared-memory passes."""
 
+import gpulab
 import numpy as np
 import pytest
-
-import gpulab
 from cuda_source import cuda_module
 
 H100 = gpulab.H100
 SOURCE = r"""
 #include <cuda_pipeline.h>
-extern "C" __global__ void sum(const float4* x, float* y, int n) {         // each CTA reads everything
+extern "C" __global__ void sum(const float4* x, float* y, int n) {  // each CTA reads everything
   float s = 0;
   for (int i = threadIdx.x; i < n; i += blockDim.x) { float4 v = x[i]; s += v.x + v.y + v.z + v.w; }
   y[blockIdx.x * blockDim.x + threadIdx.x] = s;
@@ -20,7 +19,8 @@ extern "C" __global__ void uneven(float* y, int n) {                       // th
   for (int i = 0; i < n * (int)blockIdx.x; ++i) s = s * 0.5f + 1.f;
   y[blockIdx.x * blockDim.x + threadIdx.x] = s;
 }
-extern "C" __global__ void passes(float* y, int stride, int idle) {        // a pass for each bank conflict
+extern "C" __global__ void passes(float* y, int stride,
+                                  int idle) {  // a pass for each bank conflict
   __shared__ float buffer[32 * 33];
   if (blockIdx.x < idle) return;
   buffer[threadIdx.x * stride] = threadIdx.x + blockIdx.x;

@@ -1,12 +1,9 @@
 """Triton kernels against numpy and torch."""
 
+import gpulab
 import numpy as np
 import pytest
-
-pytest.importorskip("triton")
-torch = pytest.importorskip("torch")
-
-import gpulab
+import torch
 import triton_kernels as tk
 
 RNG = np.random.default_rng(3)

@@ -1,9 +1,8 @@
 """128-bit registers and 256-bit loads and stores."""
 
+import gpulab
 import numpy as np
 import pytest
-
-import gpulab
 from cuda_source import cuda_module
 
 SOURCE = r"""

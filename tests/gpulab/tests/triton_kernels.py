@@ -64,7 +64,7 @@ def accumulate(x, total, hist, n, B: tl.constexpr):
 
 @triton.jit
 def column_dot(x, w, z, q, C, HW, BC: tl.constexpr, BHW: tl.constexpr):
-    """q[hw] = sum_c w[c] x[c, hw] and z[c] = sum_hw x[c, hw]: the two reductions of an scSE block."""
+    """q[hw] = sum_c w[c] x[c, hw] and z[c] = sum_hw x[c, hw]: both reductions of an scSE block."""
     n = tl.program_id(1)
     o = tl.program_id(0) * BHW + tl.arange(0, BHW)
     m = o < HW
@@ -84,7 +84,8 @@ def column_dot(x, w, z, q, C, HW, BC: tl.constexpr, BHW: tl.constexpr):
 
 @triton.jit
 def two_phase(x, y, total, arrived, n, B: tl.constexpr):
-    """Sum everything with atomics, wait until all CTAs have, then divide: a grid barrier in one launch."""
+    """Sum everything with atomics, wait until all CTAs have, then divide: a grid barrier in one
+    launch."""
     o = tl.program_id(0) * B + tl.arange(0, B)
     v = tl.load(x + o, mask=o < n, other=0.0)
     tl.atomic_add(total, tl.sum(v, 0))
@@ -97,7 +98,8 @@ def two_phase(x, y, total, arrived, n, B: tl.constexpr):
 
 @triton.jit
 def look_back(x, y, ticket, flag, prefix, n, B: tl.constexpr):
-    """Inclusive scan over CTAs: each takes a ticket, waits for its predecessor's prefix, publishes its own."""
+    """Inclusive scan over CTAs: each takes a ticket, waits for its predecessor's prefix, publishes
+    its own."""
     t = tl.atomic_add(ticket, 1)
     o = t * B + tl.arange(0, B)
     v = tl.load(x + o, mask=o < n, other=0)
@@ -122,131 +124,7 @@ def strided_copy(x, y, stride, B: tl.constexpr):
 def read_sum(x, y, n, passes, B: tl.constexpr):
     o = tl.arange(0, B)
     acc = tl.zeros((B,), tl.float32)
-    for p in range(passes):
-        for i in range(0, n, B):
-            acc += tl.load(x + i + o, volatile=True)
-    tl.store(y + o, acc)
-
-
-@triton.jit
-def matmul(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    j = tl.program_id(1) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k0 in range(0, K, BK):
-        x = tl.load(a + i[:, None] * K + (k0 + k)[None, :])
-        y = tl.load(b + (k0 + k)[:, None] * N + j[None, :])
-        acc = tl.dot(x, y, acc)
-    tl.store(c + i[:, None] * N + j[None, :], acc)
-
-
-@triton.jit
-def scale_tile(x, y, H, W, a, BH: tl.constexpr, BW: tl.constexpr):
-    h = tl.program_id(0) * BH + tl.arange(0, BH)
-    w = tl.program_id(1) * BW + tl.arange(0, BW)
-    p = h[:, None] * W + w[None, :]
-    m = (h < H)[:, None] & (w < W)[None, :]
-    v = tl.load(x + p, mask=m, other=0.0)
-    tl.store(y + p, v.to(tl.float32) * a, mask=m)
-
-
-@triton.jit
-def row_sum(x, y, W, B: tl.constexpr):
-    r = tl.program_id(0)
-    acc = tl.zeros((B,), tl.float32)
-    for w0 in range(0, W, B):
-        w = w0 + tl.arange(0, B)
-        acc += tl.load(x + r * W + w, mask=w < W, other=0.0).to(tl.float32)
-    tl.store(y + r, tl.sum(acc, 0))
-
-
-@triton.jit
-def softmax(x, y, W, B: tl.constexpr):
-    r = tl.program_id(0)
-    w = tl.arange(0, B)
-    v = tl.load(x + r * W + w, mask=w < W, other=-float("inf")).to(tl.float32)
-    e = tl.exp(v - tl.max(v, 0))
-    tl.store(y + r * W + w, (e / tl.sum(e, 0)).to(y.dtype.element_ty), mask=w < W)
-
-
-@triton.jit
-def sigmoid(x, y, n, B: tl.constexpr):
-    o = tl.program_id(0) * B + tl.arange(0, B)
-    v = tl.load(x + o, mask=o < n)
-    tl.store(y + o, tl.sigmoid(v.to(tl.float32)).to(y.dtype.element_ty), mask=o < n)
-
-
-@triton.jit
-def accumulate(x, total, hist, n, B: tl.constexpr):
-    o = tl.program_id(0) * B + tl.arange(0, B)
-    m = o < n
-    v = tl.load(x + o, mask=m, other=0.0)
-    tl.atomic_add(total, tl.sum(v, 0))
-    tl.atomic_add(hist + o % 8, 1, mask=m)
-
-
-@triton.jit
-def column_dot(x, w, z, q, C, HW, BC: tl.constexpr, BHW: tl.constexpr):
-    """q[hw] = sum_c w[c] x[c, hw] and z[c] = sum_hw x[c, hw]: the two reductions of an scSE block."""
-    n = tl.program_id(1)
-    o = tl.program_id(0) * BHW + tl.arange(0, BHW)
-    m = o < HW
-    q_acc = tl.zeros((BHW,), tl.float32)
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
-        v = tl.load(
-            x + (n * C + c)[:, None] * HW + o[None, :],
-            mask=(c < C)[:, None] & m[None, :],
-            other=0.0,
-        )
-        v = v.to(tl.float32)
-        q_acc += tl.sum(v * tl.load(w + c, mask=c < C, other=0.0).to(tl.float32)[:, None], 0)
-        tl.atomic_add(z + n * C + c, tl.sum(v, 1), mask=c < C)
-    tl.store(q + n * HW + o, q_acc, mask=m)
-
-
-@triton.jit
-def two_phase(x, y, total, arrived, n, B: tl.constexpr):
-    """Sum everything with atomics, wait until all CTAs have, then divide: a grid barrier in one launch."""
-    o = tl.program_id(0) * B + tl.arange(0, B)
-    v = tl.load(x + o, mask=o < n, other=0.0)
-    tl.atomic_add(total, tl.sum(v, 0))
-    tl.atomic_add(arrived, 1, sem="release")
-    while tl.atomic_add(arrived, 0, sem="acquire") < tl.num_programs(0):
-        pass
-    s = tl.load(total, volatile=True)
-    tl.store(y + o, v / s, mask=o < n)
-
-
-@triton.jit
-def look_back(x, y, ticket, flag, prefix, n, B: tl.constexpr):
-    """Inclusive scan over CTAs: each takes a ticket, waits for its predecessor's prefix, publishes its own."""
-    t = tl.atomic_add(ticket, 1)
-    o = t * B + tl.arange(0, B)
-    v = tl.load(x + o, mask=o < n, other=0)
-    before = 0
-    if t > 0:
-        while tl.atomic_add(flag + t - 1, 0, sem="acquire") == 0:
-            pass
-        before = tl.load(prefix + t - 1)
-    tl.store(prefix + t, before + tl.sum(v, 0))
-    tl.debug_barrier()
-    tl.atomic_xchg(flag + t, 1, sem="release")
-    tl.store(y + o, tl.cumsum(v, 0) + before, mask=o < n)
-
-
-@triton.jit
-def strided_copy(x, y, stride, B: tl.constexpr):
-    o = tl.program_id(0) * B + tl.arange(0, B)
-    tl.store(y + o, tl.load(x + o * stride))
-
-
-@triton.jit
-def read_sum(x, y, n, passes, B: tl.constexpr):
-    o = tl.arange(0, B)
-    acc = tl.zeros((B,), tl.float32)
-    for p in range(passes):
+    for _p in range(passes):
         for i in range(0, n, B):
             acc += tl.load(x + i + o, volatile=True)
     tl.store(y + o, acc)

@@ -1,0 +1,143 @@
+"""Calls of the CUDA kernels: which they are, and how one is made and judged."""
+
+import random
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import proof
+import torch
+from budget import VARIANTS, Case, call, judge, make_case, output_and_gradients
+from fakecuda import A100, GPU, NO_CLUSTERS, SMALL_BLOCKS, Lab, running_on
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "channels_last")
+#: The devices that have each family of kernels executed. On a map that is small every call goes on
+#: chip where it can.
+MACHINES = {"general sm_80": A100, "general sm_90": NO_CLUSTERS, "on chip": SMALL_BLOCKS}
+
+#: How wide rows can be accessed -> sizes (channels, *space), by the number of spatial axes.
+#: Contiguous maps have rows of positions, channels_last ones of channels.
+SIZES = {
+    "16 bytes": {1: (72, 160), 2: (72, 8, 20), 3: (40, 4, 6, 8)},
+    "4 bytes": {1: (38, 102), 2: (38, 6, 17), 3: (22, 3, 5, 6)},
+    "one element": {1: (37, 101), 2: (37, 9, 11), 3: (19, 3, 5, 7)},
+}
+MIXED = (torch.float16, torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.bfloat16)
+
+
+def in_layout(layout: str, t: torch.Tensor) -> torch.Tensor:
+    """The same values, channels last if it says so."""
+    if layout == "contiguous":
+        return t.contiguous()
+    last = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+    return t.contiguous(memory_format=last)
+
+
+def apart(layout: str, t: torch.Tensor) -> torch.Tensor:
+    """In that layout, the samples far apart, with NaN between them."""
+    size = (2 * t.shape[0] + 1, *t.shape[1:])
+    around = in_layout(layout, torch.full(size, torch.nan, dtype=t.dtype))
+    view = around[1::2]
+    return view.copy_(t)
+
+
+def misaligned(layout: str, t: torch.Tensor) -> torch.Tensor:
+    """In that layout, beginning one element after an aligned address."""
+    t = in_layout(layout, t)
+    around = torch.full((t.numel() + 2,), torch.nan, dtype=t.dtype)
+    return around.as_strided(t.shape, t.stride(), 1).copy_(t)
+
+
+ARRANGED = {"dense": in_layout, "samples apart": apart, "misaligned": misaligned}
+PARAMETERS = ("as x", torch.float32, torch.float64, torch.float16, torch.bfloat16, "mixed")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call is asked, see `case`."""
+
+    machine: str
+    variant: str
+    dtype: torch.dtype
+    layout: str
+    access: str
+    axes: int
+    samples: int
+    parameters: object
+    biases: bool
+    reduction: int
+    x: str
+    dy: str
+
+    @property
+    def case(self) -> Case:
+        case = make_case(
+            (self.samples, *SIZES[self.access][self.axes]),
+            self.variant,
+            self.dtype,
+            self.reduction,
+            self.biases,
+            parameter_dtype=self.parameters if isinstance(self.parameters, torch.dtype) else None,
+        )
+        if self.parameters == "mixed":
+            mixed = zip(case.parameters, MIXED, strict=True)
+            case = replace(
+                case, parameters=tuple(p if p is None else p.to(dtype) for p, dtype in mixed)
+            )
+        return case.arranged(
+            partial(ARRANGED[self.x], self.layout), partial(ARRANGED[self.dy], self.layout)
+        )
+
+    def __str__(self):
+        return " ".join(
+            str(value).removeprefix("torch.") for value in vars(self).values() if value != "dense"
+        )
+
+
+def _calls():
+    """Every kernel is reached by one of these: all combinations of what kernels are compiled for.
+    The rest is drawn, so that all pairs of two properties occur (test_kernels.py looks)."""
+    draw = random.Random(3)
+    for machine, variant, dtype, layout, access in product(
+        MACHINES, VARIANTS, DTYPES, LAYOUTS, SIZES
+    ):
+        # On chip alone it is an access of its own; the general kernels go by single elements.
+        if access == "4 bytes" and draw.random() < (0.5 if machine == "on chip" else 0.8):
+            continue
+        # A misaligned map has the general kernels go by single elements.
+        wide = access == "16 bytes" and machine != "on chip"
+        ways = ("dense", "samples apart") if wide else ("dense", *ARRANGED)
+        yield Call(
+            machine,
+            variant,
+            dtype,
+            layout,
+            access,
+            axes=draw.choice((1, 2, 3) if layout == "contiguous" else (2, 3)),
+            samples=draw.choice((1, 2, 3)),
+            parameters=draw.choice(PARAMETERS),
+            biases=draw.random() < 0.6,
+            reduction=draw.choice((2, 3, 16)),
+            # Of channels_last maps whose samples lie apart the operators make contiguous ones.
+            x=draw.choice([w for w in ways if (layout, w) != ("channels_last", "samples apart")]),
+            dy=draw.choice(ways),
+        )
+
+
+CALLS = tuple(_calls())
+
+
+def results(gpu: GPU, case: Case, **how) -> tuple[dict[str, torch.Tensor], Lab]:
+    """y and the gradients of all arguments, and what was launched for them."""
+    with running_on(gpu, **how) as lab:
+        return output_and_gradients(partial(call, backend="cuda"), case), lab
+
+
+def execute(gpu: GPU, case: Case, **how) -> Lab:
+    """The same, held to its budget and noted as a proof."""
+    got, lab = results(gpu, case, **how)
+    worst = judge(case, got)
+    for kernel in lab.launched:
+        proof.record("nvcc", kernel.split("<")[0], 90 if gpu.device.arch >= 90 else 80, 1, worst)
+    return lab
