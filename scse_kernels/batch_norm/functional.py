@@ -43,7 +43,8 @@ def bn_relu_scse(
 
     ::
 
-        z = relu(batch_norm(u, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps))
+        z = relu(batch_norm(u, running_mean, running_var, bn_weight, bn_bias,
+                            training, momentum, eps))
         y = scse(z, w1, b1, w2, b2, ws, bs, combine=combine)
 
     z is never in memory, neither is it saved: the backward computes it again from u.

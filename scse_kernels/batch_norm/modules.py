@@ -56,7 +56,8 @@ class BatchNormReLUSCSE(nn.Module):
         parts = _parts(block)
         if parts is None:
             raise TypeError(
-                f"block must be a module of scse_kernels with its own layers, not {type(block).__name__}"
+                "block must be a module of scse_kernels with its own layers,"
+                f" not {type(block).__name__}"
             )
         channels = next(p for p in (parts[4], parts[0]) if p is not None).shape[1]
         if channels != batch_norm.num_features:

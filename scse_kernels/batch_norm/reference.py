@@ -1,14 +1,15 @@
 """The definition of BatchNorm + ReLU + scSE in plain PyTorch operations.
 
-BatchNorm is that of Ioffe and Szegedy (arXiv:1502.03167). With u [N, C, S] and M = N * S values to a
-channel, in training::
+BatchNorm is that of Ioffe and Szegedy (arXiv:1502.03167). With u [N, C, S] and M = N * S values to
+a channel, in training::
 
     ud = u - mean_c        rstd_c = 1 / sqrt(mean(ud^2) + eps)        scale_c = weight_c * rstd_c
     z  = relu(v)           v = scale_c * ud + bias_c                  y = scse(z)
 
 How the kernels get by with two passes over u and dy backward. Let m be 1 where v > 0 and else 0;
-k what dy gives z directly, the gates held fixed (for "add": dy * (channel_gate + spatial_gate)); dq
-the gradient before the spatial gate's sigmoid; and d_mean that of the pooled value, divided by S. Then
+k what dy gives z directly, the gates held fixed (for "add": dy * (channel_gate + spatial_gate));
+dq the gradient before the spatial gate's sigmoid; and d_mean that of the pooled value, divided by
+S. Then
 
     dv = m * (k + ws * dq + d_mean)
 

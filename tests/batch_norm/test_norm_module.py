@@ -89,9 +89,9 @@ def test_copies_and_pickles():
 
 
 def test_bad_children():
-    with pytest.raises(TypeError, match="batch_norm must be a BatchNorm1d.*not SyncBatchNorm"):
+    with pytest.raises(TypeError, match=r"batch_norm must be a BatchNorm1d.*not SyncBatchNorm"):
         BatchNormReLUSCSE(nn.SyncBatchNorm(6), BLOCKS["smp"]())
-    with pytest.raises(TypeError, match="block must be a module of scse_kernels.*not Conv2d"):
+    with pytest.raises(TypeError, match=r"block must be a module of scse_kernels.*not Conv2d"):
         BatchNormReLUSCSE(nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1))
     with pytest.raises(ValueError, match="block has 6 channels, batch_norm 8"):
         BatchNormReLUSCSE(nn.BatchNorm2d(8), BLOCKS["sSE"]())

@@ -114,7 +114,7 @@ def test_backward_twice_updates_once():
 
 def test_a_training_step_between_an_evaluation_and_its_backward():
     """The running statistics that a call used are its own."""
-    plain, fused = _pair(SHAPES[1])
+    _, fused = _pair(SHAPES[1])
     first, second = _inputs(SHAPES[1], 2)
     right = _step(fused.eval(), first)[1]
     x = first.clone().requires_grad_()
@@ -163,7 +163,7 @@ def test_a_batch_of_no_samples_leaves_them_alone():
 def test_one_value_to_a_channel(shape):
     plain, fused = _pair(shape)
     for module in (plain, fused):
-        with pytest.raises(ValueError, match="[Ee]xpected more than 1 value per channel"):
+        with pytest.raises(ValueError, match=r"[Ee]xpected more than 1 value per channel"):
             module(torch.ones(shape))
     _assert_same_state(plain, fused)
     torch.testing.assert_close(fused.eval()(torch.ones(shape)), plain.eval()(torch.ones(shape)))
