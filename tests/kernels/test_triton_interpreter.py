@@ -12,6 +12,8 @@ import sys
 import pytest
 import torch
 from budget import (
+    ACTIVATIONS,
+    GATES,
     VARIANTS,
     Case,
     call,
@@ -78,6 +80,27 @@ def test_aligned_sizes_of_several_strips(variant):
 )
 def test_shapes(shape):
     check(make_case(shape, "max"), TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("launches", ("3", "1"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_gates(activation, launches, monkeypatch):
+    monkeypatch.setenv("SCSE_TRITON_LAUNCHES", launches)
+    odd = ACTIVATIONS.index(activation) % 2
+    slope = 0.3 if activation in ("leaky_relu", "elu") else None
+    for gate, dtype in zip(GATES, (torch.float32, torch.float64), strict=True):
+        case = make_case(
+            (2, 10, 5, 7), "max" if odd else "cse", dtype,
+            activation=activation, slope=slope, gate=gate,
+        )  # fmt: skip
+        check(channels_last(case) if odd else case, TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("variant", ("sse", "add", "mul"))
+def test_hard_spatial_gates(variant):
+    check(make_case((2, 19, 5, 17), variant, gate="hard_sigmoid"), TRITON)
 
 
 @interpreted
