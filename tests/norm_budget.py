@@ -96,7 +96,7 @@ def make_case(
     norm = tuple(None if t is None else t.to(parameter_dtype) for t in (weight, bias))
     result = NormCase(
         variant, u.to(dtype), (*norm, *case.parameters), case.dy.to(dtype),
-        tuple(t.to(parameter_dtype) for t in running), training,
+        running=tuple(t.to(parameter_dtype) for t in running), training=training,
     )  # fmt: skip
     for _ in range(3):  # each time the statistics move a little
         result = replace(result, x=_off_the_edge(result).to(dtype))

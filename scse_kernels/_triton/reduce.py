@@ -65,12 +65,8 @@ def reduce_kernel(
     TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-<<<<<<< HEAD
     GATE: tl.constexpr,
-    POLICY: tl.constexpr = "",
-=======
     POLICY: tl.constexpr = NORMAL,
->>>>>>> emu
     item=None,
 ):
     """A program for each sample and strip (TILES tiles), or this one does the strip `item`. Reads x
