@@ -351,7 +351,7 @@ def judge(case: Case, got: dict[str, Tensor]) -> float:
 
 def check(case: Case, target) -> dict[str, Tensor]:
     """Assert that a backend's y and gradients are within budget; returns them."""
-    got = output_and_gradients(partial(call, backend=target.backend), case, target.device)
+    got = output_and_gradients(partial(case.call, backend=target.backend), case, target.device)
     judge(case, got)
     return got
 
