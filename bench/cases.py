@@ -20,7 +20,8 @@ LAYOUTS = ("contiguous", "channels_last")
 
 
 class Inputs(NamedTuple):
-    """x [N, C, *S], a leaf that requires a gradient; dy as y; w1, b1, w2, b2, ws, bs."""
+    """x [N, C, *S], a leaf that requires a gradient; dy as y; w1, b1, w2, b2, ws, bs, after
+    BatchNorm's weight and bias where the block has one."""
 
     x: Tensor
     dy: Tensor
@@ -35,6 +36,7 @@ class Case:
     reduction: int
     combine: str
     device: torch.device
+    block: str = "scse"
 
     @property
     def shape_name(self) -> str:
@@ -45,7 +47,8 @@ class Case:
         return str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
-        names = (self.shape_name, self.dtype_name, self.layout)
+        block = () if self.block == "scse" else (self.block,)
+        names = (*block, self.shape_name, self.dtype_name, self.layout)
         return " ".join((*names, self.combine, f"reduction {self.reduction}"))
 
     @property
@@ -84,6 +87,8 @@ class Case:
             normal(channels) / channels**0.5,
             normal(1),
         ]
+        if self.block == "bn_relu_scse":
+            parameters = [normal(channels) / 4 + 1, normal(channels) / 4, *parameters]
         return Inputs(x.requires_grad_(), dy, [p.to(self.device, self.dtype) for p in parameters])
 
     def place(self, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Microbenchmark: one scSE block, forward and forward + backward.
+"""Microbenchmark: one scSE block, or BatchNorm, ReLU and scSE, forward and forward + backward.
 
 Every round times every provider once, in an order that rotates:
 
@@ -7,6 +7,7 @@ Every round times every provider once, in an order that rotates:
              concat, ai-med's for max
   compile    torch.compile of it
   rewritten  the same mathematics rewritten so that Inductor fuses it best, compiled
+  unfused    with --block bn_relu_scse: torch's BatchNorm and ReLU, then scse_kernels' module
   ...        every backend of scse_kernels that runs on the device; `reference`, its eager
              operations, only if --providers names it
 
@@ -26,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from scse_kernels import reference
+from scse_kernels import batch_norm, reference
 
 from . import memory, options, providers, report, timing
 from .cases import LAYOUTS, SHAPES, Case, Inputs
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=options.Several,
         default=SHAPES,
         help="such as 8x64x64x64 1x32x48x48x48",
+    )
+    parser.add_argument(
+        "--block",
+        choices=tuple(providers.BLOCKS),
+        default="scse",
+        help="bn_relu_scse: BatchNorm and ReLU before it, in every provider (%(default)s)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="%(default)s")
     parser.add_argument(
@@ -97,10 +104,11 @@ def run(args: argparse.Namespace) -> int:
     """Time every provider on every case; returns 1 if one was wrong."""
     if args.layout == "channels_last" and any(len(shape) < 4 for shape in args.shape):
         raise SystemExit("channels_last needs two or three spatial axes")
-    known = [*providers.COMPETITORS, *providers.usable(args.device)]
+    competitors = providers.competitors(args.block)
+    known = [*competitors, *providers.usable(args.device, args.block)]
     chosen = args.providers or [
-        *providers.COMPETITORS,
-        *providers.fused(args.device, "`--providers eager reference`"),
+        *competitors,
+        *providers.fused(args.device, "`--providers eager reference`", block=args.block),
     ]
     for name in chosen:
         if name not in (*known, "reference"):
@@ -117,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     rounds = args.rounds or (7 if args.quick else 15)
     dtype = getattr(torch, args.dtype)
     cases = [
-        Case(shape, dtype, args.layout, reduction, combine, args.device)
+        Case(shape, dtype, args.layout, reduction, combine, args.device, args.block)
         for combine in combines
         for reduction in reductions
         for shape in args.shape
@@ -168,7 +176,7 @@ def _measure(
     for name in names:
         tell(f"compiling {name}" if name in providers.COMPILED else f"checking {name}")
         module = providers.build(
-            name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2
+            name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2, case.block
         ).to(case.device, case.dtype)
         providers.load(module, inputs.parameters)
         module = providers.compiled(name, module)
@@ -267,9 +275,14 @@ def _peak(case: Case, module: nn.Module, inputs: Inputs) -> int:
 
 
 def expected(case: Case, inputs: Inputs) -> list[Tensor]:
-    """y and the gradients of x, w1, b1, w2, b2, ws, bs in float64."""
+    """y and the gradients of x and of the parameters in float64."""
     leaves = [t.detach().double().requires_grad_() for t in (inputs.x, *inputs.parameters)]
-    y = reference.scse(*leaves, combine=case.combine)
+    if case.block == "bn_relu_scse":
+        y = batch_norm.reference.bn_relu_scse(
+            *leaves[:3], None, None, *leaves[3:], eps=1e-5, combine=case.combine
+        )
+    else:
+        y = reference.scse(*leaves, combine=case.combine)
     return [y.detach(), *torch.autograd.grad(y, leaves, inputs.dy.double())]
 
 
@@ -279,7 +292,8 @@ def disagreement(
     """None if output and gradients agree with `expected`, else how they don't."""
     y = both(module, inputs)()
     got = [y, inputs.x.grad, *(p.grad for p in module.parameters())]
-    names = ("y", "dx", "dw1", "db1", "dw2", "db2", "dws", "dbs")
+    norm = ("d_bn_weight", "d_bn_bias") if case.block == "bn_relu_scse" else ()
+    names = ("y", "dx", *norm, "dw1", "db1", "dw2", "db2", "dws", "dbs")
     for name, actual, right in zip(names, got, expected, strict=True):
         error, norm = (actual.double().view_as(right) - right).norm(), right.norm()
         if not error <= _TOLERANCE[case.dtype] * norm:  # NaN is an error, too

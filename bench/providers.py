@@ -1,7 +1,7 @@
 """Who computes it: the modules that people have today, what torch.compile makes of them, and ours.
 
-Every module has its parameters in the order w1, b1, w2, b2, ws, bs, so that `load` can give all of
-them the same values.
+Every module has its parameters in the order w1, b1, w2, b2, ws, bs, after those of BatchNorm where
+the block has one, so that `load` can give all of them the same values.
 """
 
 from collections.abc import Iterable
@@ -9,15 +9,25 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from scse_kernels import ChannelSpatialSELayer, ChannelSpatialSELayer3D, backends, functional
+from scse_kernels import (
+    ChannelSpatialSELayer,
+    ChannelSpatialSELayer3D,
+    backends,
+    batch_norm,
+    bn_relu_scse,
+    functional,
+)
 from scse_kernels.ops import BACKENDS
 
 #: x.clone(): what copying x costs; the bandwidth that the others are measured by.
 CLONE = "clone"
-COMPETITORS = ("eager", "compile", "rewritten")
+COMPETITORS = ("eager", "compile", "rewritten", "unfused")
 COMPILED = ("compile", "rewritten")
+#: What is timed -> the backends that have kernels for it.
+BLOCKS = {"scse": BACKENDS, "bn_relu_scse": batch_norm.ops.BACKENDS}
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _POOL = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
 
@@ -106,9 +116,34 @@ def _through(backend: str, channels: int, reduction: int, combine: str, axes: in
     return Layer(channels, reduction, combine)
 
 
-def usable(device: torch.device) -> list[str]:
+def _norm_through(
+    backend: str, channels: int, reduction: int, combine: str, axes: int
+) -> nn.Module:
+    """BatchNorm, ReLU and this package's module as one operator, held to one backend."""
+
+    class Layer(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            norm, block = self
+            fc1, fc2, conv = block.cSE.fc1, block.cSE.fc2, block.sSE.conv
+            return bn_relu_scse(
+                *(x, norm.weight, norm.bias, norm.running_mean, norm.running_var),
+                *(fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias),
+                training=True,
+                combine=combine,
+                backend=backend,
+            )
+
+    return Layer(_NORM[axes](channels), ChannelSpatialSELayer(channels, reduction, combine))
+
+
+def competitors(block: str) -> tuple[str, ...]:
+    """Who computes the block today. unfused: torch's BatchNorm and ReLU, then this package."""
+    return COMPETITORS if block == "bn_relu_scse" else COMPETITORS[:-1]
+
+
+def usable(device: torch.device, block: str = "scse") -> list[str]:
     """The backends of this package that can run on `device`, apart from the eager reference."""
-    return [name for name in BACKENDS if backends.why_not(name, device) is None]
+    return [name for name in BLOCKS[block] if backends.why_not(name, device) is None]
 
 
 def missing(device: torch.device) -> dict[str, str]:
@@ -117,11 +152,13 @@ def missing(device: torch.device) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def fused(device: torch.device, asked: str, is_asked: bool = False) -> list[str]:
+def fused(
+    device: torch.device, asked: str, is_asked: bool = False, block: str = "scse"
+) -> list[str]:
     """Whose speed this is about: the usable backends. Where there are none, `reference`, this
     package's eager operations, only if it `is_asked` for, by the option `asked`: its figures under
     this package's name would mislead."""
-    if here := usable(device):
+    if here := usable(device, block):
         return here
     if is_asked:
         return ["reference"]
@@ -129,8 +166,17 @@ def fused(device: torch.device, asked: str, is_asked: bool = False) -> list[str]
     raise SystemExit(f"There are no kernels to time. {reason}\n{asked} times its eager operations.")
 
 
-def build(name: str, channels: int, reduction: int, combine: str, axes: int) -> nn.Module:
+def build(
+    name: str, channels: int, reduction: int, combine: str, axes: int, block: str = "scse"
+) -> nn.Module:
     """The provider's module for feature maps of `axes` spatial axes; not compiled yet."""
+    if block == "bn_relu_scse":
+        if name not in COMPETITORS:
+            backend = "eager" if name == "reference" else name
+            return _norm_through(backend, channels, reduction, combine, axes)
+        name = "auto" if name == "unfused" else name
+        follows = build(name, channels, reduction, combine, axes)
+        return nn.Sequential(_NORM[axes](channels), nn.ReLU(), follows)
     if name in ("eager", "compile"):
         if combine == "max":
             return EagerLinear(channels, reduction, axes)

@@ -111,6 +111,12 @@ def _medians(measurements: Iterable[Measurement]) -> dict[tuple, dict[str, float
     return medians
 
 
+def _competitors(measurements: list[Measurement]) -> list[str]:
+    """Those that have a column of their own: who stands in a report of this block."""
+    unfused = any(m.case.block == "bn_relu_scse" for m in measurements)
+    return [name for name in COMPETITORS if unfused or name != "unfused"]
+
+
 def _copy_bandwidth(measurements: Iterable[Measurement]) -> dict[tuple, float]:
     return {_key(m): m.bandwidth for m in measurements if m.provider == CLONE}
 
@@ -130,7 +136,8 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
     grid = table(f"{case} ({case.x_bytes / 2**20:.3g} MiB)")
     grid.add_column("pass", no_wrap=True)
     grid.add_column("provider", no_wrap=True)
-    for name in ("ms", "IQR", *(f"x {name}" for name in COMPETITORS), "clones"):
+    competitors = _competitors(measurements)
+    for name in ("ms", "IQR", *(f"x {name}" for name in competitors), "clones"):
         grid.add_column(name, justify="right")
     for name in ("GB/s", "of copy", "peak", *(["host"] if several else [])):
         grid.add_column(name, justify="right")
@@ -144,7 +151,7 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
         previous = _key(m)
         ratios = (
             f"{here[name] / m.timing.median:.2f}" if name in here and m.provider != CLONE else ""
-            for name in COMPETITORS
+            for name in competitors
         )
         peak = "" if m.peak_bytes is None else f"{m.peak_bytes / case.x_bytes:.3f}"
         grid.add_row(
@@ -179,7 +186,8 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
     grid = table("Over all shapes and reductions: geometric mean (worst)")
     for name in ("backend", "combine", "pass"):
         grid.add_column(name)
-    for name in (*(f"x {name}" for name in COMPETITORS), "clones"):
+    competitors = _competitors(measurements)
+    for name in (*(f"x {name}" for name in competitors), "clones"):
         grid.add_column(name, justify="right")
     groups = dict.fromkeys((m.case.combine, m.direction, m.way) for m in measurements)
     for backend in fused:
@@ -190,7 +198,7 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
                 if [case.combine, *key] == [combine, direction, way] and backend in here
             ]
             cells = []
-            for name in _YARDSTICKS:
+            for name in (*competitors, CLONE):
                 ratios = [here[name] / here[backend] for here in rows if name in here]
                 if name == CLONE:
                     ratios = [1 / ratio for ratio in ratios]
@@ -212,6 +220,7 @@ def write_csv(path: Path, measurements: list[Measurement], environment: dict[str
         for m in measurements:
             case, here = m.case, medians[_key(m)]
             row = {
+                "block": case.block,
                 "shape": case.shape_name,
                 "dtype": case.dtype_name,
                 "layout": case.layout,
@@ -296,6 +305,6 @@ def plot(path: Path, measurements: list[Measurement], environment: dict[str, str
         panel.set_ylabel("least bytes over time, GB/s")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
     case = measurements[0].case
-    title = f"scSE, {case.dtype_name}, {case.layout}\n{caption(environment)}"
+    title = f"{case.block}, {case.dtype_name}, {case.layout}\n{caption(environment)}"
     figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=130)

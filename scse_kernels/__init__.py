@@ -2,6 +2,7 @@
 
 from . import _torch_version  # noqa: F401
 from .backends import set_backend, use_backend
+from .batch_norm import BatchNormReLUSCSE, bn_relu_scse
 from .convert import Report, convert, revert
 from .convert.checkpoints import convert_state_dict
 from .functional import cse, scse, sse
@@ -18,6 +19,7 @@ from .modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNormReLUSCSE",
     "ChannelSELayer",
     "ChannelSELayer3D",
     "ChannelSpatialSELayer",
@@ -26,6 +28,7 @@ __all__ = [
     "SCSEModule",
     "SpatialSELayer",
     "SpatialSELayer3D",
+    "bn_relu_scse",
     "convert",
     "convert_state_dict",
     "cse",

@@ -77,10 +77,10 @@ def chosen() -> str | None:
     return None if _chosen == "auto" else f"'{_chosen}'{_chosen_by}"
 
 
-def choose(function: str, backend: str, x: Tensor) -> str:
+def choose(function: str, backend: str, x: Tensor, among: tuple[str, ...] = BACKENDS) -> str:
     """The backend that `function` computes with for x: a named one is used or raises, "auto" is
     the one that was chosen for such calls, else the fastest. "operations" stands for the
-    reference's ordinary operations, as they are.
+    reference's ordinary operations, as they are. `among`: those that have kernels for the function.
 
     Raises:
         ValueError: backend is unknown.
@@ -97,10 +97,13 @@ def choose(function: str, backend: str, x: Tensor) -> str:
             )
         return "operations"
     if backend == "auto":
-        return _fastest(x.device, x.dtype)
+        return _fastest(x.device, x.dtype, among)
     if backend not in ("eager", *BACKENDS):
         _known(f"{function}(): backend", backend)
-    if reason := why_not(backend, x.device, x.dtype):
+    reason = why_not(backend, x.device, x.dtype)
+    if backend not in ("eager", *among):
+        reason = f"it has no kernels for {function}"
+    if reason:
         raise RuntimeError(
             f"{function}(): backend '{backend}'{chosen_by} is not available: {reason}"
         )
@@ -162,10 +165,10 @@ def _why_not_cuda(device, dtype):
     return None if code else f"it was built without code for {described}"
 
 
-def _fastest(device, dtype):
-    """What "auto" takes: the first of AUTO that can be used."""
+def _fastest(device, dtype, among):
+    """What "auto" takes: the first of AUTO that can be used, `among` those that have the kernels."""
     for backend in AUTO.get(device.type, ()):
-        if why_not(backend, device, dtype) is None:
+        if backend in among and why_not(backend, device, dtype) is None:
             return backend
     if device.type in AUTO and device.type not in _warned and not compiler.is_compiling():
         _warned.add(device.type)

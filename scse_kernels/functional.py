@@ -171,30 +171,30 @@ def _check_tensor(function, argument, value):
         )
 
 
-def _check_x(function, x):
-    _check_tensor(function, "x", x)
+def _check_x(function, x, name="x"):
+    _check_tensor(function, name, x)
     if x.layout is not torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        raise TypeError(f"{function}(): x must be a dense, strided tensor, got {kind}")
+        raise TypeError(f"{function}(): {name} must be a dense, strided tensor, got {kind}")
     if not 3 <= x.dim() <= 5:
         raise ValueError(
-            f"{function}(): x must be [N, C, *S] with one to three spatial axes,"
+            f"{function}(): {name} must be [N, C, *S] with one to three spatial axes,"
             f" got {x.dim()} axes: {tuple(x.shape)}"
         )
     if x.shape[1] < 1 or 0 in x.shape[2:]:
         raise ValueError(
-            f"{function}(): x must have at least one channel and no spatial axis of size zero,"
+            f"{function}(): {name} must have at least one channel and no spatial axis of size zero,"
             f" got {tuple(x.shape)}"
         )
 
 
-def _check_parameter(function, x, argument, value, expected, described):
+def _check_parameter(function, x, argument, value, expected, described, name="x"):
     if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
         _check_tensor(function, argument, value)
     if value.device != x.device:
         raise RuntimeError(
             f"{function}(): expected all tensors on one device,"
-            f" got x on {x.device} and {argument} on {value.device}"
+            f" got {name} on {x.device} and {argument} on {value.device}"
         )
     shape = value.shape
     if shape != expected and (

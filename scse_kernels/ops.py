@@ -1,4 +1,5 @@
-"""The only place with operator schemas and fake (shape-only) implementations.
+"""The only place with operator schemas and fake (shape-only) implementations, but for those of
+BatchNorm + ReLU + scSE, which are in batch_norm/ops.py.
 
 Each kernel backend has one operator for the forward and one for the backward, all with the same
 two signatures: `torch.ops.scse_kernels.<backend>_forward` and `..._backward`. The kernels

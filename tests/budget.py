@@ -14,6 +14,7 @@ decades; a parameter's gradient has one.
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +34,11 @@ DRAWS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """x, the parameters (None: absent) and dy of one call, on the CPU."""
+    """x, the parameters (None: absent) and dy of one call, on the CPU.
+
+    `names` are those of x and the parameters; `call` is the package's function, `formulas` and
+    `plain_module` are what it is held to.
+    """
 
     variant: str
     x: Tensor
@@ -41,6 +46,20 @@ class Case:
     dy: Tensor
     #: activation, slope and gate, where they aren't the usual ones
     excitation: dict = field(default_factory=dict)
+    names: ClassVar[tuple[str, ...]] = NAMES
+
+    def call(self, variant, **arguments) -> Tensor:
+        return call(variant, **arguments)
+
+    def formulas(self, variant, **arguments) -> Tensor:
+        return formulas(variant, **arguments)
+
+    def plain_module(self, variant, **arguments) -> Tensor:
+        return plain_module(variant, **arguments)
+
+    def in_float64(self) -> "Case":
+        parameters = tuple(None if p is None else p.double() for p in self.parameters)
+        return replace(self, x=self.x.double(), parameters=parameters, dy=self.dy.double())
 
     def arranged(self, x=None, dy=None) -> "Case":
         """The same values in other strides (functions Tensor -> Tensor)."""
@@ -229,7 +248,7 @@ def output_and_gradients(function, case: Case, device="cpu") -> dict[str, Tensor
     """y and d<name> for each argument that is there; asserts that no argument was changed."""
     arguments = {
         name: None if t is None else moved(t.detach(), device).requires_grad_()
-        for name, t in zip(NAMES, (case.x, *case.parameters), strict=True)
+        for name, t in zip(case.names, (case.x, *case.parameters), strict=True)
     }
     dy = moved(case.dy, device)
     present = {name: t for name, t in arguments.items() if t is not None}
@@ -249,19 +268,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.nan_to_num(7.25).cpu(), b.nan_to_num(7.25).cpu())
 
 
-def _in_float64(case: Case) -> Case:
-    parameters = tuple(None if p is None else p.double() for p in case.parameters)
-    return replace(case, x=case.x.double(), parameters=parameters, dy=case.dy.double())
-
-
 def answer(case: Case) -> dict[str, Tensor]:
     """The float64 answer."""
-    return output_and_gradients(formulas, _in_float64(case))
+    return output_and_gradients(case.formulas, case.in_float64())
 
 
 def _largest(name: str, t: Tensor) -> Tensor:
     """Largest magnitude, [N, C, 1, ...] for a feature map and one number for a parameter."""
-    axes = tuple(range(2, t.dim())) if name in ("y", "dx") else tuple(range(t.dim()))
+    axes = tuple(range(2, t.dim())) if name in ("y", "dx", "du") else tuple(range(t.dim()))
     return t.abs().amax(axes, keepdim=True) if axes else t.abs()
 
 
@@ -283,7 +297,7 @@ def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
         # the plain module's error is a matter of luck too: it is taken on the moved inputs as well
         near = case.arranged(move, move) if draw else case
         near_truth = answer(near) if draw else truth
-        near_plain = output_and_gradients(plain_module, near)
+        near_plain = output_and_gradients(near.plain_module, near)
         for name, t in near_truth.items():
             error = _largest(name, near_plain[name].double() - t)
             plain[name] = torch.maximum(plain[name], error)
@@ -312,8 +326,8 @@ def errors(case: Case, got: dict[str, Tensor]) -> dict[str, float]:
     truth = answer(case)
     budget = allowances(case, truth)
     assert got.keys() == truth.keys()
-    assert got["y"].dtype == got["dx"].dtype == case.x.dtype
-    for name, t in zip(NAMES[1:], case.parameters, strict=True):
+    assert got["y"].dtype == got[f"d{case.names[0]}"].dtype == case.x.dtype
+    for name, t in zip(case.names[1:], case.parameters, strict=True):
         if t is not None:
             assert got[f"d{name}"].dtype == t.dtype, f"d{name} has {got[f'd{name}'].dtype}"
     found = {}
@@ -337,7 +351,7 @@ def judge(case: Case, got: dict[str, Tensor]) -> float:
 
 def check(case: Case, target) -> dict[str, Tensor]:
     """Assert that a backend's y and gradients are within budget; returns them."""
-    got = output_and_gradients(partial(call, backend=target.backend), case, target.device)
+    got = output_and_gradients(partial(case.call, backend=target.backend), case, target.device)
     judge(case, got)
     return got
 
@@ -350,7 +364,7 @@ def check_infinite_weight(case: Case, target) -> None:
     """
     case.x[:, 0] = case.x[:, 0].abs() + 0.1
     case.parameters[4].view(-1)[0] = torch.inf
-    got = output_and_gradients(partial(call, backend=target.backend), case, target.device)
+    got = output_and_gradients(partial(case.call, backend=target.backend), case, target.device)
     for name, right in answer(case).items():
         finite = right.isfinite()
         actual = got[name].cpu().double()

@@ -1,6 +1,9 @@
 // AVX-512 (F, BW, DQ, VL): 64-byte vectors. The standard headers come before the switch: their
 // inline functions must stay code that every machine can run.
 #if defined(__x86_64__)
+#ifndef SCSE_KERNELS
+#define SCSE_KERNELS "kernels.h"  // batch_norm/ compiles others
+#endif
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -19,7 +22,7 @@
 #define SCSE_ISA avx512
 #define SCSE_VECTOR_BYTES 64
 #define SCSE_HALF_512  // the set converts float16 itself
-#include "kernels.h"
+#include SCSE_KERNELS
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

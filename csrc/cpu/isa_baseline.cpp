@@ -1,4 +1,7 @@
 // What every machine of the architecture has: 16-byte vectors.
+#ifndef SCSE_KERNELS
+#define SCSE_KERNELS "kernels.h"  // batch_norm/ compiles others
+#endif
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -7,4 +10,4 @@
 
 #define SCSE_ISA baseline
 #define SCSE_VECTOR_BYTES 16
-#include "kernels.h"
+#include SCSE_KERNELS

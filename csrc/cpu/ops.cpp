@@ -14,17 +14,22 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "batch_norm/problem.h"
 #include "cache.h"
 #include "problem.h"
 
 namespace scse {
 
-#define SCSE_DECLARE_KERNELS(isa)                  \
-  namespace isa {                                  \
-  extern const Kernels<float> float_kernels;       \
-  extern const Kernels<double> double_kernels;     \
-  extern const Kernels<half> half_kernels;         \
-  extern const Kernels<bfloat16> bfloat16_kernels; \
+#define SCSE_DECLARE_KERNELS(isa)                           \
+  namespace isa {                                           \
+  extern const Kernels<float> float_kernels;                \
+  extern const Kernels<double> double_kernels;              \
+  extern const Kernels<half> half_kernels;                  \
+  extern const Kernels<bfloat16> bfloat16_kernels;          \
+  extern const NormKernels<float> float_norm_kernels;       \
+  extern const NormKernels<double> double_norm_kernels;     \
+  extern const NormKernels<half> half_norm_kernels;         \
+  extern const NormKernels<bfloat16> bfloat16_norm_kernels; \
   }
 SCSE_DECLARE_KERNELS(baseline)
 SCSE_DECLARE_KERNELS(avx2)
@@ -65,27 +70,29 @@ Isa isa() {
   return chosen;
 }
 
-template <typename T>
-const Kernels<T>& select(const Kernels<T>& baseline, const Kernels<T>& avx2,
-                         const Kernels<T>& avx512) {
+template <typename K>
+const K& select(const K& baseline, const K& avx2, const K& avx512) {
   return isa() == Isa::avx512 ? avx512 : isa() == Isa::avx2 ? avx2 : baseline;
 }
 
 template <typename T>
 const Kernels<T>& kernels();
+template <typename T>
+const NormKernels<T>& norm_kernels();
 #if defined(__x86_64__)
-#define SCSE_SELECT(T)                                                            \
-  template <>                                                                     \
-  const Kernels<T>& kernels<T>() {                                                \
-    return select(baseline::T##_kernels, avx2::T##_kernels, avx512::T##_kernels); \
-  }
+#define SCSE_SELECT_FOR(T, table) select(baseline::T##table, avx2::T##table, avx512::T##table)
 #else
-#define SCSE_SELECT(T)             \
-  template <>                      \
-  const Kernels<T>& kernels<T>() { \
-    return baseline::T##_kernels;  \
-  }
+#define SCSE_SELECT_FOR(T, table) baseline::T##table
 #endif
+#define SCSE_SELECT(T)                        \
+  template <>                                 \
+  const Kernels<T>& kernels<T>() {            \
+    return SCSE_SELECT_FOR(T, _kernels);      \
+  }                                           \
+  template <>                                 \
+  const NormKernels<T>& norm_kernels<T>() {   \
+    return SCSE_SELECT_FOR(T, _norm_kernels); \
+  }
 SCSE_SELECT(float)
 SCSE_SELECT(double)
 SCSE_SELECT(half)
@@ -379,6 +386,8 @@ BackwardResult cpu_backward(const Tensor& dy, const Tensor& x, const Optional& w
                 need_dx, need_channel, need_spatial, gate);
 }
 
+#include "batch_norm/ops.h"
+
 std::string cpu_capability() { return kIsaNames[static_cast<int>(isa())]; }
 
 }  // namespace
@@ -387,6 +396,8 @@ std::string cpu_capability() { return kIsaNames[static_cast<int>(isa())]; }
 STABLE_TORCH_LIBRARY_IMPL(scse_kernels, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&scse::cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&scse::cpu_backward));
+  m.impl("cpu_bn_forward", TORCH_BOX(&scse::cpu_bn_forward));
+  m.impl("cpu_bn_backward", TORCH_BOX(&scse::cpu_bn_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scse_kernels, CompositeExplicitAutograd, m) {

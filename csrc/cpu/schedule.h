@@ -7,11 +7,16 @@
 // is computed by the same code and sums are added in the same order, so threads don't change
 // results.
 
-// first(n, strip) for all strips of a sample, then between(n), then second(n, strip); when all
-// samples are done, `last`.
-template <typename T, typename First, typename Between, typename Second, typename... Last>
-inline void by_sample(const Problem<T>& p, const First& first, const Between& between,
-                      const Second& second, const Stage<Last>&... last) {
+// The stages `before`; then first(n, strip) for all strips of a sample, then between(n), then
+// second(n, strip); when all samples are done, `last`.
+template <typename T, typename... Before, typename First, typename Between, typename Second,
+          typename... Last>
+inline void by_sample(const Problem<T>& p, const std::tuple<Stage<Before>...>& before,
+                      const First& first, const Between& between, const Second& second,
+                      const Stage<Last>&... last) {
+  const auto in_turn = [&](const auto&... stages) {
+    std::apply([&](const auto&... early) { p.in_turn(early..., stages..., last...); }, before);
+  };
   const int64_t worth = 1 << 15;  // elements for which another thread pays
   const int64_t per_strip =
       std::max<int64_t>(1, worth / (p.channels * std::min(p.width, p.positions)));
@@ -23,7 +28,7 @@ inline void by_sample(const Problem<T>& p, const First& first, const Between& be
                            second(i / p.strips, i % p.strips);
                          }
                        }};
-    return p.in_turn(strips, last...);
+    return in_turn(strips);
   }
   const int64_t whole = p.samples - p.samples % p.threads;
   const int64_t shared = (p.samples - whole) * p.strips;
@@ -47,7 +52,7 @@ inline void by_sample(const Problem<T>& p, const First& first, const Between& be
                           second(whole + back / p.strips, back % p.strips);
                         }
                       }};
-  p.in_turn(samples, firsts, betweens, seconds, last...);
+  in_turn(samples, firsts, betweens, seconds);
 }
 
 // Calls pass(std::bool_constant): whether it is to store past the caches.
@@ -61,7 +66,8 @@ inline void storing(const Problem<T>& p, const Pass& pass) {
 template <typename T, typename Maps>
 inline void forward(const Problem<T>& p) {
   by_sample(
-      p, [&](int64_t n, int64_t i) { Maps::squeeze(p, n, i); }, [&](int64_t n) { excite(p, n); },
+      p, std::tuple<>{}, [&](int64_t n, int64_t i) { Maps::squeeze(p, n, i); },
+      [&](int64_t n) { excite(p, n); },
       [&](int64_t n, int64_t i) {
         storing(p, [&](auto stream) { Maps::template apply<decltype(stream)::value>(p, n, i); });
       });
@@ -70,7 +76,7 @@ inline void forward(const Problem<T>& p) {
 template <typename T, typename Maps>
 inline void backward(const Problem<T>& p) {
   by_sample(
-      p, [&](int64_t n, int64_t i) { Maps::reduce(p, n, i); },
+      p, std::tuple<>{}, [&](int64_t n, int64_t i) { Maps::reduce(p, n, i); },
       [&](int64_t n) {
         if (p.need_dx || p.need_channel) excite_backward(p, n);
       },

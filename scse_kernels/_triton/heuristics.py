@@ -7,7 +7,7 @@ matrix products, and no other where it isn't asked to.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,6 +21,8 @@ _BYTES = 128
 _STRIPS = 512
 # Positions of a strip, at most, where a tile can be short: a row of partial sums for each.
 _STRIP = 32
+# The same for BatchNorm's backward.
+_NORM_STRIP = 128
 # Bytes of x on their way to each multiprocessor, where strips of several tiles leave the choice; as
 # many of dy join them. 3.35 TB/s and 0.7 us from memory make 18 KB for each of an H100's.
 _IN_FLIGHT = 16384
@@ -197,3 +199,53 @@ def queue(strips: int, kept: int, warps: int, resident: int, processors: int, l2
     programs = processors * max(1, resident // warps)
     programs = max(1, min(programs, strips, l2 // (5 * kept)))
     return Queue(programs, programs // 2)
+
+
+def statistics_tile(
+    samples: int,
+    channels: int,
+    positions: int,
+    itemsize: int,
+    channels_last: bool,
+    processors: int,
+) -> Tile:
+    """The tile of BatchNorm's statistics, which need no position's channels together.
+
+    Two numbers to a channel and tile are written and read again, so a tile has few channels and
+    many positions: in channels_last maps two sectors' channels, which is what memory is read by.
+    Four warps with 128 bytes to a thread; smaller tiles until most `processors` have a program.
+    """
+    warps = 4
+    size = warps * 32 * _BYTES // itemsize
+    if channels_last:
+        block_c = min(power_of_two(channels), 2 * _SECTOR // itemsize)
+        block_s = min(size // block_c, max(16, power_of_two(positions)))
+    else:
+        block_s = min(size, max(16, power_of_two(positions)))
+        block_c = min(power_of_two(channels), size // block_s)
+
+    def programs() -> int:
+        return samples * -(-channels // block_c) * -(-positions // block_s)
+
+    while programs() < processors * 3 // 4 and block_c * block_s > size // 8:
+        if not channels_last and block_c > 1:
+            block_c //= 2
+        elif block_s > 32:
+            block_s //= 2
+        else:
+            break
+    return Tile(block_c, block_s, warps, 1, False)
+
+
+def norm_reduce_tile(tile: Tile, samples: int, positions: int, processors: int) -> Tile:
+    """The tile of the backward's first pass with BatchNorm, given that of the other passes.
+
+    Six sums to a channel and strip are written and read again, where scSE alone has two: strips are
+    longer, as long as most processors have one.
+    """
+    tiles = tile.tiles
+    while tile.hold and tile.block_s * tiles < _NORM_STRIP:
+        if samples * -(-positions // (2 * tile.block_s * tiles)) < processors * 3 // 4:
+            break
+        tiles *= 2
+    return replace(tile, tiles=tiles)

@@ -240,6 +240,26 @@ def test_every_size_has_a_tick(tmp_path):
     assert ticks == pytest.approx([case.case.x_bytes / 2**20 for case in measurements[::2]])
 
 
+@pytest.mark.parametrize("combine", ["add", "max", "concat"])
+def test_ops_with_batch_norm(options, tmp_path, combine):
+    """All providers agree with the reference, those that torch.compile makes left out."""
+    args = options(
+        "ops", "--block", "bn_relu_scse", "--shape", "2x8x6x5", "--providers", "eager", "unfused",
+        "reference", "--reduction", "2", "--combine", combine, "--rounds", "1",
+    )  # fmt: skip
+    assert args.run(args) == 0
+    with (tmp_path / "ops.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["block"] for row in rows} == {"bn_relu_scse"}
+    assert {row["provider"] for row in rows} == {"clone", "eager", "unfused", "reference"}
+
+
+def test_ops_without_batch_norm_knows_no_unfused_block(options):
+    args = options("ops", "--providers", "unfused")
+    with pytest.raises(SystemExit, match="provider unfused: known: eager, compile, rewritten"):
+        args.run(args)
+
+
 def test_a_graph_that_cannot_be_captured_is_told(gpu):
     def refused():
         raise RuntimeError("operation not permitted when stream is capturing")

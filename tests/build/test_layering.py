@@ -17,6 +17,7 @@ ORDER = (
         "__init__",
         "convert",
         "keras",
+        "batch_norm",
         "modules",
         "children",
         "functional",

@@ -28,6 +28,13 @@ EXPECTED = {
         "apply_backward_kernel",
         "forward_kernel",
         "backward_kernel",
+        "norm_statistics_kernel",
+        "norm_merge_kernel",
+        "norm_squeeze_kernel",
+        "norm_apply_kernel",
+        "norm_reduce_kernel",
+        "norm_sums_kernel",
+        "norm_apply_backward_kernel",
     ),
 }
 

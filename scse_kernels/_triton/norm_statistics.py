@@ -1,0 +1,90 @@
+"""BatchNorm's statistics: each strip's own mean and sum of squared deviations, then merged.
+
+Nowhere is a square of a mean taken from a mean of squares, so a mean of a thousand standard
+deviations does no harm.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import accumulator, index, inside, load, offsets, shown, sum_in_pairs
+
+
+@triton.jit
+def norm_statistics_kernel(
+    u_ptr,  # [N, C, S]
+    strip_mean_ptr,  # [N, strips, C]: the means of a strip
+    strip_squares_ptr,  # [N, strips, C]: sums of squares of what deviates from them
+    C,
+    S,
+    strips,
+    stride_un,
+    pitch_u,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """A program for each tile [BLOCK_C, BLOCK_S]: a strip of some of the channels. Reads u once,
+    writes two numbers to a channel."""
+    ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
+    blocks = tl.cdiv(C, BLOCK_C)
+    item = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = index(item // strips, WIDE)
+    s = (item % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
+    at = offsets(index(c, WIDE), index(s, WIDE), pitch_u, CHANNELS_LAST, ALIGN)
+    u = load(u_ptr + n * shown(stride_un, ALIGN) + at, mask, ACC)
+
+    count = tl.minimum(BLOCK_S, S - (item % strips) * BLOCK_S)
+    near = tl.sum(u, 1) / count  # the mean, but for the roundings of that sum
+    d = tl.where(mask, u - near[:, None], 0.0)
+    off = tl.sum(d, 1) / count
+    squares = tl.sum(d * d, 1) - count * off * off
+    row = index(item, WIDE) * C
+    tl.store(strip_mean_ptr + row + c, near + off, mask=c < C)
+    tl.store(strip_squares_ptr + row + c, tl.maximum(squares, 0.0), mask=c < C)
+
+
+@triton.jit
+def norm_merge_kernel(
+    strip_mean_ptr,  # [N, strips, C]
+    strip_squares_ptr,  # [N, strips, C]
+    mean_ptr,  # [C]
+    var_ptr,  # [C]: biased
+    C,
+    S,
+    rows,  # N * strips
+    strips,
+    STRIP: tl.constexpr,  # positions of a strip
+    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """A program for each BLOCK channels. Reads the strips' means twice and their squares once, in a
+    fixed order; writes the channels' mean and variance."""
+    ACC: tl.constexpr = accumulator(mean_ptr.dtype.element_ty)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = (rows // strips).to(ACC) * S
+    first = load(strip_mean_ptr + c, c < C, ACC)[None, :]  # differences are as small as u's own
+    total = tl.zeros([BLOCK_ROWS, BLOCK], ACC)
+    for begin in range(0, rows, BLOCK_ROWS):
+        r = (begin + tl.arange(0, BLOCK_ROWS))[:, None]
+        mask = (r < rows) & (c[None, :] < C)
+        count = tl.minimum(STRIP, S - r % strips * STRIP)
+        mean = load(strip_mean_ptr + r.to(tl.int64) * C + c[None, :], mask, ACC)
+        total += tl.where(mask, count * (mean - first), 0.0)
+    mean_of_all = first + (sum_in_pairs(total, 0, False) / values)[None, :]
+
+    total = tl.zeros([BLOCK_ROWS, BLOCK], ACC)
+    for begin in range(0, rows, BLOCK_ROWS):
+        r = (begin + tl.arange(0, BLOCK_ROWS))[:, None]
+        mask = (r < rows) & (c[None, :] < C)
+        count = tl.minimum(STRIP, S - r % strips * STRIP)
+        at = r.to(tl.int64) * C + c[None, :]
+        apart = load(strip_mean_ptr + at, mask, ACC) - mean_of_all
+        squares = load(strip_squares_ptr + at, mask, ACC)
+        total += tl.where(mask, squares + count * (apart * apart), 0.0)
+    tl.store(mean_ptr + c, tl.reshape(mean_of_all, (BLOCK,)), mask=c < C)
+    tl.store(var_ptr + c, sum_in_pairs(total, 0, False) / values, mask=c < C)

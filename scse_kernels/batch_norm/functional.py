@@ -1,0 +1,151 @@
+"""bn_relu_scse: validation of the arguments, and the running statistics."""
+
+import torch
+from torch import Tensor, compiler
+from torch._C import _get_tracing_state
+
+from .. import backends
+from ..autograd import once_differentiable
+from ..functional import (
+    _check_channel,
+    _check_name,
+    _check_parameter,
+    _check_spatial,
+    _check_x,
+)
+from ..ops import COMBINE, memory_format
+from . import ops, reference
+from .autograd import BNReLUSCSE
+
+_NAME = "bn_relu_scse"
+
+
+def bn_relu_scse(
+    u: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    ws: Tensor | None,
+    bs: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    combine: str = "add",
+    backend: str = "auto",
+) -> Tensor:
+    """BatchNorm (arXiv:1502.03167), ReLU and scSE (arXiv:1803.02579) of u, in one operator.
+
+    ::
+
+        z = relu(batch_norm(u, running_mean, running_var, bn_weight, bn_bias,
+                            training, momentum, eps))
+        y = scse(z, w1, b1, w2, b2, ws, bs, combine=combine)
+
+    z is never in memory, neither is it saved: the backward computes it again from u.
+
+    Args:
+        u: feature map [N, C, *S] with one to three spatial axes, such as a convolution's output;
+            float32, float64, float16 or bfloat16, any strides. Sums are formed in float32 (float64
+            for float64).
+        bn_weight, bn_bias: BatchNorm's, [C] (None: 1 and 0).
+        running_mean, running_var: its running statistics, [C]. In training they are moved towards
+            those of u, in place, once a call, and may be None; else they are used as they are.
+        w1, b1, w2, b2: the channel excitation, as in :func:`scse` (w1 and w2 None: sSE alone).
+        ws, bs: the spatial one, as in :func:`scse` (None: cSE alone).
+        training: normalise by the statistics of u, as torch.nn.functional.batch_norm does.
+        momentum: the share of u's statistics in the new running ones; the variance that joins them
+            is the unbiased one.
+        eps: is added to the variance.
+        combine, backend: as in :func:`scse`; "cuda" has no kernels for this, and "auto" takes
+            "triton" for CUDA tensors.
+
+    Parameters and running statistics may have any of the four dtypes; each gradient has the dtype
+    of its tensor.
+
+    Returns:
+        y [N, C, *S] ([N, 2 * C, *S] for "concat") in u's dtype, channels_last where u is and
+        contiguous otherwise.
+
+    Raises:
+        TypeError: an argument is not a tensor or has no real floating-point dtype.
+        ValueError: shapes don't fit together; combine or backend is unknown; both branches are
+            missing; statistics are missing where they are needed; one value to a channel in
+            training.
+        RuntimeError: tensors are on several devices, or the named backend can't be used.
+    """
+    _check_name(_NAME, "combine", combine, COMBINE)
+    if not _get_tracing_state():  # sizes are tensors there, and comparing them warns
+        _check_x(_NAME, u, "u")
+        _check_batch_norm(u, bn_weight, bn_bias, running_mean, running_var, training)
+        if w1 is None and ws is None:
+            raise ValueError(f"{_NAME}(): w1 and ws are both None, expected at least one branch")
+        if w1 is not None:
+            _check_channel(_NAME, u, w1, b1, w2, b2)
+        if ws is not None:
+            _check_spatial(_NAME, u, ws, bs)
+    if w1 is None:
+        b1 = w2 = b2 = None
+    if ws is None:
+        bs = None
+    norm, parameters = (u, bn_weight, bn_bias), (w1, b1, w2, b2, ws, bs)
+    used = (None, None) if training else (running_mean, running_var)
+    tracked = training and running_mean is not None
+
+    backend = backends.choose(_NAME, backend, u, ops.BACKENDS)
+    if backend in ("operations", "eager"):
+        y = reference.bn_relu_scse(*norm, *used, *parameters, eps, combine)
+        if backend == "eager":
+            y = y.contiguous(memory_format=memory_format(u))
+        statistics = reference.statistics(u) if tracked else ()
+    elif torch.is_grad_enabled():
+        inputs = (*norm, *parameters)
+        if compiler.is_dynamo_compiling():
+            inputs = once_differentiable(*inputs)
+        y, *statistics = BNReLUSCSE.apply(*inputs, *used, eps, combine, backend)
+    else:
+        y, *statistics = ops.FORWARD[backend](*norm, *used, *parameters, eps, COMBINE[combine])[:3]
+    if tracked:
+        _update(u, running_mean, running_var, *statistics[:2], momentum)
+    return y
+
+
+def _update(u, running_mean, running_var, mean, var, momentum):
+    """Move the running statistics towards those of u, as torch.nn.functional.batch_norm does.
+
+    Neither has a gradient. (A no_grad region would be a program of its own in an exported one.)
+    """
+    values = u.numel() // u.shape[1]
+    if values == 0:  # as there: an empty batch leaves them alone
+        return
+    for running, batch in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
+        if running.dtype == batch.dtype:
+            running.lerp_(batch, momentum)
+        else:
+            running.copy_(running.to(batch.dtype).lerp(batch, momentum))
+
+
+def _check_batch_norm(u, bn_weight, bn_bias, running_mean, running_var, training):
+    channels = (u.shape[1],)
+    for argument, value in (
+        ("bn_weight", bn_weight),
+        ("bn_bias", bn_bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if value is not None:
+            _check_parameter(_NAME, u, argument, value, channels, "[C]", "u")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{_NAME}(): running_mean and running_var must both be given or both None")
+    if not training and running_mean is None:
+        raise ValueError(f"{_NAME}(): running_mean and running_var are needed unless training")
+    if training and u.numel() == u.shape[1]:
+        raise ValueError(
+            f"{_NAME}(): expected more than 1 value per channel when training,"
+            f" got u of shape {list(u.shape)}"
+        )

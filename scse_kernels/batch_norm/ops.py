@@ -1,0 +1,101 @@
+"""Schemas and fake implementations of the operators of BatchNorm + ReLU + scSE.
+
+As in the package's ops.py: one operator forward and one backward for each backend,
+`torch.ops.scse_kernels.<backend>_bn_forward` and `..._bn_backward`. They change none of their
+arguments: the running statistics are updated by who calls them, from `mean` and `var`.
+"""
+
+import torch
+from torch import Tensor
+
+from .._library import library
+from ..ops import COMBINE, gradient_memory, memory_format
+from ..reference import accumulation_dtype
+
+#: those of the package's backends that have kernels for this
+BACKENDS = ("cpu", "triton")
+
+# mean, var: the running statistics; None: those of u. What is returned is what was used, in the
+# dtype of sums (the variance biased).
+_FORWARD = (
+    "(Tensor u, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? w1,"
+    " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs, float eps, int combine)"
+    " -> (Tensor y, Tensor mean, Tensor var, Tensor pooled, Tensor hidden, Tensor channel_gate)"
+)
+# of_batch: the statistics are those of u, so u has a gradient through them.
+_BACKWARD = (
+    "(Tensor dy, Tensor u, Tensor? bn_weight, Tensor? bn_bias, Tensor? w1, Tensor? b1, Tensor? w2,"
+    " Tensor? b2, Tensor? ws, Tensor? bs, Tensor mean, Tensor var, Tensor pooled, Tensor hidden,"
+    " Tensor channel_gate, float eps, bool of_batch, int combine, bool need_du, bool need_affine,"
+    " bool need_channel, bool need_spatial)"
+    " -> (Tensor du, Tensor d_bn_weight, Tensor d_bn_bias, Tensor dw1, Tensor db1, Tensor dw2,"
+    " Tensor db2, Tensor dws, Tensor dbs)"
+)
+
+
+def _fake_forward(u, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, ws, bs, eps, combine):
+    n, c = u.shape[:2]
+    concat = w1 is not None and ws is not None and combine == COMBINE["concat"]
+    shape = (n, 2 * c, *u.shape[2:]) if concat else u.shape
+    channels, hidden = (0, 0) if w1 is None else (c, w1.shape[0])
+    small = ((c,), (c,), (n, channels), (2, n, hidden), (n, channels))
+    dtype = accumulation_dtype(u.dtype)
+    return (
+        torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=memory_format(u)),
+        *(u.new_empty(sizes, dtype=dtype) for sizes in small),
+    )
+
+
+def _fake_backward(
+    dy, u, bn_weight, bn_bias, w1, b1, w2, b2, ws, bs, mean, var, pooled, hidden, channel_gate, eps,
+    of_batch, combine, need_du, need_affine, need_channel, need_spatial,
+):  # fmt: skip
+    def grad(parameter, needed):
+        if parameter is None or not needed:
+            return u.new_empty((0,))
+        return gradient_memory(parameter)
+
+    return (
+        torch.empty_like(u, memory_format=memory_format(u)) if need_du else u.new_empty((0,)),
+        *(grad(p, need_affine) for p in (bn_weight, bn_bias)),
+        *(grad(p, need_channel) for p in (w1, b1, w2, b2)),
+        *(grad(p, need_spatial) for p in (ws, bs)),
+    )
+
+
+_library = library()
+for _backend in BACKENDS:
+    for _name, _schema, _fake in (
+        (f"{_backend}_bn_forward", _FORWARD, _fake_forward),
+        (f"{_backend}_bn_backward", _BACKWARD, _fake_backward),
+    ):
+        _library.define(_name, _schema)
+        _library.register_fake(_name, _fake)
+        _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # see autograd.py
+
+#: backend -> its operator.
+FORWARD = {name: getattr(torch.ops.scse_kernels, f"{name}_bn_forward").default for name in BACKENDS}
+BACKWARD = {
+    name: getattr(torch.ops.scse_kernels, f"{name}_bn_backward").default for name in BACKENDS
+}
+
+
+def _triton_forward(u, *others):
+    from .._triton import batch_norm  # imports Triton, which takes a second
+
+    results = _fake_forward(u, *others)
+    batch_norm.forward(memory_format(u), results, u, *others)
+    return results
+
+
+def _triton_backward(dy: Tensor, u: Tensor, *others):
+    from .._triton import batch_norm
+
+    results = _fake_backward(dy, u, *others)
+    batch_norm.backward(memory_format(u), results, dy, u, *others)
+    return results
+
+
+for _key in ("CUDA", "CPU"):  # CPU tensors: under Triton's interpreter
+    _library.impl("triton_bn_forward", _triton_forward, _key)
+    _library.impl("triton_bn_backward", _triton_backward, _key)
