@@ -165,8 +165,8 @@ def _why_not_cuda(device, dtype):
     return None if code else f"it was built without code for {described}"
 
 
-def _fastest(device, dtype, among):
-    """What "auto" takes: the first of AUTO that can be used, `among` those that have the kernels."""
+def _fastest(device, dtype, among=BACKENDS):
+    """What "auto" takes: the first of AUTO that can be used and is `among` those that are asked."""
     for backend in AUTO.get(device.type, ()):
         if backend in among and why_not(backend, device, dtype) is None:
             return backend
