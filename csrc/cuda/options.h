@@ -24,8 +24,7 @@ int choice_of(const char* variable, const char* const (&names)[count], const cha
 enum class Family { automatic, general, on_chip };
 inline Family wanted_family() {
   constexpr const char* names[] = {"auto", "general", "on_chip"};
-  return static_cast<Family>(
-      choice_of("SCSE_CUDA_KERNELS", names, "auto, general or on_chip"));
+  return static_cast<Family>(choice_of("SCSE_CUDA_KERNELS", names, "auto, general or on_chip"));
 }
 
 // Whether a kernel may start while the one before is still finishing, see overlap.cuh.

@@ -31,8 +31,7 @@ void Passes<T>::squeeze(const Problem& p, const Forward& f) {
                              : squeeze_planes<T, W, CHANNEL, SPATIAL>,
              Grid{p.samples * t.strips, t.threads()}, p, static_cast<const T*>(p.x), p.ws, p.bs,
              p.dtypes, f.partial, f.spatial_gate, p.x_sample, p.x_pitch, p.gate, p.channels,
-             p.positions,
-             t.lanes, t.tiles, t.strips);
+             p.positions, t.lanes, t.tiles, t.strips);
     };
     if (!p.has_channel()) return run(std::false_type(), std::true_type());
     with_bool(p.has_spatial(), [&](auto spatial) { run(std::true_type(), spatial); });
