@@ -17,6 +17,9 @@ PAIR := $(VENV)/pair-$(shell echo '$(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1
 TOOLS := $(VENV)/tools
 KERNELS := $(VENV)/kernels
 PEERS := $(VENV)/peers
+# Other versions of Triton than the pair's, alone and side by side: what torch 2.10 and 2.11, 2.13
+# and 2.14 come with.
+TRITONS := $(foreach v,$(filter-out $(TRITON:triton==%=%),3.6.0 3.7.1 3.8.0),$(VENV)/triton-$(v)/installed)
 # The package as a wheel: without kernels in an environment of its own, and as it is given away.
 PURE := $(VENV)/pure
 WHEEL := $(VENV)/wheel
@@ -31,7 +34,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Two of the steps build the package in the same folder.
 .NOTPARALLEL:
 
-test: lint test-pure $(KERNELS) $(PEERS)
+test: lint test-pure $(KERNELS) $(PEERS) $(TRITONS)
 	$(BIN)/python -m pytest -n auto
 
 lint: $(TOOLS)
@@ -46,7 +49,7 @@ test-pure: $(PURE) $(PEERS)
 
 # Executes the compiled code of every kernel for GPUs in the emulator and ends with a table of what
 # ran. Other than in `make test`, nothing is skipped: what can't run here fails.
-gpu-proof: $(TOOLS)
+gpu-proof: $(TOOLS) $(TRITONS)
 	rm -rf $(PROOF) && mkdir $(PROOF)
 	SCSE_GPU_PROOF=$(PROOF) $(BIN)/python -m pytest -q -n auto tests/gpu; passed=$$?; \
 	$(BIN)/python tests/gpu/proof.py $(PROOF) && exit $$passed
@@ -97,6 +100,11 @@ $(TOOLS): $(PAIR) pyproject.toml
 $(PEERS): $(TOOLS)
 	$(PIP) --quiet --no-deps $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open( \
 		"pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"])')
+	touch $@
+
+$(VENV)/triton-%/installed: | $(BIN)/python
+	rm -rf $(@D)
+	$(PIP) --quiet --no-deps --target $(@D) triton==$*
 	touch $@
 
 # Not by way of pip, which would compile every file again after each edit.

@@ -166,10 +166,17 @@ def describe(device: torch.device) -> str:
 
 
 def triton_version() -> str:
+    """Triton's version, and whether it is newer than what the kernels were tried with."""
+    from . import _triton
+
     try:
         import triton
     except ImportError:
         return "not installed"
+    if _triton.version(triton.__version__) > _triton.NEWEST:
+        return "{} (not tried: {}.{} is the newest that was)".format(
+            triton.__version__, *_triton.NEWEST
+        )
     return triton.__version__
 
 

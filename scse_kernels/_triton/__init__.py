@@ -5,6 +5,16 @@ import os
 
 import torch
 
+#: The versions of Triton with which all kernels were compiled and executed, first and last: those
+#: of torch 2.10 to 2.14. A newer one is used too.
+OLDEST, NEWEST = (3, 6), (3, 8)
+
+
+def version(text: str) -> tuple[int, int]:
+    """(major, minor) of a version such as "3.6.0+git0d6f"."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
 
 def why_not(device: torch.device) -> str | None:
     """None if Triton kernels can run on tensors of `device`, else the reason. Imports Triton.
@@ -14,9 +24,11 @@ def why_not(device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"it runs on cuda tensors, got {device.type}"
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"Triton can't be imported: {error}"
+    if version(triton.__version__) < OLDEST:
+        return f"Triton {OLDEST[0]}.{OLDEST[1]} or newer is needed, this is {triton.__version__}"
     # as Triton reads it, when it defines a kernel
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
         return None

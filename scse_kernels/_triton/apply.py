@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .combine import CHANNEL, CONCAT, SPATIAL, direct, reads_x, value
 from .parameters import parameter_gradients
-from .primitives import accumulator, index, inside, load, offsets, shown, store
+from .primitives import NORMAL, accumulator, index, inside, load, offsets, shown, store
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def apply_kernel(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    POLICY: tl.constexpr = "",
+    POLICY: tl.constexpr = NORMAL,
     tile=None,
 ):
     """A program for each tile, or this one does `tile`. Reads x and the gates once, writes y.
@@ -106,7 +106,7 @@ def apply_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
-    POLICY: tl.constexpr = "",
+    POLICY: tl.constexpr = NORMAL,
     tile=None,
 ):
     """A program for each tile of dx, or this one does `tile`. Reads dy and the small tensors once,

@@ -8,6 +8,9 @@ pitch, the sample's stride and the size of the axis of stride 1.
 import triton
 import triton.language as tl
 
+# No policy of eviction. (Triton 3.6 takes no plain string for the default of an argument.)
+NORMAL = tl.constexpr("")
+
 
 @triton.constexpr_function
 def accumulator(dtype):
@@ -52,7 +55,7 @@ def inside(c, s, C, S, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, mask, ACC: tl.constexpr, POLICY: tl.constexpr = ""):
+def load(ptr, mask, ACC: tl.constexpr, POLICY: tl.constexpr = NORMAL):
     """Elements in the accumulator's dtype, 0 outside of the mask. POLICY: of eviction."""
     return tl.load(ptr, mask=mask, other=0.0, eviction_policy=POLICY).to(ACC)
 

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 
 from .combine import CONCAT, by_gates, shares
-from .primitives import accumulator, index, inside, load, offsets, shown
+from .primitives import NORMAL, accumulator, index, inside, load, offsets, shown
 
 
 @triton.jit
 def load_tile(
     ptr, begin, s, C, S, pitch, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, POLICY: tl.constexpr = "",
+    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, POLICY: tl.constexpr = NORMAL,
 ):  # fmt: skip
     """The tile [BLOCK_C, BLOCK_S] of one sample, in its own dtype."""
     c = begin + tl.arange(0, BLOCK_C)
@@ -64,7 +64,7 @@ def reduce_kernel(
     TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    POLICY: tl.constexpr = "",
+    POLICY: tl.constexpr = NORMAL,
     item=None,
 ):
     """A program for each sample and strip (TILES tiles), or this one does the strip `item`. Reads x

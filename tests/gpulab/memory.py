@@ -56,15 +56,15 @@ class HostBuffer:
             self.writeable, self.poisoned = array.flags.writeable, isinstance(array, DeviceArray)
             self.kind = f"{array.dtype}{list(array.shape)}"
         else:  # a torch CPU tensor
-            self.pointer, self.itemsize = array.data_ptr(), array.element_size()
-            extent = (
-                sum((n - 1) * s for n, s in zip(array.shape, array.stride(), strict=False)) + 1
-                if array.numel()
-                else 0
-            )
-            low, high = self.pointer, self.pointer + extent * self.itemsize
             storage = array.untyped_storage()
             origin = storage.data_ptr()
+            self.pointer, self.itemsize, extent = array.data_ptr(), array.element_size(), 0
+            if array.numel():
+                spans = zip(array.shape, array.stride(), strict=True)
+                extent = sum((n - 1) * stride for n, stride in spans) + 1
+            else:
+                self.pointer = origin  # of an empty tensor torch says 0, wherever its storage is
+            low, high = self.pointer, self.pointer + extent * self.itemsize
             end, self.root_phase = origin + storage.nbytes(), origin % 16
             self.tracked = poison.find(array) if high > low else None
             self.changed = self.tracked is not None and poison.changed_on_host(array)

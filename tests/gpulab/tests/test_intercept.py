@@ -231,3 +231,12 @@ def test_wrapped_triton_operator():
         with pytest.raises(gpulab.UninitialisedRead):
             wrapped(torch.empty(100))
     assert lab.launches == 1
+
+
+def test_an_empty_view_of_a_tensor_with_storage():
+    x, y = torch.randn(64), torch.randn(64)
+    with gpulab.intercept() as lab:
+        host._add[(1,)](x, y, torch.empty(64)[:0], 0, B=64)
+        with pytest.raises(gpulab.OutOfBounds):
+            host._add[(1,)](x, y, torch.empty(64)[:0], 1, B=64)
+    assert lab.launches == 1

@@ -1,0 +1,122 @@
+"""Counts what the compiled Triton kernels do with memory: prints the tables of docs/gpu.md.
+
+    PYTHONPATH=tests python -m gpu.triton_counts
+
+Each direction starts with a cold L2, and what it leaves dirty there counts as written.
+"""
+
+from dataclasses import dataclass
+
+import gpulab
+import torch
+from budget import make_case
+from gpu.emulated import emulator
+
+from scse_kernels import ops
+
+SHAPE = (4, 64, 64, 64)
+LAYOUTS = ("contiguous", "channels_last")
+VARIANTS = ("add", "max", "concat")
+#: The maps of one launch each way, and how many of their samples fit the L2.
+QUEUED = ((16, 64, 32, 32), (16, 256, 16, 16))
+HELD = 4
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One direction: the reports of its launches; passes over x, read and written."""
+
+    reports: list
+    read: float
+    written: float
+
+    @property
+    def bound(self) -> float:
+        """Microseconds: the launches' roofline bounds added up."""
+        return sum(report.roofline()["bound_us"] for report in self.reports)
+
+
+def count(variant, shape=SHAPE, layout="contiguous", l2=0.1, launches=3, reduction=16):
+    """Forward and backward in float16, with an L2 of `l2` times x."""
+    case = make_case(shape, variant, torch.float16, reduction)
+    if layout == "channels_last":
+        last = torch.channels_last
+        case = case.arranged(*[lambda t: t.contiguous(memory_format=last)] * 2)
+    code = ops.COMBINE.get(variant, 0)
+    device = gpulab.H100.scaled(l2_bytes=int(l2 * case.x.nbytes))
+    calls = torch.ops.scse_kernels
+    counted = []
+
+    def run(operator, *arguments):
+        with emulator(launches=launches, device=device, checks=False) as lab:
+            results = operator(*arguments)
+        read, written = lab.dram_read_bytes, lab.dram_write_bytes
+        counted.append(Counted(lab.reports, read / case.x.nbytes, written / case.x.nbytes))
+        return results
+
+    _, *small = run(calls.triton_forward, case.x, *case.parameters, code)
+    needs = (True, True, True)
+    run(calls.triton_backward, case.dy, case.x, *case.parameters, *small, code, *needs)
+    return counted
+
+
+def row(*cells) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def passes_row(variant, layout, counted) -> str:
+    """A row of the table of passes in three launches."""
+    forward, backward = counted
+    return row(
+        f"{variant}, {layout}",
+        *(f"{one.read:.2f} + {one.written:.2f}" for one in counted),
+        f"{forward.bound:.1f} / {backward.bound:.1f}",
+    )
+
+
+def wide(widths) -> float:
+    """The share of the bytes that go in accesses of 16 bytes to a thread."""
+    return 16 * widths[16] / sum(width * lanes for width, lanes in widths.items())
+
+
+def kernel_row(report, layout) -> str:
+    """A row of the table of kernels."""
+    line = report.roofline()
+    conflicts = report.shared_wavefronts / max(1, report.shared_ideal_wavefronts)
+    return row(
+        f"{report.kernel}, {layout}",
+        str(report.registers),
+        f"{100 * wide(report.load_widths):.0f} / {100 * wide(report.store_widths):.0f}",
+        f"{100 * report.load_efficiency:.0f} / {100 * report.store_efficiency:.0f}",
+        f"{conflicts:.2f}" if report.shared_wavefronts else "none used",
+        f"{line['bound_us']:.2f}, {line['binds']}",
+    )
+
+
+def queued_row(shape, layout) -> tuple[str, list[Counted]]:
+    """A row of the table of one launch each way, and what was counted in one and in three."""
+    l2 = HELD / shape[0]
+    one, three = (count("add", shape, layout, l2, launches) for launches in (1, 3))
+    cells = (
+        " / ".join(f"{direction.read + direction.written:.2f}" for direction in counted)
+        for counted in (one, three)
+    )
+    return row(f"{list(shape)}, {layout}", *cells), [*one, *three]
+
+
+def main() -> None:
+    kernels = []
+    for variant in VARIANTS:
+        for layout in LAYOUTS:
+            counted = count(variant, layout=layout)
+            print(passes_row(variant, layout, counted), flush=True)
+            if variant == "add":
+                kernels += [kernel_row(r, layout) for one in counted for r in one.reports]
+    print(*kernels, sep="\n")
+    for shape in QUEUED:
+        for layout in LAYOUTS:
+            print(queued_row(shape, layout)[0], flush=True)
+
+
+if __name__ == "__main__":
+    main()
