@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
-import proof
 import torch
 from budget import VARIANTS, Case, call, errors, make_case, output_and_gradients
 from fakecuda import A100, GPU, NO_CLUSTERS, SMALL_BLOCKS, Lab, running_on
+from gpu import proof
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last")
