@@ -20,6 +20,9 @@ PEERS := $(VENV)/peers
 # Other versions of Triton than the pair's, alone and side by side: what torch 2.10 and 2.11, 2.13
 # and 2.14 come with.
 TRITONS := $(foreach v,$(filter-out $(TRITON:triton==%=%),3.6.0 3.7.1 3.8.0),$(VENV)/triton-$(v)/installed)
+# The CUDA compiler from PyPI, where the machine has no toolkit: beside the packages, since torch may
+# have CUDA libraries of its own there.
+NVCC := $(VENV)/nvcc
 # What the tests of code for GPUs have executed.
 PROOF := $(VENV)/proof
 # Environments with the package installed: without kernels, and as users install it.
@@ -38,7 +41,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Two of the steps build the package in the same folder.
 .NOTPARALLEL:
 
-test: lint test-pure $(KERNELS) $(PEERS) $(TRITONS)
+test: lint test-pure $(KERNELS) $(PEERS) $(TRITONS) $(NVCC)
 	$(BIN)/python -m pytest -n auto
 
 lint: $(TOOLS)
@@ -53,7 +56,7 @@ test-pure: $(PURE) $(PEERS)
 
 # Executes the compiled code of every kernel for GPUs in the emulator and ends with a table of what
 # ran. Other than in `make test`, nothing is skipped: what can't run here fails.
-gpu-proof: $(TOOLS) $(TRITONS)
+gpu-proof: $(TOOLS) $(TRITONS) $(NVCC)
 	rm -rf $(PROOF) && mkdir $(PROOF)
 	SCSE_GPU_PROOF=$(PROOF) $(BIN)/python -m pytest -q -n auto tests/gpu; passed=$$?; \
 	$(BIN)/python tests/gpu/proof.py $(PROOF) && exit $$passed
@@ -109,6 +112,12 @@ $(PAIR): | $(BIN)/python
 # Editable, since benchmarks and tests run in the checkout.
 $(TOOLS): $(PAIR) pyproject.toml
 	SCSE_BUILD=none $(PIP) --quiet --no-build-isolation -c $(CONSTRAINTS) -e ".[bench,dev]"
+	touch $@
+
+$(NVCC): $(TOOLS)
+	test -n "$$CUDA_HOME" || command -v nvcc || $(PIP) --quiet --no-deps --upgrade \
+	    --target $(VENV)/cuda-toolkit $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open( \
+		"pyproject.toml", "rb"))["project"]["optional-dependencies"]["nvcc"])')
 	touch $@
 
 # Without what they ask for, torchvision and more: only their blocks are tested, only data is read.

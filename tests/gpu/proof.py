@@ -36,6 +36,19 @@ EXPECTED = {
         "norm_sums_kernel",
         "norm_apply_backward_kernel",
     ),
+    "nvcc": (
+        "squeeze_planes",
+        "squeeze_channels_last",
+        "excite",
+        "apply",
+        "reduce_planes",
+        "reduce_channels_last",
+        "excite_backward",
+        "apply_backward",
+        "on_chip::forward_kernel",
+        "on_chip::backward_kernel",
+        "on_chip::gradients_kernel",
+    ),
 }
 
 

@@ -1,8 +1,8 @@
 """The CUDA kernels are executed where an nvcc compiles them; elsewhere these tests are skipped."""
 
 import fakecuda
-import proof
 import pytest
+from gpu import proof
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,88 @@
+"""Counts what the compiled CUDA kernels do with memory: prints the tables of docs/gpu.md.
+
+    PYTHONPATH=tests python tests/gpu/cuda/counts.py
+
+Each direction starts with a cold L2, and what it leaves dirty there counts as written. All in
+float16, reduction 16, with an L2 of a tenth of the map.
+"""
+
+from functools import partial
+
+import gpulab
+import torch
+from budget import make_case
+from cases import in_layout
+from fakecuda import GPU, H100, NO_CLUSTERS, Lab, connect, running_on
+
+from scse_kernels import ops
+
+LAYOUTS = ("contiguous", "channels_last")
+#: Rows of the tables: a device without clusters takes the general kernels.
+GENERAL = [(NO_CLUSTERS, (4, 64, 64, 64), v, d) for v in ("add", "max", "concat") for d in LAYOUTS]
+ON_CHIP = [
+    (H100, shape, variant, layout)
+    for shape, variant in (((16, 64, 32, 32), "add"), ((16, 64, 32, 32), "max"))
+    for layout in LAYOUTS
+] + [(H100, (8, 128, 16, 16), "add", "contiguous")]
+
+
+def count(gpu: GPU, shape, variant, layout) -> tuple[int, list[Lab]]:
+    """The bytes of x, and what was executed forward and backward."""
+    case = make_case(shape, variant, torch.float16, reduction=16)
+    case = case.arranged(*[partial(in_layout, layout)] * 2)
+    connect()
+    emulated, code = torch.ops.scse_kernels_emulated, ops.COMBINE.get(variant, 0)
+    how = {"count": True}
+    with running_on(gpu, l2=gpulab.L2Cache(case.x.nbytes // 10), **how) as forward:
+        _, *small = emulated.cuda_forward(case.x, *case.parameters, code)
+    with running_on(gpu, l2=gpulab.L2Cache(case.x.nbytes // 10), **how) as backward:
+        emulated.cuda_backward(case.dy, case.x, *case.parameters, *small, code, True, True, True)
+    return case.x.nbytes, [forward, backward]
+
+
+def row(*cells) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def passes_row(shape, variant, layout, x_bytes, labs) -> str:
+    """Passes over x, reads + writes; microseconds of the roofline bounds added up."""
+    return row(
+        f"{list(shape)}, {variant}, {layout}",
+        *(
+            f"{lab.dram_read_bytes / x_bytes:.2f} + {lab.dram_write_bytes / x_bytes:.2f}"
+            for lab in labs
+        ),
+        " / ".join(f"{sum(r.roofline()['bound_us'] for r in lab.reports):.1f}" for lab in labs),
+    )
+
+
+def wide(widths) -> float:
+    """The share of the bytes that go in accesses of 16 bytes to a thread."""
+    return 16 * widths[16] / sum(width * lanes for width, lanes in widths.items())
+
+
+def kernel_row(report, layout) -> str:
+    """Registers to a thread, shares of wide accesses and of used bytes in touched sectors (loads /
+    stores), passes of shared memory over those without conflicts, the bound and what binds."""
+    line = report.roofline()
+    conflicts = report.shared_wavefronts / max(1, report.shared_ideal_wavefronts)
+    return row(
+        f"{report.kernel}, {layout}",
+        str(report.registers),
+        f"{100 * wide(report.load_widths):.0f} / {100 * wide(report.store_widths):.0f}",
+        f"{100 * report.load_efficiency:.0f} / {100 * report.store_efficiency:.0f}",
+        f"{conflicts:.2f}" if report.shared_wavefronts else "none used",
+        f"{line['bound_us']:.2f}, {line['binds']}",
+    )
+
+
+def rows(gpu, shape, variant, layout) -> list[str]:
+    """A row of passes, and for the sum one of each kernel."""
+    x_bytes, labs = count(gpu, shape, variant, layout)
+    kernels = [kernel_row(report, layout) for lab in labs for report in lab.reports]
+    return [passes_row(shape, variant, layout, x_bytes, labs), *kernels * (variant == "add")]
+
+
+if __name__ == "__main__":
+    for what in (*GENERAL, *ON_CHIP):
+        print("\n".join(rows(*what)), flush=True)

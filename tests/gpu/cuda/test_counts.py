@@ -1,0 +1,29 @@
+"""docs/gpu.md has the counts that counts.py prints."""
+
+import re
+from pathlib import Path
+
+import pytest
+from counts import GENERAL, ON_CHIP, count, kernel_row, passes_row
+from gpu import proof
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu.md"
+
+
+@pytest.mark.parametrize("what", (*GENERAL, *ON_CHIP), ids=lambda w: " ".join(map(str, w[1:])))
+def test_the_document_has_what_is_counted(what):
+    gpu, shape, variant, layout = what
+    x_bytes, labs = count(gpu, shape, variant, layout)
+    text = DOCUMENT.read_text()
+    assert passes_row(shape, variant, layout, x_bytes, labs) in text
+    for lab in labs:
+        for report in lab.reports:
+            passes = (report.dram_read_bytes + report.dram_write_bytes) / x_bytes
+            proof.record("nvcc", report.kernel.split("<")[0], 90, passes=passes)
+            assert report.spill_bytes == 0
+            assert report.atomic_requests == 0
+            if variant == "add":
+                # The compiler's version decides about registers.
+                expected = re.escape(kernel_row(report, layout))
+                expected = re.sub(rf"\\\|\\ {report.registers}\\ ", r"\\|\\ \\d+\\ ", expected)
+                assert re.search(expected, text), kernel_row(report, layout)
