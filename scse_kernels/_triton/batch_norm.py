@@ -149,8 +149,11 @@ def backward(
     u, dy = _in_format(u, memory_format), _in_format(dy, memory_format)
     bn_weight, bn_bias, w1, w2, ws, bs = _contiguous(bn_weight, bn_bias, w1, w2, ws, bs)
     n, c, s = p.samples, p.channels, p.positions
-    processors = heuristics.multiprocessors(u.device)
-    r = replace(p, tile=heuristics.norm_reduce_tile(p.tile, n, s, processors))
+    tile = heuristics.norm_reduce_tile(
+        p.tile, n, s, u.element_size(), 64 if torch.version.hip else 32, p.channels_last,
+        heuristics.multiprocessors(u.device),
+    )  # fmt: skip
+    r = replace(p, tile=tile)
     strips = r.strips
 
     def scratch(needed: bool, *shape: int) -> Tensor | None:

@@ -7,7 +7,7 @@ matrix products, and no other where it isn't asked to.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -21,8 +21,9 @@ _BYTES = 128
 _STRIPS = 512
 # Positions of a strip, at most, where a tile can be short: a row of partial sums for each.
 _STRIP = 32
-# The same for BatchNorm's backward.
+# The same for BatchNorm's backward, and a thread's elements of a tile there.
 _NORM_STRIP = 128
+_NORM_ELEMENTS = 32
 # Bytes of x on their way to each multiprocessor, where strips of several tiles leave the choice; as
 # many of dy join them. 3.35 TB/s and 0.7 us from memory make 18 KB for each of an H100's.
 _IN_FLIGHT = 16384
@@ -237,15 +238,32 @@ def statistics_tile(
     return Tile(block_c, block_s, warps, 1, False)
 
 
-def norm_reduce_tile(tile: Tile, samples: int, positions: int, processors: int) -> Tile:
+def norm_reduce_tile(
+    tile: Tile,
+    samples: int,
+    positions: int,
+    itemsize: int,
+    lanes: int,
+    channels_last: bool,
+    processors: int,
+) -> Tile:
     """The tile of the backward's first pass with BatchNorm, given that of the other passes.
 
-    Six sums to a channel and strip are written and read again, where scSE alone has two: strips are
-    longer, as long as most processors have one.
+    A thread has 32 elements of u and of dy at most, as it makes several floats of each. Six sums to
+    a channel and strip are written and read again, where scSE alone has two: strips are longer, as
+    long as most processors have one.
     """
-    tiles = tile.tiles
-    while tile.hold and tile.block_s * tiles < _NORM_STRIP:
-        if samples * -(-positions // (2 * tile.block_s * tiles)) < processors * 3 // 4:
+    block_c, block_s, warps, tiles = tile.block_c, tile.block_s, tile.warps, tile.tiles
+    while block_c * block_s > _NORM_ELEMENTS * lanes * warps:
+        if not tile.hold:
+            block_c //= 2
+        elif block_s > 1 and (channels_last or block_s * itemsize > _SECTOR):
+            block_s //= 2
+            tiles *= 2
+        else:
+            warps *= 2
+    while tile.hold and block_s * tiles < _NORM_STRIP:
+        if samples * -(-positions // (2 * block_s * tiles)) < processors * 3 // 4:
             break
         tiles *= 2
-    return replace(tile, tiles=tiles)
+    return Tile(block_c, block_s, warps, tiles, tile.hold)
