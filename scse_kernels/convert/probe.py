@@ -14,7 +14,7 @@ import io
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -123,9 +123,9 @@ class _Probe:
             samples = 4 if self.channels != 4 else 6
         return _feature_map((samples, self.channels, *sizes), self.generator)
 
-    def _call(self, x: Tensor, watched: bool = False) -> Tensor:
-        """The twin's answer; raises `Unfit` if that left anything behind."""
-        before = self._state() if watched else []
+    def _call(self, x: Tensor, watchers: Sequence[Any] = ()) -> Tensor:
+        """The twin's answer, with these modes on; raises `Unfit` if that left anything behind."""
+        before = self._state() if watchers else []
         # Not a leaf, since those refuse to be changed where others don't.
         given = x.clone()
         version = given._version
@@ -136,7 +136,10 @@ class _Probe:
             warnings.catch_warnings(record=True) as warned,
         ):
             warnings.simplefilter("always")
-            y = self.twin(given)
+            with contextlib.ExitStack() as modes:
+                for watcher in watchers:
+                    modes.enter_context(watcher)
+                y = self.twin(given)
         if not isinstance(y, Tensor):
             raise Unfit(f"it returns a {type(y).__name__}")
         if given._version != version:
@@ -145,7 +148,7 @@ class _Probe:
             raise Unfit("its forward prints")
         if any(not w.filename.startswith(_HOME_OF_TORCH) for w in warned):
             raise Unfit("its forward warns")
-        if watched:
+        if watchers:
             for was, now, what in zip(before, self._state(), _STATE, strict=True):
                 if was != now:
                     raise self._unfit(what)
@@ -160,7 +163,7 @@ class _Probe:
             draws.append((keys.tobytes(), others))
         return [
             draws,
-            [tensor._version for tensor in tensors],
+            [(tensor._version, tensor.detach().sum().item()) for tensor in tensors],
             [(id(p), p.requires_grad) for p in self.parameters],
             [_everything(module) for module in self.twin.modules()],
         ]
@@ -190,10 +193,10 @@ class _Probe:
         for training in (True, False):
             x = self._map(sizes)
             self.twin.train(training)
-            with operations, _Sizes(x.shape) as compared:
-                self._call(x, watched=True)
-            if compared.found:
-                raise Unfit(f"its forward looks at the size of x: {compared.found}")
+            sizes_of_x = _Sizes(x.shape)
+            self._call(x, (operations, sizes_of_x))
+            if found := sizes_of_x.compared.found:
+                raise Unfit(f"its forward looks at the size of x: {found}")
         self.twin.train()
         return operations
 
@@ -221,6 +224,9 @@ class _Probe:
                 continue
             if any(self._agrees(function, reading, s) is not True for s in self._large(rank)):
                 raise Unfit("it computes something else on larger maps")
+            rows = [(1, *small[1:]), (*small[:-1], 1)] if rank > 1 else []
+            if any(self._agrees(function, reading, s) is not True for s in rows):
+                raise Unfit("it computes something else on maps of one row")
             alone = self._agrees(function, reading, small, samples=1)
             one_position = self._agrees(function, reading, (1,) * rank)
             calls.append((rank + 2, 2 - (alone is True), 2 - (one_position is True)))
@@ -236,7 +242,8 @@ class _Probe:
         """Whether the twin computes the function on a map of this size; None if it raises."""
         if samples is None and not gradients:
             samples = 2
-        for training in (True, False) if gradients else (True,):
+        # The largest maps once: what is only done in evaluation was looked at.
+        for training in (True, False) if torch.Size(sizes).numel() < 100 else (True,):
             x = self._map(sizes, samples)
             self.twin.train(training)
             try:
@@ -410,19 +417,21 @@ class _Size(int):
     """A size that notes what it is compared with."""
 
     compared: _Compared
+    derived: bool  # computed from a size
 
 
 def _comparing(name: str):
     compare = getattr(int, name)
 
-    def method(self, other):
+    def method(self, other=0):
         caller = sys._getframe(1).f_globals.get("__name__", "")
         # That a size is one, or nothing, is tried.
         if caller.partition(".")[0] not in ("torch", "einops", __name__.partition(".")[0]) and (
-            isinstance(other, (float, _Size)) or (isinstance(other, int) and other > 1)
+            isinstance(other, (float, _Size))
+            or (isinstance(other, int) and (other > 1 or self.derived))
         ):
             self.compared.found = f"it compares {int(self)} with {other}"
-        return compare(self, other)
+        return compare(self) if name == "__bool__" else compare(self, other)
 
     return method
 
@@ -432,12 +441,12 @@ def _computing(name: str):
 
     def method(self, *others):
         result = compute(self, *others)
-        return _noted(result, self.compared) if type(result) is int else result
+        return _noted(result, self.compared, True) if type(result) is int else result
 
     return method
 
 
-for _name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):
+for _name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__bool__"):
     setattr(_Size, _name, _comparing(_name))
 for _operator in ("add", "sub", "mul", "floordiv", "mod", "pow"):
     for _name in (f"__{_operator}__", f"__r{_operator}__"):
@@ -445,10 +454,14 @@ for _operator in ("add", "sub", "mul", "floordiv", "mod", "pow"):
 _Size.__hash__ = int.__hash__
 
 
-def _noted(size: int, compared: _Compared) -> _Size:
+def _noted(size: int, compared: _Compared, derived: bool = False) -> _Size:
     result = _Size(size)
-    result.compared = compared
+    result.compared, result.derived = compared, derived
     return result
+
+
+_PARTS = {"split", "chunk", "narrow", "unfold", "tensor_split", "split_with_sizes", "unbind"}
+_PARTS |= {"hsplit", "vsplit", "dsplit", "index_select", "take_along_dim", "gather", "pad"}
 
 
 class _Sizes(TorchFunctionMode):
@@ -458,10 +471,6 @@ class _Sizes(TorchFunctionMode):
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.shape, self.compared = tuple(shape), _Compared()
-
-    def __enter__(self) -> _Compared:
-        super().__enter__()
-        return self.compared
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -480,6 +489,8 @@ class _Sizes(TorchFunctionMode):
                     return _noted(result, self.compared)
             if function in (Tensor.numel, Tensor.nelement):
                 return _noted(result, self.compared)
+            if function.__name__ in _PARTS:
+                self.compared.found = f"it uses {function.__name__}"
             if function is Tensor.__len__:
                 self.compared.found = "it takes its length"
         return result
@@ -569,7 +580,7 @@ def _as_buffer(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _everything(module: nn.Module) -> list[Any]:
     """The attributes of a module, in a form that shows any change."""
-    return [(name, _deep(value)) for name, value in vars(module).items() if name != "training"]
+    return [(name, _deep(value)) for name, value in vars(module).items()]
 
 
 def _deep(value: Any) -> Any:

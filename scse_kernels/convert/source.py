@@ -50,7 +50,8 @@ _REFUSED |= {"register_hook", "register_buffer", "register_parameter", "register
 _REFUSED |= {"add_module", "register_forward_hook", "register_forward_pre_hook", "__setattr__"}
 _REFUSED |= {"__dict__", "__setitem__", "random", "register_full_backward_hook", "save", "load"}
 _REFUSED |= {"requires_grad_", "manual_seed", "seed", "set_grad_enabled", "backward", "set_"}
-_REFUSED |= {"add_scalar", "add_image", "register_post_accumulate_grad_hook", "named_parameters"}
+_REFUSED |= {"retain_grad", "train", "eval", "zero_grad", "load_state_dict", "add_scalar"}
+_REFUSED |= {"add_image", "register_post_accumulate_grad_hook", "named_parameters"}
 
 _STORES = {"STORE_ATTR": "sets", "DELETE_ATTR": "deletes"}
 _GLOBAL_STORES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME")
@@ -299,6 +300,8 @@ class _Reader:
             name, operation = instruction.argval, instruction.opname
             if operation in _STORES:
                 raise Unfit(f"its forward {_STORES[operation]} the attribute {name}")
+            if operation == "STORE_DEREF" and name in code.co_freevars:
+                raise Unfit(f"its forward sets the variable {name} of a function around it")
             if operation in _GLOBAL_STORES:
                 raise Unfit(f"its forward sets the global variable {name}")
             if operation in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):

@@ -390,6 +390,62 @@ class OneSampleReturnsPair(Base):
         return x * self.gate(x), self.gate(x)
 
 
+class OddBatches(Base):
+    def forward(self, x):
+        return x if x.size(0) % 2 else x * self.gate(x)
+
+
+class OneRow(Base):
+    def forward(self, x):
+        return x if x.size(2) == 1 else x * self.gate(x)
+
+
+class SplitRows(Base):
+    def forward(self, x):
+        return torch.cat([part * self.gate(part) for part in x.split(2048, 2)], 2)
+
+
+class DecaysWeights(Base):
+    def forward(self, x):
+        self.excite.weight.data.mul_(0.9)
+        return x * self.gate(x)
+
+
+class ChangesMode(Base):
+    def forward(self, x):
+        self.squeeze.eval()
+        return x * self.gate(x)
+
+
+class TagsResult(Base):
+    def forward(self, x):
+        y = x * self.gate(x)
+        y.gate_of = "tagged"
+        return y
+
+
+class OneSampleInEvaluation(Base):
+    def forward(self, x):
+        return x if not self.training and x.size(0) == 1 else x * self.gate(x)
+
+
+class OwnCall(Base):
+    def __call__(self, *args):
+        return 2 * super().__call__(*args)
+
+
+def _counting():
+    count = 0
+
+    class Nonlocal(Base):
+        def forward(self, x):
+            nonlocal count
+            count += 1
+            return x * self.gate(x)
+
+    return Nonlocal()
+
+
 def _wrong_order():
     class Reversed(nn.Module):
         """cat([sse, cse]): the other way around."""
@@ -407,7 +463,7 @@ def _wrong_order():
 BLOCKS = {
     "moving window": (MovingWindow, "size of x"),
     "tiles of 16": (Tiles, "upsample|avg_pool2d|larger"),
-    "tiles of 64": (AdaptiveTiles, "larger"),
+    "tiles of 64": (AdaptiveTiles, "size of x"),
     "the first columns": (FirstColumns, "slice"),
     "the first of many columns": (FirstOfMany, "slice"),
     "large maps differ": (LargeMapsDiffer, "size of x"),
@@ -454,5 +510,13 @@ BLOCKS = {
     "a callback": (Callback, "can change"),
     "two results": (OneSampleReturnsPair, "returns a tuple"),
     "the other order": (_wrong_order, "something else"),
+    "odd batches": (OddBatches, "size of x"),
+    "one row": (OneRow, "one row"),
+    "rows in parts": (SplitRows, "split"),
+    "decays weights": (DecaysWeights, "changes a parameter"),
+    "changes the mode": (ChangesMode, "uses eval"),
+    "tags its result": (TagsResult, "sets the attribute gate_of"),
+    "a call of its own": (OwnCall, "__call__ of its own"),
+    "nonlocal": (_counting, "sets the variable count"),
     "a gate": (ChannelGate, "returns a gate"),
 }

@@ -224,6 +224,16 @@ class Wrapper(nn.Module):
         return self.attention(x)
 
 
+def test_one_sample_gets_the_original_where_that_differs():
+    block, original = _pair(other_blocks.OneSampleInEvaluation)
+    assert convert(block).converted
+    for training in (True, False):
+        block.train(training), original.train(training)
+        for samples in (1, 2):
+            x = _map(samples, exact_blocks.C, 5, 4)
+            _assert_same(_outcome(block, x), _outcome(original, x))
+
+
 def test_a_mere_wrapper_is_not_the_block():
     report = convert(nn.Sequential(nn.Conv2d(3, 12, 3), Wrapper(Wrapper(exact_blocks.GAB()))))
     assert [entry.paths for entry in report.entries] == [("1.attention.attention",)]
