@@ -183,7 +183,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 # An operator, for torch.compile looks into a Function, and there takes gradients for constants.
-_library.define("once_differentiable(Tensor input) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("once_differentiable", "(Tensor input) -> Tensor")
 _library.impl("once_differentiable", _OnceDifferentiable.apply, "Autograd")
 _library.impl("once_differentiable", torch.clone, "CompositeExplicitAutograd")
 
