@@ -101,13 +101,13 @@ class Recorder:
 def launches(monkeypatch):
     """A function: the launches of one forward and backward by the kernel's name, in order."""
 
-    def record(variant, dtype, channels_last=False, shape=SHAPE):
+    def record(variant, dtype, channels_last=False, shape=SHAPE, parameter_dtype=None):
         noted = {}
         for name in FORWARD + BACKWARD + ONE_LAUNCH:
             kernel = getattr(launch, name)
             kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
             monkeypatch.setattr(launch, name, Recorder(kernel, noted))
-        case = make_case(shape, variant, dtype)
+        case = make_case(shape, variant, dtype, parameter_dtype=parameter_dtype)
         if channels_last:
 
             def change(t):
@@ -329,3 +329,41 @@ def test_rows_of_a_contiguous_tile_are_whole_sectors(itemsize):
         for positions in (64, 256, 4096):
             tile = heuristics.tile(1, channels, positions, itemsize, 32, False, 132)
             assert tile.block_s * itemsize >= 32
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("launches_each_way", ["3", "1"])
+def test_offsets_in_64_bits(launches_each_way, channels_last, launches, monkeypatch):
+    """Where they are needed, and only there: those of all maps, the only tensors of float16."""
+    monkeypatch.setenv("SCSE_TRITON_LAUNCHES", launches_each_way)
+    for wide in (False, True):
+        if wide:
+            monkeypatch.setattr(launch, "_WIDE", 1)
+        noted = launches("concat", torch.float16, channels_last, (2, 16, 8, 8), torch.float32)
+        for name, one in noted.items():
+            if "excite" in name:
+                continue
+            ttir = one.compile(nvidia(90)).asm["ttir"]
+            kinds = (r"tensor<\S*!tt\.ptr<f16>\S*, tensor<\S*x", r"!tt\.ptr<f16>, ")
+            tiles, samples = (
+                re.findall(rf"tt\.addptr [^:]*: {kind}(i32|i64)", ttir) for kind in kinds
+            )
+            # from one half of a sample to the other it is as wide as its size
+            expected = {"i64" if wide else "i32"}
+            assert set(tiles) == expected and expected <= set(samples), name
+
+
+def test_which_maps_need_64_bits():
+    def wide(*maps):
+        p = launch._describe(torch.contiguous_format, maps[0], None, maps[0], 0)
+        return p.constants(*maps)["WIDE"]
+
+    def map_(*shape, sample=None):
+        t = torch.empty(shape, dtype=torch.float16, device="meta")
+        return t.as_strided(shape, (sample, *t.stride()[1:])) if sample else t
+
+    small = map_(2, 8, 4, 4)
+    assert not wide(small) and not wide(map_(1, 64, 4096, 4096), small)
+    assert wide(map_(2, 64, 4096, 4096)) and wide(map_(1, 64, 8192, 4096))
+    assert not wide(map_(2, 8, 4, 4, sample=2**29)) and wide(map_(2, 8, 4, 4, sample=2**30))
+    assert wide(small, map_(2, 8, 4, 4, sample=2**30))

@@ -156,6 +156,9 @@ class Group:
             self._warp_of = self.idx >> 5
         return self._warp_of
 
+    def warp_ids(self):
+        return self.m.warp_ids(self.warps())
+
     def warp_index(self):
         if self._warp_index is None:
             self._warp_index = np.repeat(np.arange(self.n_warps), 32)
@@ -341,6 +344,11 @@ class Machine:
         self._order = self._dispatch_order()
 
     # ---- names ---------------------------------------------------------------
+    def warp_ids(self, warps):
+        """Numbers through the whole grid, of warps of the slots."""
+        slot, warp = np.divmod(warps, self.warps_per_cta)
+        return self.slot_cta[slot] * self.warps_per_cta + warp
+
     def cta_coords(self, linear):
         gx, gy, _ = self.grid
         return (linear % gx, linear // gx % gy, linear // (gx * gy))
@@ -795,7 +803,9 @@ class Machine:
             self.push(epoch, pc, lanes)
         self.waiting[key] = left
         if released:
-            self.shared_races.barrier(np.concatenate(released) >> 5)
+            warps = np.unique(np.concatenate(released) >> 5)
+            self.shared_races.barrier(warps)
+            self.global_races.barrier(self.warp_ids(warps))
         if self.latency is not None:
             self.latency.barriers[key][done] = 0
         arrived[done] = 0
@@ -824,7 +834,7 @@ class Machine:
             if self.latency is not None:
                 self.latency.cluster_arrive(g.idx)
             if "relaxed" not in ins.mods:
-                self.global_races.release(g.cta_ids())
+                self.global_races.release(g.warp_ids())
             self.push(epoch, pc, g.idx)
             self._cluster_complete(epoch)
             return
@@ -838,7 +848,7 @@ class Machine:
             if self.latency is not None:
                 self.latency.cluster_pass(lanes)
             self.shared_races.barrier(lanes >> 5, cluster=True)
-            self.global_races.acquire(self.slot_cta[lanes // self.cta_lanes])
+            self.global_races.acquire(self.warp_ids(np.unique(lanes >> 5)))
             self.push(epoch, pc, lanes)
 
     def _cluster_complete(self, epoch):

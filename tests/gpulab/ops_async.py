@@ -121,7 +121,7 @@ def build_mbarrier(ins):
                 b.time = max(b.time, g.m.latency.signal(g, sel))
             state.arrive(f, total, ins)
         if "cluster" in mods:
-            g.m.global_races.release(active(g, g.cta_ids()))
+            g.m.global_races.release(active(g, g.warp_ids()))
         if dst:
             out = np.zeros(g.n, U64)
             out[slice(None) if g.mask is None else g.mask] = tokens
@@ -153,8 +153,9 @@ def _wait(ins, dst, addr, operand):
                 if m.latency is not None:
                     m.latency.wait(g, sel & done, b.completed_time)
                 m.shared_races.acquire(warps[sel & done], b.completed_at)
+                m.global_races.ordered(m.warp_ids(warps[sel & done]))
         if "cluster" in ins.mods and done.any():
-            m.global_races.acquire(active(g, g.cta_ids())[done])
+            m.global_races.acquire(active(g, g.warp_ids())[done])
         out = np.zeros(g.n, bool)
         out[slice(None) if g.mask is None else g.mask] = done
         dst(g, out)
@@ -301,7 +302,7 @@ def _bulk_load(ins, from_global):
         nbytes = lane_values(g, size)
         to, at = shared_span(g, dst(g), nbytes, ins), barrier_flats(g, barrier(g), ins)
         masks = lane_values(g, multicast, 0)
-        warps, ctas = active(g, g.warps()), active(g, g.cta_ids())
+        warps, warp_ids = active(g, g.warps()), active(g, g.warp_ids())
         sources = (
             active(g, spread(src(g), g.n)) if from_global else shared_span(g, src(g), nbytes, ins)
         )
@@ -309,7 +310,7 @@ def _bulk_load(ins, from_global):
             n = int(nbytes[lane])
             if from_global:
                 start = int(sources[lane])
-                data = _read_global(g, start, n, lane, ctas[lane : lane + 1], ins)
+                data = _read_global(g, start, n, lane, warp_ids[lane : lane + 1], ins)
                 time = bulk_time(g, lane, start - int(BASE), n)
                 count_bulk(g, start - int(BASE), n, ins, False, hint(g) if hint else fixed)
             else:
@@ -335,7 +336,7 @@ def _bulk_load(ins, from_global):
     return run
 
 
-def _read_global(g, start, n, lane, cta, ins):
+def _read_global(g, start, n, lane, warp, ins):
     m, offset = g.m, start - int(BASE)
     region = global_span(g, start, n, lane, ins)
     if m.checks:
@@ -346,7 +347,7 @@ def _read_global(g, start, n, lane, cta, ins):
         chunks = cells(offset, n)
         if region.init is not None:
             m.gmem.check_initialised(chunks.astype(U64) + BASE, 16, ins, who, region)
-        m.global_races.load(chunks, 16, np.repeat(cta, chunks.size), ins, who)
+        m.global_races.load(chunks, 16, np.repeat(warp, chunks.size), ins, who)
     note_access(g, READS, offset, n, lane, ins)
     return m.gmem.data[offset : offset + n].copy()
 
@@ -361,7 +362,7 @@ def _bulk_store(ins):
         nbytes = lane_values(g, size)
         flat = shared_span(g, src(g), nbytes, ins)
         starts, warps = active(g, spread(dst(g), g.n)).tolist(), active(g, g.warps())
-        lanes, ctas = active(g, g.idx), active(g, g.cta_ids())
+        lanes, warp_ids = active(g, g.idx), active(g, g.warp_ids())
         for i, start in enumerate(starts):
             n, offset = int(nbytes[i]), start - int(BASE)
             region = global_span(g, start, n, i, ins)
@@ -371,7 +372,7 @@ def _bulk_store(ins):
             count_bulk(g, offset, n, ins, True, hint(g) if hint else fixed)
             m.counters.moved_bytes(int(lanes[i]) // m.cta_lanes, n, write=True)
             before = m.shared_view(1, 1)[int(flat[i]) : int(flat[i]) + n].copy()
-            write = _global_write(m, offset, n, region, ctas[i])
+            write = _global_write(m, offset, n, region, warp_ids[i])
             store = BulkStore(int(flat[i]), n, before, write, ins)
             if m.latency is not None:
                 started = m.latency.signal(g, i)
@@ -384,14 +385,14 @@ def _bulk_store(ins):
     return run
 
 
-def _global_write(m, offset, n, region, cta):
+def _global_write(m, offset, n, region, warp):
     def write(data):
         m.gmem.data[offset : offset + n] = data
         chunks = cells(offset, n)
         m.gmem.mark_written(chunks.astype(U64) + BASE, 16, region)
         m.progressed = m.memory_changed = True
         if m.checks:
-            m.global_races.store(chunks, 16, np.full(chunks.size, cta))
+            m.global_races.store(chunks, 16, np.full(chunks.size, warp))
 
     return write
 

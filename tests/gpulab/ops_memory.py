@@ -147,7 +147,7 @@ def load_global(g, addr, e, k, ins, strong=False, policy=NORMAL):
         if region is None or region.init is not None:
             m.gmem.check_initialised(act, size, ins, g.describe_lane, region)
         if not strong:
-            m.global_races.load(offset, size, active(g, g.cta_ids()), ins, g.describe_lane)
+            m.global_races.load(offset, size, active(g, g.warp_ids()), ins, g.describe_lane)
     if m.overlap is not None:
         m.overlap.access(READS, g, offset, size, ins)
     touched, row = m.counters.global_access(
@@ -189,7 +189,7 @@ def store_global(g, addr, columns, e, k, ins, strong=False, policy=NORMAL):
     view[at] = rows
     m.gmem.mark_written(act, size, region)
     if m.checks and not strong:
-        m.global_races.store(offset, size, active(g, g.cta_ids()))
+        m.global_races.store(offset, size, active(g, g.warp_ids()))
     touched, row = m.counters.global_access(
         g, (addr - BASE).astype(np.int64) >> 5, g.mask, size, ins
     )
@@ -351,7 +351,7 @@ def build_ld(ins):
                 return
             finish(g, expand(g, load(g, addr(g), e, k, ins, strong, hint(g) if hint else fixed)))
             if acquires and space == "global":
-                g.m.global_races.acquire(active(g, g.cta_ids()))
+                g.m.global_races.acquire(active(g, g.warp_ids()))
 
         return run
 
@@ -368,7 +368,7 @@ def build_ld(ins):
                 else:
                     o[mask] = p
             if acquires and name == "global":
-                g.m.global_races.acquire(active(g, g.cta_ids()))
+                g.m.global_races.acquire(active(g, g.warp_ids()))
         g.mask = outer
         finish(g, out)
 
@@ -419,7 +419,7 @@ def build_st(ins):
         for name, mask in [(space, outer)] if space != "generic" else by_space(g, a, None):
             g.mask = mask
             if releases and name == "global":
-                g.m.global_races.release(active(g, g.cta_ids()))
+                g.m.global_races.release(active(g, g.warp_ids()))
             STORES[name](g, a, columns, e, k, ins, strong, hint(g) if hint else fixed)
         g.mask = outer
 
@@ -546,7 +546,7 @@ def build_atom(ins):
             m.count_atomic(offset)
             view, at = m.gmem.view(e, 1), offset // e
             if releases:
-                m.global_races.release(active(g, g.cta_ids()))
+                m.global_races.release(active(g, g.warp_ids()))
         order = m.atomic_order(active(g, g.warps()))
         out = []
         for j in range(k):
@@ -568,7 +568,7 @@ def build_atom(ins):
         if out and name != "shared":
             m.observe(ins.pc, active(g, g.idx), act, out, e)
         if name != "shared" and acquires:
-            m.global_races.acquire(active(g, g.cta_ids()))
+            m.global_races.acquire(active(g, g.warp_ids()))
         return out
 
     def run(g):
@@ -673,9 +673,9 @@ def build_fence(ins):
         return lambda g: None
 
     def run(g):
-        ctas = active(g, g.cta_ids())
-        g.m.global_races.acquire(ctas)
-        g.m.global_races.release(ctas)
+        warps = active(g, g.warp_ids())
+        g.m.global_races.acquire(warps)
+        g.m.global_races.release(warps)
 
     return run
 

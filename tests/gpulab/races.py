@@ -1,4 +1,4 @@
-"""Data-race checkers for shared memory (between warps) and global memory (between CTAs)."""
+"""Data-race checkers for shared and global memory, between warps."""
 
 import numpy as np
 
@@ -191,10 +191,13 @@ class SharedRaces:
 
 
 class GlobalRaces:
-    """Flags a plain load of data plainly stored by another CTA of the launch, unless the writer
-    has executed a release (or fence) after the store and the reader an acquire (or fence) since.
+    """Flags a plain load of data plainly stored by another warp of the launch, unless a barrier of
+    their CTA, or a release (or fence) after the store and an acquire (or fence) before the load,
+    stand between them.
 
-    Tracked per CTA, so it misses a missing barrier inside a CTA; it reports no false races.
+    A release is for its warp's stores and for those of its CTA's other warps that a barrier has
+    put before it; an acquire is for its warp's loads and, from the next barrier on, for its CTA's.
+    Warps are numbered through the whole grid. Not tracked per lane, and no false races.
     """
 
     def __init__(self, machine, granule):
@@ -202,23 +205,41 @@ class GlobalRaces:
         self.stamp = None  # allocated on the first store
         self.low, self.high = 1 << 62, -1
         self.step = 1
-        self.released = np.zeros(machine.total_ctas, np.int64)
-        self.acquired = np.zeros(machine.total_ctas, np.int64)
+        warps = machine.total_ctas * machine.warps_per_cta
+        self.synced = np.zeros(warps, np.int64)  # step of the warp's last CTA barrier
+        self.released = np.zeros(warps, np.int64)  # of its last release
+        self.acquired = np.zeros(warps, np.int64)  # of what it has acquired, itself or by a barrier
+        self.all_released = np.zeros(machine.total_ctas, np.int64)  # the CTA's stores before this
 
-    def release(self, ctas):
+    def release(self, warps):
         self.step += 1
-        self.released[ctas] = self.step
+        self.released[warps] = self.step
+        np.maximum.at(self.all_released, warps // self.m.warps_per_cta, self.synced[warps])
 
-    def acquire(self, ctas):
+    def acquire(self, warps):
         self.step += 1
-        self.acquired[ctas] = self.step
+        self.acquired[warps] = self.step
+
+    def barrier(self, warps):
+        """Of the CTAs of these warps, whose other warps take no part."""
+        self.step += 1
+        self.synced[warps] = self.step
+        ctas, index = np.unique(warps // self.m.warps_per_cta, return_inverse=True)
+        latest = np.zeros(ctas.size, np.int64)
+        np.maximum.at(latest, index, self.acquired[warps])
+        self.acquired[warps] = latest[index]
+
+    def ordered(self, warps):
+        """The warps have seen an mbarrier phase complete: nothing in their CTA is later."""
+        self.step += 1
+        self.synced[warps] = self.step
 
     def _cells(self, offset, size):
         k = max(1, size // self.granule)
         cell = offset // self.granule
         return cell[:, None] if k == 1 else cell[:, None] + np.arange(k)
 
-    def store(self, offset, size, ctas):
+    def store(self, offset, size, warps):
         if self.stamp is None:
             self.stamp = np.zeros(self.m.gmem.size // self.granule + 16, np.int64)
         self.low, self.high = (
@@ -226,30 +247,38 @@ class GlobalRaces:
             max(self.high, int(offset.max()) + size),
         )
         self.step += 1
-        self.stamp[self._cells(offset, size)] = ((self.step << ID_BITS) | (ctas + 1))[:, None]
+        self.stamp[self._cells(offset, size)] = ((self.step << ID_BITS) | (warps + 1))[:, None]
 
-    def load(self, offset, size, ctas, ins, who):
+    def load(self, offset, size, warps, ins, who):
         if self.stamp is None or int(offset.max()) < self.low or int(offset.min()) >= self.high:
             return
         w = self.stamp[self._cells(offset, size)]
-        writer = (w & ID_MASK) - 1
-        other = (w != 0) & (writer != ctas[:, None])
+        writer, me = (w & ID_MASK) - 1, warps[:, None]
+        other = (w != 0) & (writer != me)
         if not other.any():
             return
-        t = w >> ID_BITS
-        unreleased = self.released[np.maximum(writer, 0)] <= t
-        unacquired = (self.acquired[ctas] <= t.max(axis=1))[:, None]
-        bad = other & (unreleased | unacquired)
+        t, writer = w >> ID_BITS, np.maximum(writer, 0)
+        cta, mine = writer // self.m.warps_per_cta, me // self.m.warps_per_cta
+        other &= (cta != mine) | (self.synced[me] <= t)
+        unreleased = (self.released[writer] <= t) & (self.all_released[cta] <= t)
+        bad = other & (unreleased | (self.acquired[me] <= t))
         if bad.any():
             lane, j = (int(v[0]) for v in np.nonzero(bad))
-            why = (
-                "the writer has not released it (no fence or .release after the store)"
-                if unreleased[lane, j]
-                else "the reader has not acquired it (no fence or .acquire since the store)"
-            )
             where = self.m.gmem.name_of(int(offset[lane]))
+            warp = int(writer[lane, j]) % self.m.warps_per_cta
+            by = f"warp {warp} of CTA {self.m.cta_coords(int(cta[lane, j]))}"
+            if cta[lane, j] == mine[lane, 0]:
+                why = "no barrier in between"
+            elif unreleased[lane, j]:
+                why = (
+                    "the writer has not released it (no fence or .release after the store, or no "
+                    "barrier between the store and another warp's)"
+                )
+            else:
+                why = (
+                    "the reader has not acquired it (no fence or .acquire since the store, or no "
+                    "barrier after another warp's)"
+                )
             raise GlobalRace(
-                f"{who(lane)} plainly loads {where}, stored in this launch by CTA "
-                f"{self.m.cta_coords(int(writer[lane, j]))}: {why}",
-                ins,
+                f"{who(lane)} plainly loads {where}, stored in this launch by {by}: {why}", ins
             )

@@ -70,6 +70,29 @@ template <bool fence> __device__ void message(float* data, int* flag, float* y) 
 }
 extern "C" __global__ void message_ok(float* d, int* f, float* y) { message<true>(d, f, y); }
 extern "C" __global__ void message_race(float* d, int* f, float* y) { message<false>(d, f, y); }
+// One thread's fences for its CTA's data.  without: which barrier is left out.
+template <int without> __device__ void by_one(float* data, int* flag, float* y) {
+  if (blockIdx.x == 0) {
+    data[threadIdx.x] = threadIdx.x;
+    if (without != 1) __syncthreads();
+    if (threadIdx.x == 0) { __threadfence(); atomicExch(flag, 1); }
+  } else {
+    if (threadIdx.x == 0) { while (atomicAdd(flag, 0) == 0) {} __threadfence(); }
+    if (without != 2) __syncthreads();
+    else while (atomicAdd(flag, 0) == 0) {}
+    y[threadIdx.x] = data[threadIdx.x];
+  }
+}
+extern "C" __global__ void by_one_ok(float* d, int* f, float* y) { by_one<0>(d, f, y); }
+extern "C" __global__ void by_one_early(float* d, int* f, float* y) { by_one<1>(d, f, y); }
+extern "C" __global__ void by_one_late(float* d, int* f, float* y) { by_one<2>(d, f, y); }
+template <bool sync> __device__ void turned(float* data, float* y) {
+  data[threadIdx.x] = threadIdx.x;
+  if (sync) __syncthreads();
+  y[threadIdx.x] = data[blockDim.x - 1 - threadIdx.x];
+}
+extern "C" __global__ void turned_ok(float* d, float* y) { turned<true>(d, y); }
+extern "C" __global__ void turned_race(float* d, float* y) { turned<false>(d, y); }
 extern "C" __global__ void half_barrier(float* y) {
   if (threadIdx.x < 32) { while (atomicAdd((int*)y, 0) == 0) {} }
   __syncthreads();
@@ -175,6 +198,27 @@ def test_global_race(cuda, seed):
     assert (a[2] == np.arange(64)).all()
     with pytest.raises(gpulab.GlobalRace, match="has not released"):
         cuda.launch("message_race", 2, 64, args(), seed=seed)
+
+
+def test_a_barrier_between_the_threads_of_a_release_or_an_acquire(cuda):
+    def args():
+        return [np.zeros(64, np.float32), np.zeros(1, np.int32), np.zeros(64, np.float32)]
+
+    cuda.launch("by_one_ok", 2, 64, args())
+    with pytest.raises(gpulab.GlobalRace, match=r"has not released it .* no barrier between"):
+        cuda.launch("by_one_early", 2, 64, args())
+    with pytest.raises(gpulab.GlobalRace, match=r"has not acquired it .* no barrier after"):
+        cuda.launch("by_one_late", 2, 64, args())
+
+
+def test_global_memory_between_warps_of_a_cta(cuda):
+    def args():
+        return [np.zeros(64, np.float32), np.zeros(64, np.float32)]
+
+    cuda.launch("turned_ok", 1, 64, args())
+    cuda.launch("turned_race", 1, 32, args())  # of one warp
+    with pytest.raises(gpulab.GlobalRace, match=r"by warp 1 of CTA \(0, 0, 0\): no barrier"):
+        cuda.launch("turned_race", 1, 64, args())
 
 
 def test_deadlock_inside_a_cta(cuda):

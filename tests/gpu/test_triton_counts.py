@@ -1,0 +1,52 @@
+"""docs/gpu.md says of the Triton kernels what is counted here: each row stands there to the letter
+(`PYTHONPATH=tests python -m gpu.triton_counts` prints them all)."""
+
+import os
+from math import prod
+from pathlib import Path
+
+import pytest
+from gpu import triton_counts
+from gpu.proof import record
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1", allow_module_level=True)
+if not triton.__version__.startswith("3.7."):
+    pytest.skip("the figures are of Triton 3.7", allow_module_level=True)
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+
+
+def stands_there(line):
+    assert line in DOCUMENT.replace("\n", " "), f"docs/gpu.md lacks: {line}"
+
+
+def note(counted, shape):
+    x_bytes = 2 * prod(shape)
+    for report in (report for direction in counted for report in direction.reports):
+        passes = (report.dram_read_bytes + report.dram_write_bytes) / x_bytes
+        record("triton", report.kernel, 90, passes=passes)
+
+
+@pytest.mark.parametrize("layout", triton_counts.LAYOUTS)
+@pytest.mark.parametrize("variant", triton_counts.VARIANTS)
+def test_three_launches(variant, layout):
+    counted = triton_counts.count(variant, layout=layout)
+    note(counted, triton_counts.SHAPE)
+    stands_there(triton_counts.passes_row(variant, layout, counted))
+    if variant == "add":
+        for report in (report for direction in counted for report in direction.reports):
+            stands_there(triton_counts.kernel_row(report, layout))
+
+
+@pytest.mark.parametrize("layout", triton_counts.LAYOUTS)
+@pytest.mark.parametrize("shape", triton_counts.QUEUED, ids=str)
+def test_one_launch(shape, layout):
+    row, counted = triton_counts.queued_row(shape, layout)
+    note(counted, shape)
+    stands_there(row)
+
+
+def test_what_spills():
+    stands_there(triton_counts.spilled())
