@@ -4,8 +4,6 @@ A layer takes its children's parameters and computes with the fused kernels. Whe
 replaced or has hooks (see children.py), the layer calls its children instead, as an eager one does.
 """
 
-import operator
-
 import torch
 from torch import Tensor, nn
 
@@ -13,20 +11,20 @@ from .children import Tree, untouched
 from .functional import COMBINE, cse, few_shot_sse, scse, sse
 
 
-def _check_count(argument: str, value: int) -> None:
-    """An int of at least one."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{argument} must be an int, not {type(value).__name__}") from None
-    if count < 1:
+def _check_int(argument: str, value: int) -> None:
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{argument} must be an int, not {type(value).__name__}")
+
+
+def _check_channels(argument: str, value: int) -> None:
+    _check_int(argument, value)
+    if value < 1:
         raise ValueError(f"{argument} must be at least 1, got {value}")
 
 
 def _hidden_channels(num_channels: int, reduction: int, channels: str, argument: str) -> int:
-    _check_count(channels, num_channels)
-    if not hasattr(type(reduction), "__index__"):
-        raise TypeError(f"{argument} must be an int, not {type(reduction).__name__}")
+    _check_channels(channels, num_channels)
+    _check_int(argument, reduction)
     if reduction < 1 or num_channels // reduction < 1:
         raise ValueError(
             f"{argument} must be between 1 and the number of channels ({num_channels}), so that a"
@@ -84,7 +82,7 @@ class SpatialSELayer(nn.Module):
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
-        _check_count("num_channels", num_channels)
+        _check_channels("num_channels", num_channels)
         self.conv = self._conv(num_channels, 1, 1)
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
