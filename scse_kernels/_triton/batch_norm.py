@@ -15,7 +15,7 @@ from torch import Tensor
 from . import heuristics
 from .activation import RELU, SIGMOID
 from .excite import excite_backward_kernel, excite_kernel
-from .launch import _BLOCK, _contiguous, _describe, _in_format, _sample
+from .launch import _BLOCK, _all_registers, _contiguous, _describe, _in_format, _sample
 from .norm_backward import norm_apply_backward_kernel, norm_reduce_kernel, norm_sums_kernel
 from .norm_forward import norm_apply_kernel, norm_squeeze_kernel
 from .norm_statistics import norm_merge_kernel, norm_statistics_kernel
@@ -149,7 +149,7 @@ def backward(
     u, dy = _in_format(u, memory_format), _in_format(dy, memory_format)
     bn_weight, bn_bias, w1, w2, ws, bs = _contiguous(bn_weight, bn_bias, w1, w2, ws, bs)
     n, c, s = p.samples, p.channels, p.positions
-    tile = heuristics.norm_reduce_tile(
+    tile = heuristics.norm_backward_tile(
         p.tile, n, s, u.element_size(), 64 if torch.version.hip else 32, p.channels_last,
         heuristics.multiprocessors(u.device),
     )  # fmt: skip
@@ -183,7 +183,7 @@ def backward(
                 _sample(dy), p.pitch(dy), p.half(dy), _sample(u), p.pitch(u),
                 EPS=eps, SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
                 SUM_NORM=need_sums, STORE_GATES=store_gates, HOLD=r.tile.hold, TILES=r.tile.tiles,
-                **r.constants(u, dy),
+                **r.constants(u, dy), **_all_registers(),
             )  # fmt: skip
             if sum_channel or need_spatial:
                 excite_backward_kernel[(n, sum_channel + need_spatial)](
@@ -198,8 +198,8 @@ def backward(
                 c, s, n * strips, strips, n * strips * c,
                 EPS=eps, **_columns(r),
             )  # fmt: skip
-        row_strips = triton.cdiv(s, p.tile.block_s)
-        tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_du else 0
+        row_strips = triton.cdiv(s, tile.block_s)
+        tiles = n * row_strips * triton.cdiv(c, tile.block_c) if need_du else 0
         if tiles + tasks:
             norm_apply_backward_kernel[(tiles + tasks,)](
                 dy, u, *norm, through, channel_gate, spatial_gate, dq, d_mean, ws,
@@ -210,5 +210,5 @@ def backward(
                 _sample(dy), p.pitch(dy), p.half(dy), _sample(u), p.pitch(u),
                 _sample(du) if need_du else 0, p.pitch(u),
                 EPS=eps, NEED_DU=need_du, NEED_PARAMETERS=tasks > 0, BLOCK=_BLOCK,
-                **p.constants(*maps),
+                **r.constants(*maps),
             )  # fmt: skip

@@ -21,7 +21,7 @@ _BYTES = 128
 _STRIPS = 512
 # Positions of a strip, at most, where a tile can be short: a row of partial sums for each.
 _STRIP = 32
-# The same for BatchNorm's backward, and a thread's elements of a tile there.
+# The same for BatchNorm's backward, and a thread's elements of each map there.
 _NORM_STRIP = 128
 _NORM_ELEMENTS = 32
 # Bytes of x on their way to each multiprocessor, where strips of several tiles leave the choice; as
@@ -238,7 +238,7 @@ def statistics_tile(
     return Tile(block_c, block_s, warps, 1, False)
 
 
-def norm_reduce_tile(
+def norm_backward_tile(
     tile: Tile,
     samples: int,
     positions: int,
@@ -247,11 +247,11 @@ def norm_reduce_tile(
     channels_last: bool,
     processors: int,
 ) -> Tile:
-    """The tile of the backward's first pass with BatchNorm, given that of the other passes.
+    """The tile of the backward's passes with BatchNorm, given that of the forward's.
 
-    A thread has 32 elements of u and of dy at most, as it makes several floats of each. Six sums to
-    a channel and strip are written and read again, where scSE alone has two: strips are longer, as
-    long as most processors have one.
+    Both read u and dy. A thread has 32 elements of each at most, as it makes several floats of
+    them. Six sums to a channel and strip are written and read again, where scSE alone has two:
+    strips are longer, as long as most processors have one.
     """
     block_c, block_s, warps, tiles = tile.block_c, tile.block_s, tile.warps, tile.tiles
     while block_c * block_s > _NORM_ELEMENTS * lanes * warps:

