@@ -5,7 +5,6 @@ from torch import Tensor, compiler
 from torch._C import _get_tracing_state
 
 from .. import backends
-from ..autograd import once_differentiable
 from ..functional import (
     _check_channel,
     _check_name,
@@ -13,7 +12,7 @@ from ..functional import (
     _check_spatial,
     _check_x,
 )
-from ..ops import COMBINE, memory_format
+from ..ops import COMBINE, memory_format, once_differentiable
 from . import ops, reference
 from .autograd import BNReLUSCSE
 
