@@ -31,6 +31,14 @@ def _columns(p) -> dict:
     return {"BLOCK": _COLUMNS, "BLOCK_ROWS": rows, "num_warps": 4, "num_stages": 1}
 
 
+def _tiles(p, u: Tensor) -> tuple[heuristics.Tile, heuristics.Tile]:
+    """Of the passes forward and backward."""
+    return heuristics.norm_tiles(
+        p.tile, p.samples, p.positions, u.element_size(), 64 if torch.version.hip else 32,
+        p.channels_last, heuristics.multiprocessors(u.device),
+    )  # fmt: skip
+
+
 def _statistics(p, u: Tensor, mean: Tensor, var: Tensor) -> None:
     """Fills mean and var: two launches."""
     processors = heuristics.multiprocessors(u.device)
@@ -74,6 +82,7 @@ def forward(
         mean.zero_(), var.zero_()
     if p.samples == 0:
         return
+    p = replace(p, tile=_tiles(p, u)[0])
     u = _in_format(u, memory_format)
     bn_weight, bn_bias = _contiguous(bn_weight, bn_bias)
     w1, b1, w2, b2, ws, bs = _contiguous(w1, b1, w2, b2, ws, bs)
@@ -149,10 +158,7 @@ def backward(
     u, dy = _in_format(u, memory_format), _in_format(dy, memory_format)
     bn_weight, bn_bias, w1, w2, ws, bs = _contiguous(bn_weight, bn_bias, w1, w2, ws, bs)
     n, c, s = p.samples, p.channels, p.positions
-    tile = heuristics.norm_backward_tile(
-        p.tile, n, s, u.element_size(), 64 if torch.version.hip else 32, p.channels_last,
-        heuristics.multiprocessors(u.device),
-    )  # fmt: skip
+    tile = _tiles(p, u)[1]
     r = replace(p, tile=tile)
     strips = r.strips
 

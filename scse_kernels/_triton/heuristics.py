@@ -7,7 +7,7 @@ matrix products, and no other where it isn't asked to.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -238,7 +238,7 @@ def statistics_tile(
     return Tile(block_c, block_s, warps, 1, False)
 
 
-def norm_backward_tile(
+def norm_tiles(
     tile: Tile,
     samples: int,
     positions: int,
@@ -246,12 +246,12 @@ def norm_backward_tile(
     lanes: int,
     channels_last: bool,
     processors: int,
-) -> Tile:
-    """The tile of the backward's passes with BatchNorm, given that of the forward's.
+) -> tuple[Tile, Tile]:
+    """The tiles of the passes with BatchNorm, forward and backward, given those without it.
 
-    Both read u and dy. A thread has 32 elements of each at most, as it makes several floats of
-    them. Six sums to a channel and strip are written and read again, where scSE alone has two:
-    strips are longer, as long as most processors have one.
+    Backward all passes read u and dy. A thread has 32 elements of each at most, as it makes several
+    floats of them. Six sums to a channel and strip are written and read again, where scSE alone has
+    two: so strips are longer, as long as most processors have one.
     """
     block_c, block_s, warps, tiles = tile.block_c, tile.block_s, tile.warps, tile.tiles
     while block_c * block_s > _NORM_ELEMENTS * lanes * warps:
@@ -262,8 +262,14 @@ def norm_backward_tile(
             tiles *= 2
         else:
             warps *= 2
-    while tile.hold and block_s * tiles < _NORM_STRIP:
-        if samples * -(-positions // (2 * block_s * tiles)) < processors * 3 // 4:
-            break
-        tiles *= 2
-    return Tile(block_c, block_s, warps, tiles, tile.hold)
+
+    def with_strips(tile: Tile, least: int) -> Tile:
+        tiles = tile.tiles
+        while tile.hold and tile.block_s * tiles < least:
+            if samples * -(-positions // (2 * tile.block_s * tiles)) < processors * 3 // 4:
+                break
+            tiles *= 2
+        return replace(tile, tiles=tiles)
+
+    backward = Tile(block_c, block_s, warps, tiles, tile.hold)
+    return with_strips(tile, _STRIP), with_strips(backward, _NORM_STRIP)
