@@ -145,9 +145,7 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
     alone = blocks.seconds(blocks_of, seen, device)
 
     calls = sum(map(len, seen))
-    table = report.table(
-        f"{name}: a training step, {calls} calls of {len(paths)} blocks in it"
-    )
+    table = report.table(f"{name}: a training step, {calls} calls of {len(paths)} blocks in it")
     table.add_column("")
     for column in ("ms", "IQR", "speedup", "peak MiB", "blocks alone, ms", "share"):
         table.add_column(column, justify="right")

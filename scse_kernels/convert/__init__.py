@@ -2,8 +2,8 @@
 
 Structure proposes which modules are blocks, by the shapes of their layers (shapes.py). Their code
 is read for what else it looks at (source.py), and a stand-in is run (probe.py): it must compute
-what one of the functions of function.py computes. Then the block's class is swapped (swap.py), and the
-report says so (report.py). Checkpoints move between libraries by checkpoints.py.
+what one of the functions of function.py computes. Then the block's class is swapped (swap.py), and
+the report says so (report.py). Checkpoints move between libraries by checkpoints.py.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from .probe import probe
 from .report import Entry, Report, would_be_missed
 from .shapes import Unfit
 
-# Where pickles of version 0.1.0 look for them.
+# Where pickles of earlier versions look for them.
 from .swap import Fused, _new, _Recipe  # noqa: F401
 
 __all__ = ["Entry", "Report", "convert", "revert"]

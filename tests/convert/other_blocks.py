@@ -356,6 +356,11 @@ class Epsilon(Base):
         return x * (self.gate(x) + 1e-6)
 
 
+class Scaled(Base):
+    def forward(self, x):
+        return x * self.gate(x) * (1 + 1e-7)
+
+
 class Softmax(Base):
     def forward(self, x):
         pooled = x.mean((2, 3), keepdim=True)
@@ -505,6 +510,7 @@ BLOCKS = {
     "one weight twice": (SameWeightTwice, None),
     "a learned scale": (Temperature, "gamma"),
     "epsilon": (Epsilon, "something else"),
+    "scaled by little": (Scaled, "something else"),
     "softmax": (Softmax, "softmax"),
     "3x3": (Dilated, "1x1"),
     "a callback": (Callback, "can change"),
