@@ -400,6 +400,21 @@ class OddBatches(Base):
         return x if x.size(0) % 2 else x * self.gate(x)
 
 
+class LooksUp(Base):
+    def forward(self, x):
+        return x if {64: True}.get(x.size(2)) else x * self.gate(x)
+
+
+class CountsPositions(Base):
+    def forward(self, x):
+        return x if x.shape[2:].numel() > 10**6 else x * self.gate(x)
+
+
+class Backend(Base):
+    def forward(self, x):
+        return x if torch.backends.cudnn.benchmark else x * self.gate(x)
+
+
 class OneRow(Base):
     def forward(self, x):
         return x if x.size(2) == 1 else x * self.gate(x)
@@ -517,6 +532,9 @@ BLOCKS = {
     "two results": (OneSampleReturnsPair, "returns a tuple"),
     "the other order": (_wrong_order, "something else"),
     "odd batches": (OddBatches, "size of x"),
+    "a size looked up": (LooksUp, "size of x"),
+    "positions counted": (CountsPositions, "size of x"),
+    "a backend's setting": (Backend, "uses backends"),
     "one row": (OneRow, "one row"),
     "rows in parts": (SplitRows, "split"),
     "decays weights": (DecaysWeights, "changes a parameter"),
