@@ -43,31 +43,3 @@ def _reference_gradients(
         y = reference.scse(*inputs, *formula)
         grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(grads) if need else None for need in needs]
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor):
-        return tensor
-
-    @staticmethod
-    def backward(ctx, gradient):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "scse_kernels: torch.compile has no second derivatives of these operators; what"
-                " differentiates a gradient (create_graph=True) must be left uncompiled"
-            )
-        return gradient
-
-
-# An operator, for torch.compile looks into a Function, and there takes gradients for constants.
-_library = torch.library.Library("scse_kernels", "FRAGMENT")
-_library.define("once_differentiable(Tensor input) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("once_differentiable", _OnceDifferentiable.apply, "Autograd")
-_library.impl("once_differentiable", torch.clone, "CompositeExplicitAutograd")
-
-
-def once_differentiable(*inputs: Tensor | None) -> list[Tensor | None]:
-    """The inputs; a backward through them with create_graph=True raises. Free, once compiled."""
-    identity = torch.ops.scse_kernels.once_differentiable.default
-    return [identity(t) if t is not None and t.requires_grad else t for t in inputs]

@@ -7,8 +7,16 @@ from torch import Tensor, compiler
 from torch._C import _get_tracing_state
 
 from . import backends, reference
-from .autograd import SCSE, once_differentiable
-from .ops import ACTIVATION, COMBINE, FORWARD, GATE, codes, memory_format
+from .autograd import SCSE
+from .ops import (
+    ACTIVATION,
+    COMBINE,
+    FORWARD,
+    GATE,
+    codes,
+    memory_format,
+    once_differentiable,
+)
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: The activations that have a slope, and which one where it isn't given.

@@ -150,5 +150,33 @@ for _key in ("CUDA", "CPU"):
     _library.impl("triton_forward", _triton_forward, _key)
     _library.impl("triton_backward", _triton_backward, _key)
 
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "scse_kernels: torch.compile has no second derivatives of these operators; what"
+                " differentiates a gradient (create_graph=True) must be left uncompiled"
+            )
+        return gradient
+
+
+# An operator, for torch.compile looks into a Function, and there takes gradients for constants.
+_library.define("once_differentiable(Tensor input) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("once_differentiable", _OnceDifferentiable.apply, "Autograd")
+_library.impl("once_differentiable", torch.clone, "CompositeExplicitAutograd")
+
+
+def once_differentiable(*inputs: Tensor | None) -> list[Tensor | None]:
+    """The inputs; a backward through them with create_graph=True raises. Free, once compiled."""
+    identity = torch.ops.scse_kernels.once_differentiable.default
+    return [identity(t) if t is not None and t.requires_grad else t for t in inputs]
+
+
 # The instruction set that the cpu kernels chose on this machine: baseline, avx2 or avx512.
 _library.define("cpu_capability() -> str")
