@@ -18,7 +18,7 @@ from .probe import probe
 from .report import Entry, Report, would_be_missed
 from .shapes import Unfit
 
-# Where pickles of version 0.1.0 look for them.
+# Where pickles of earlier versions look for them.
 from .swap import Fused, _new, _Recipe  # noqa: F401
 
 __all__ = ["Entry", "Report", "convert", "revert"]

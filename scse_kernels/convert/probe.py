@@ -195,6 +195,8 @@ class _Probe:
             self.twin.train(training)
             sizes_of_x = _Sizes(x.shape)
             self._call(x, (operations, sizes_of_x))
+            if "numel" in self.code.names and not sizes_of_x.counted:
+                sizes_of_x.compared.found = "it uses numel of a size"
             if found := sizes_of_x.compared.found:
                 raise Unfit(f"its forward looks at the size of x: {found}")
         self.twin.train()
@@ -430,7 +432,7 @@ def _comparing(name: str):
             isinstance(other, (float, _Size))
             or (isinstance(other, int) and (other > 1 or self.derived))
         ):
-            self.compared.found = f"it compares {int(self)} with {other}"
+            self.compared.found = f"it compares {int.__repr__(self)} with {other}"
         return compare(self) if name == "__bool__" else compare(self, other)
 
     return method
@@ -451,7 +453,22 @@ for _name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__boo
 for _operator in ("add", "sub", "mul", "floordiv", "mod", "pow"):
     for _name in (f"__{_operator}__", f"__r{_operator}__"):
         setattr(_Size, _name, _computing(_name))
-_Size.__hash__ = int.__hash__
+
+
+def _looking_up(name: str):
+    look_up = getattr(int, name)
+
+    def method(self):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] not in ("torch", "einops"):
+            self.compared.found = f"it looks {int.__repr__(self)} up, or converts it"
+        return look_up(self)
+
+    return method
+
+
+for _name in ("__hash__", "__int__", "__float__"):
+    setattr(_Size, _name, _looking_up(_name))
 
 
 def _noted(size: int, compared: _Compared, derived: bool = False) -> _Size:
@@ -471,6 +488,7 @@ class _Sizes(TorchFunctionMode):
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.shape, self.compared = tuple(shape), _Compared()
+        self.counted = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -488,6 +506,7 @@ class _Sizes(TorchFunctionMode):
                 if isinstance(result, int) and (len(args) < 2 or args[1] != 1):
                     return _noted(result, self.compared)
             if function in (Tensor.numel, Tensor.nelement):
+                self.counted = True
                 return _noted(result, self.compared)
             if function.__name__ in _PARTS:
                 self.compared.found = f"it uses {function.__name__}"

@@ -50,6 +50,7 @@ _REFUSED |= {"register_hook", "register_buffer", "register_parameter", "register
 _REFUSED |= {"add_module", "register_forward_hook", "register_forward_pre_hook", "__setattr__"}
 _REFUSED |= {"__dict__", "__setitem__", "random", "register_full_backward_hook", "save", "load"}
 _REFUSED |= {"requires_grad_", "manual_seed", "seed", "set_grad_enabled", "backward", "set_"}
+_REFUSED |= {"backends", "distributed", "get_float32_matmul_precision"}
 _REFUSED |= {"retain_grad", "train", "eval", "zero_grad", "load_state_dict", "add_scalar"}
 _REFUSED |= {"add_image", "register_post_accumulate_grad_hook", "named_parameters"}
 

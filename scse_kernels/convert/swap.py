@@ -178,10 +178,12 @@ def _untouched(block: Fused) -> list[nn.Module] | None:
         if kind.forward is not forward:
             return None
     for index, name, value in block._recipe.attributes:
-        if source.frozen(getattr(below[index], name, None)) != value:
+        now = getattr(below[index], name, None)
+        if now is not value and source.frozen(now) != value:
             return None
     for scope, name, value in block._constants:
-        if source.frozen(scope.get(name)) != value:
+        now = scope.get(name)
+        if now is not value and source.frozen(now) != value:
             return None
     return below
 
@@ -211,13 +213,13 @@ def _parameters(layers):
 
 
 class _Recipe(tuple):
-    """The recipe in pickles of version 0.1.0."""
+    """The recipe in pickles of earlier versions."""
 
     def __new__(cls, *fields):
         return super().__new__(cls, fields)
 
 
 def _new(original: type[nn.Module], recipe: _Recipe) -> nn.Module:
-    """An empty block for a pickle of version 0.1.0 to fill. It is not converted: what such a
+    """An empty block for a pickle of an earlier version to fill. It is not converted: what such a
     recipe doesn't say must be probed again."""
     return object.__new__(original)

@@ -356,6 +356,11 @@ class Epsilon(Base):
         return x * (self.gate(x) + 1e-6)
 
 
+class Scaled(Base):
+    def forward(self, x):
+        return x * self.gate(x) * (1 + 1e-7)
+
+
 class Softmax(Base):
     def forward(self, x):
         pooled = x.mean((2, 3), keepdim=True)
@@ -393,6 +398,21 @@ class OneSampleReturnsPair(Base):
 class OddBatches(Base):
     def forward(self, x):
         return x if x.size(0) % 2 else x * self.gate(x)
+
+
+class LooksUp(Base):
+    def forward(self, x):
+        return x if {64: True}.get(x.size(2)) else x * self.gate(x)
+
+
+class CountsPositions(Base):
+    def forward(self, x):
+        return x if x.shape[2:].numel() > 10**6 else x * self.gate(x)
+
+
+class Backend(Base):
+    def forward(self, x):
+        return x if torch.backends.cudnn.benchmark else x * self.gate(x)
 
 
 class OneRow(Base):
@@ -505,12 +525,16 @@ BLOCKS = {
     "one weight twice": (SameWeightTwice, None),
     "a learned scale": (Temperature, "gamma"),
     "epsilon": (Epsilon, "something else"),
+    "scaled by little": (Scaled, "something else"),
     "softmax": (Softmax, "softmax"),
     "3x3": (Dilated, "1x1"),
     "a callback": (Callback, "can change"),
     "two results": (OneSampleReturnsPair, "returns a tuple"),
     "the other order": (_wrong_order, "something else"),
     "odd batches": (OddBatches, "size of x"),
+    "a size looked up": (LooksUp, "size of x"),
+    "positions counted": (CountsPositions, "size of x"),
+    "a backend's setting": (Backend, "uses backends"),
     "one row": (OneRow, "one row"),
     "rows in parts": (SplitRows, "split"),
     "decays weights": (DecaysWeights, "changes a parameter"),

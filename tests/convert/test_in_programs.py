@@ -171,7 +171,7 @@ def test_weights_only_loads_what_torch_names(make):
         assert torch.equal(a, b)
 
 
-def test_pickles_of_version_0_1_0_load_unconverted():
+def test_pickles_of_earlier_versions_load_unconverted():
     from scse_kernels.convert import _new, _Recipe
 
     class Old:
