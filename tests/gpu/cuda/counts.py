@@ -19,6 +19,8 @@ from scse_kernels import ops
 LAYOUTS = ("contiguous", "channels_last")
 #: Rows of the tables: a device without clusters takes the general kernels.
 GENERAL = [(NO_CLUSTERS, (4, 64, 64, 64), v, d) for v in ("add", "max", "concat") for d in LAYOUTS]
+#: The maps whose sum is shown kernel by kernel.
+DETAILED = ((4, 64, 64, 64), (16, 64, 32, 32))
 ON_CHIP = [
     (H100, shape, variant, layout)
     for shape, variant in (((16, 64, 32, 32), "add"), ((16, 64, 32, 32), "max"))
@@ -38,6 +40,10 @@ def count(gpu: GPU, shape, variant, layout) -> tuple[int, list[Lab]]:
     with running_on(gpu, l2=gpulab.L2Cache(case.x.nbytes // 10), **how) as backward:
         emulated.cuda_backward(case.dy, case.x, *case.parameters, *small, code, True, True, True)
     return case.x.nbytes, [forward, backward]
+
+
+def detailed(shape, variant) -> bool:
+    return variant == "add" and shape in DETAILED
 
 
 def row(*cells) -> str:
@@ -77,10 +83,10 @@ def kernel_row(report, layout) -> str:
 
 
 def rows(gpu, shape, variant, layout) -> list[str]:
-    """A row of passes, and for the sum one of each kernel."""
+    """A row of passes, and those of the kernels where they are shown."""
     x_bytes, labs = count(gpu, shape, variant, layout)
     kernels = [kernel_row(report, layout) for lab in labs for report in lab.reports]
-    return [passes_row(shape, variant, layout, x_bytes, labs), *kernels * (variant == "add")]
+    return [passes_row(shape, variant, layout, x_bytes, labs), *kernels * detailed(shape, variant)]
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def test_a_fault_breaks_the_device(host):
 
 
 def test_operators_say_what_was_refused():
-    with pytest.raises(RuntimeError, match="no kernel image is available"):
+    with pytest.raises(RuntimeError, match=r"no kernel image is available|has no code for"):
         forward(OLD, make_case((1, 16, 6, 8)))
     forward(H100, make_case((1, 16, 6, 8)))  # and the next call is none the worse
 
