@@ -800,7 +800,11 @@ class Machine:
                 self.latency.release(key, lanes)
             if red:
                 self._barrier_result(key, lanes, *red)
-            self.push(epoch, pc, lanes)
+            if self.rng is not None and self.program.communicates:
+                # what a CTA has announced, others may see long before it goes on
+                self.push_jittered(epoch, pc, lanes, self.rng.integers(0, 4, self.slots))
+            else:
+                self.push(epoch, pc, lanes)
         self.waiting[key] = left
         if released:
             warps = np.unique(np.concatenate(released) >> 5)

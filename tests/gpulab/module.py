@@ -167,6 +167,9 @@ class Module:
             machine.latency = Latency(machine)
         try:
             machine.run()
+        except GpuLabError as error:
+            error.args = (f"{error}\n  in kernel {kernel_name}",)
+            raise
         finally:
             gmem.write_back()
         if own_l2:
