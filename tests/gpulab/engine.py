@@ -10,7 +10,7 @@ pass through a polling loop, keeps spinning threads from starving the others.
 import numpy as np
 
 from .async_copies import AsyncCopies
-from .errors import Deadlock
+from .errors import Deadlock, KernelFault
 from .memory import GLOBAL_BASE
 from .operands import reader, unsupported, writer
 from .program import operand_value
@@ -18,6 +18,7 @@ from .races import GlobalRaces, SharedRaces
 
 U32, U64 = np.uint32, np.uint64
 MAX_GROUP = 1 << 16  # lanes executed at once; larger groups run in pieces (cache locality)
+NOT_ARRIVED = -1  # a lane's phase of the cluster barrier
 LONG_LOOP = 4096  # ordinary loop iterations that count as one epoch
 
 
@@ -842,6 +843,10 @@ class Machine:
             self.push(epoch, pc, g.idx)
             self._cluster_complete(epoch)
             return
+        absent = np.flatnonzero(self.lane_phase[g.idx] == NOT_ARRIVED)
+        if absent.size:
+            who = g.describe_lane(int(absent[0]))
+            raise KernelFault(f"barrier.cluster.wait of {who}, which has not arrived", ins)
         ready = self.lane_phase[g.idx] < phase
         self._pass_cluster(g.idx[ready], pc, epoch)
         if not ready.all():
@@ -851,6 +856,7 @@ class Machine:
         if lanes.size:
             if self.latency is not None:
                 self.latency.cluster_pass(lanes)
+            self.lane_phase[lanes] = NOT_ARRIVED
             self.shared_races.barrier(lanes >> 5, cluster=True)
             self.global_races.acquire(self.warp_ids(np.unique(lanes >> 5)))
             self.push(epoch, pc, lanes)
