@@ -50,8 +50,10 @@ def _targets(backends):
 
 def _for_dtype(request):
     """The target of a test, which is skipped if it can't work in the test's dtype: its parameter
-    `dtype`, or its module's DTYPE."""
+    `dtype`, or its module's DTYPE; or if it is none of its module's WITH_KERNELS."""
     target = request.param
+    if target.backend not in getattr(request.module, "WITH_KERNELS", (target.backend,)):
+        pytest.skip(f"{target.backend} has no kernels for this")
     dtype = request.node.callspec.params.get("dtype", getattr(request.module, "DTYPE", None))
     if reason := why_not(target.backend, torch.device(target.device), dtype):
         pytest.skip(f"{target.backend}: {reason}")

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scse_kernels import bn_relu_scse
+from scse_kernels.batch_norm import ops
 
+#: The backends that can be tested.
+WITH_KERNELS = ("eager", *ops.BACKENDS)
 NAMES = ("u", "bn_weight", "bn_bias", *budget.NAMES[1:])
 EPS = 1e-3
 

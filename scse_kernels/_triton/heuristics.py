@@ -21,9 +21,11 @@ _BYTES = 128
 _STRIPS = 512
 # Positions of a strip, at most, where a tile can be short: a row of partial sums for each.
 _STRIP = 32
-# The same for BatchNorm's backward, and a thread's elements of each map there.
+# The same for BatchNorm's backward; and a thread's elements of each map there, in contiguous maps
+# and in channels_last ones. Of these 16 would be spread over warps in a way that takes four times
+# as long for the sums, so 32 it is, with a few registers spilled.
 _NORM_STRIP = 128
-_NORM_ELEMENTS = 32
+_NORM_ELEMENTS = 16, 32
 # Bytes of x on their way to each multiprocessor, where strips of several tiles leave the choice; as
 # many of dy join them. 3.35 TB/s and 0.7 us from memory make 18 KB for each of an H100's.
 _IN_FLIGHT = 16384
@@ -249,12 +251,12 @@ def norm_tiles(
 ) -> tuple[Tile, Tile]:
     """The tiles of the passes with BatchNorm, forward and backward, given those without it.
 
-    Backward all passes read u and dy. A thread has 32 elements of each at most, as it makes several
-    floats of them. Six sums to a channel and strip are written and read again, where scSE alone has
+    Backward all passes read u and dy, and a thread makes several floats of each element: so it has
+    fewer of them. Six sums to a channel and strip are written and read again, where scSE alone has
     two: so strips are longer, as long as most processors have one.
     """
     block_c, block_s, warps, tiles = tile.block_c, tile.block_s, tile.warps, tile.tiles
-    while block_c * block_s > _NORM_ELEMENTS * lanes * warps:
+    while block_c * block_s > _NORM_ELEMENTS[channels_last] * lanes * warps:
         if not tile.hold:
             block_c //= 2
         elif block_s > 1 and (channels_last or block_s * itemsize > _SECTOR):

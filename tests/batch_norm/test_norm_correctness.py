@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import VARIANTS, check
-from norm_budget import make_case
+from norm_budget import WITH_KERNELS, make_case  # noqa: F401
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MODES = pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import VARIANTS, output_and_gradients
-from norm_budget import make_case
+from norm_budget import WITH_KERNELS, make_case  # noqa: F401
 from torch.autograd import gradcheck, gradgradcheck
 
 DTYPE = torch.float64

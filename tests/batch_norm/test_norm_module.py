@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from norm_budget import WITH_KERNELS  # noqa: F401
 from torch import nn
 
 import scse_kernels

@@ -173,3 +173,18 @@ def test_the_axes_that_batch_norm_takes():
     _, fused = _pair(SHAPES[1])
     with pytest.raises(ValueError, match="expected 4D input"):
         fused(torch.ones(SHAPES[0]))
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_a_large_mean_is_right_to_a_rounding(layout):
+    """Of one strip and of several; a plain sum in float32 would be off by many."""
+    for shape in ((1, 17, 31, 33), (2, 17, 67, 71)):
+        g = torch.Generator().manual_seed(0)
+        x = (torch.randn(shape, generator=g) + 1000).contiguous(memory_format=layout)
+        fused = BatchNormReLUSCSE(nn.BatchNorm2d(17, momentum=1.0), _block(2, 17))
+        fused(x)
+        var, mean = torch.var_mean(x.double(), (0, 2, 3))
+        norm = fused.get_submodule("0")
+        rounding = torch.finfo(torch.float32).eps / 2
+        assert (norm.running_mean.double() - mean).abs().max() <= 0.6 * rounding * 1024
+        torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-5, atol=0)

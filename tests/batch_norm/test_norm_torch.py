@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import VARIANTS, output_and_gradients, same_bits
-from norm_budget import make_case
+from norm_budget import WITH_KERNELS, make_case  # noqa: F401
 from torch import nn
 from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
