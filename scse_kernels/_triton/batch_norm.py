@@ -15,7 +15,7 @@ from torch import Tensor
 from . import heuristics
 from .activation import RELU, SIGMOID
 from .excite import excite_backward_kernel, excite_kernel
-from .launch import _BLOCK, _all_registers, _contiguous, _describe, _in_format, _sample
+from .launch import _BLOCK, Map, _all_registers, _contiguous, _dense, _describe, _in_format
 from .norm_backward import norm_apply_backward_kernel, norm_reduce_kernel, norm_sums_kernel
 from .norm_forward import norm_apply_kernel, norm_squeeze_kernel
 from .norm_statistics import norm_merge_kernel, norm_statistics_kernel
@@ -39,16 +39,17 @@ def _tiles(p, u: Tensor) -> tuple[heuristics.Tile, heuristics.Tile]:
     )  # fmt: skip
 
 
-def _statistics(p, u: Tensor, mean: Tensor, var: Tensor) -> None:
+def _statistics(p, in_u: Map, mean: Tensor, var: Tensor) -> None:
     """Fills mean and var: two launches."""
+    u = in_u.tensor
     processors = heuristics.multiprocessors(u.device)
     n, c, s = p.samples, p.channels, p.positions
     tile = heuristics.statistics_tile(n, c, s, u.element_size(), p.channels_last, processors)
     q = replace(p, tile=tile)
     own = mean.new_empty((2, n, q.strips, c))
-    constants = {k: v for k, v in q.constants(u).items() if k != "COMBINE"}
+    constants = {k: v for k, v in q.constants(in_u).items() if k != "COMBINE"}
     norm_statistics_kernel[(n * q.strips * triton.cdiv(c, tile.block_c),)](
-        u, own[0], own[1], c, s, q.strips, _sample(u), p.pitch(u), **constants,
+        u, own[0], own[1], c, s, q.strips, in_u.sample, in_u.pitch, **constants,
     )  # fmt: skip
     norm_merge_kernel[(triton.cdiv(c, _COLUMNS),)](
         own[0], own[1], mean, var, c, s, n * q.strips, q.strips,
@@ -83,7 +84,8 @@ def forward(
     if p.samples == 0:
         return
     p = replace(p, tile=_tiles(p, u)[0])
-    u = _in_format(u, memory_format)
+    in_u, out_y = _in_format(u, memory_format), _dense(y, p.channels_last)
+    u = in_u.tensor
     bn_weight, bn_bias = _contiguous(bn_weight, bn_bias)
     w1, b1, w2, b2, ws, bs = _contiguous(w1, b1, w2, b2, ws, bs)
 
@@ -92,11 +94,11 @@ def forward(
     spatial_gate = pooled.new_empty((n, s)) if p.has_spatial else None
     with torch.cuda.device_of(u):
         if running_mean is None:
-            _statistics(p, u, mean, var)
+            _statistics(p, in_u, mean, var)
         norm_squeeze_kernel[(n * p.strips,)](
             u, mean, var, bn_weight, bn_bias, ws, bs, partial, spatial_gate,
-            c, s, p.strips, _sample(u), p.pitch(u),
-            EPS=eps, HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(u),
+            c, s, p.strips, in_u.sample, in_u.pitch,
+            EPS=eps, HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(in_u),
         )  # fmt: skip
         if p.has_channel:
             excite_kernel[(n,)](
@@ -107,8 +109,8 @@ def forward(
         strips = triton.cdiv(s, p.tile.block_s)
         norm_apply_kernel[(n * strips * triton.cdiv(c, p.tile.block_c),)](
             u, mean, var, bn_weight, bn_bias, channel_gate, spatial_gate, y,
-            c, s, strips, _sample(u), p.pitch(u), _sample(y), p.pitch(y), p.half(y),
-            EPS=eps, **p.constants(u, y),
+            c, s, strips, in_u.sample, in_u.pitch, out_y.sample, out_y.pitch, p.half(out_y),
+            EPS=eps, **p.constants(in_u, out_y),
         )  # fmt: skip
 
 
@@ -155,7 +157,9 @@ def backward(
     if not (sum_channel or sum_spatial):
         return
 
-    u, dy = _in_format(u, memory_format), _in_format(dy, memory_format)
+    in_u, in_dy = _in_format(u, memory_format), _in_format(dy, memory_format)
+    out_du = _dense(du, p.channels_last) if need_du else Map(du, 0, 0)
+    u, dy = in_u.tensor, in_dy.tensor
     bn_weight, bn_bias, w1, w2, ws, bs = _contiguous(bn_weight, bn_bias, w1, w2, ws, bs)
     n, c, s = p.samples, p.channels, p.positions
     tile = _tiles(p, u)[1]
@@ -178,7 +182,7 @@ def backward(
 
     blocks = triton.cdiv(c, _BLOCK)
     tasks = 2 * blocks * triton.cdiv(p.hidden, _BLOCK) * need_channel + blocks * need_spatial
-    maps = [u, dy, *([du] if need_du else [])]
+    maps = [in_u, in_dy, *([out_du] if need_du else [])]
     norm = mean, var, bn_weight, bn_bias
     with torch.cuda.device_of(u):
         if n:
@@ -186,10 +190,10 @@ def backward(
                 dy, u, *norm, ws, bs, channel_gate, partial, partial_ws, partial_bs, sums,
                 spatial_gate, dq,
                 c, s, strips, n * strips * c,
-                _sample(dy), p.pitch(dy), p.half(dy), _sample(u), p.pitch(u),
+                in_dy.sample, in_dy.pitch, p.half(in_dy), in_u.sample, in_u.pitch,
                 EPS=eps, SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
                 SUM_NORM=need_sums, STORE_GATES=store_gates, HOLD=r.tile.hold, TILES=r.tile.tiles,
-                **r.constants(u, dy), **_all_registers(),
+                **r.constants(in_u, in_dy), **_all_registers(),
             )  # fmt: skip
             if sum_channel or need_spatial:
                 excite_backward_kernel[(n, sum_channel + need_spatial)](
@@ -213,8 +217,8 @@ def backward(
                 d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs,
                 dw1, db1, dw2, db2, dws, dbs,
                 n, c, p.hidden, s, row_strips, tiles,
-                _sample(dy), p.pitch(dy), p.half(dy), _sample(u), p.pitch(u),
-                _sample(du) if need_du else 0, p.pitch(u),
+                in_dy.sample, in_dy.pitch, p.half(in_dy), in_u.sample, in_u.pitch,
+                out_du.sample, out_du.pitch,
                 EPS=eps, NEED_DU=need_du, NEED_PARAMETERS=tasks > 0, BLOCK=_BLOCK,
                 **r.constants(*maps),
             )  # fmt: skip
