@@ -114,7 +114,6 @@ def choose(function: str, backend: str, x: Tensor, among: tuple[str, ...] = BACK
 _KNOWN: dict[tuple, str | None] = {}
 
 
-@compiler.assume_constant_result
 def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """None if `backend` (any but "auto") can run tensors on `device`, else the reason.
 
@@ -128,6 +127,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None
         if device.type == "cpu" or device.index is not None:  # else it is the current one's
             _KNOWN[backend, device, dtype] = reason
         return reason
+
+
+# What torch.compiler.assume_constant_result would do; that imports all of torch._dynamo.
+why_not._dynamo_marked_constant = True
 
 
 def _find_out(backend, device, dtype):

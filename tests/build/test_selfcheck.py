@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scse_kernels import __version__, _build_info, _native, backends, functional, selfcheck
-from scse_kernels.__main__ import main
+from scse_kernels.__main__ import hidden_installation, main
 
 
 def test_passes_here_as_a_command():
@@ -57,6 +57,7 @@ def test_says_what_was_built_and_why_not_the_rest(small, installation, monkeypat
     })  # fmt: skip
     reason = "built without scse_kernels._C: no C++ compiler"
     monkeypatch.setattr(_native, "_WHY_NOT", {"_C": reason, "_C_cuda": "no driver"})
+    monkeypatch.setattr(backends, "_KNOWN", {})
     assert main([]) == 0
     out = capsys.readouterr().out
     assert f"loaded from {_build_info.PACKAGE}" in out
@@ -104,14 +105,14 @@ def test_a_checkout_that_hides_an_installed_package(installation, monkeypatch, t
     other.mkdir(parents=True)
     monkeypatch.setattr(sys, "path", ["", str(tmp_path), str(other.parent)])
     monkeypatch.chdir(tmp_path)
-    assert selfcheck.hidden_installation() is None  # nothing is in it
+    assert hidden_installation() is None  # nothing is in it
     (other / "__init__.py").touch()
     assert main([]) == 1
     out = capsys.readouterr().out
     assert f"hides the package that is installed in {other}" in out
     assert f"-e {tmp_path}" in out and "all agree" not in out
     (tmp_path / "setup.py").unlink()  # two installed ones: the first one is meant
-    assert selfcheck.hidden_installation() is None
+    assert hidden_installation() is None
 
 
 def test_says_who_computes_by_default(small, capsys):
