@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow others
 # Without it cuBLAS warns that it isn't deterministic, which `poisoned_memory` asks for.
@@ -17,6 +16,7 @@ if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
 
 import pytest
 import torch
+from targets import Target
 
 from scse_kernels import ops
 from scse_kernels.backends import why_not
@@ -29,13 +29,6 @@ def pytest_configure(config):
         config.addinivalue_line(
             "filterwarnings", "ignore:scse_kernels has no kernels for cpu:RuntimeWarning"
         )
-
-
-class Target(NamedTuple):
-    """A backend and the device on which a test runs it."""
-
-    backend: str
-    device: str
 
 
 def _targets(backends):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from budget import check
-from conftest import Target
 from norm_budget import make_case
+from targets import Target
 
 from scse_kernels import _native
 

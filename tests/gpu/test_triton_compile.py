@@ -356,7 +356,8 @@ def test_offsets_in_64_bits(launches_each_way, channels_last, launches, monkeypa
 def test_which_maps_need_64_bits():
     def wide(*maps):
         p = launch._describe(torch.contiguous_format, maps[0], None, maps[0], 0)
-        return p.constants(*maps)["WIDE"]
+        read = [launch._in_format(m, torch.contiguous_format) for m in maps]
+        return p.constants(*read)["WIDE"]
 
     def map_(*shape, sample=None):
         t = torch.empty(shape, dtype=torch.float16, device="meta")

@@ -11,9 +11,9 @@ import gpulab
 import pytest
 import torch
 from budget import VARIANTS, call, check_infinite_weight, make_case, same_bits
-from conftest import Target
 from gpu.emulated import check, emulator, results
 from gpu.proof import record
+from targets import Target
 
 from scse_kernels import ops
 from scse_kernels._triton import heuristics, launch

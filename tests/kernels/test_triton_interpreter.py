@@ -22,7 +22,7 @@ from budget import (
     make_case,
     same_bits,
 )
-from conftest import Target
+from targets import Target
 
 from scse_kernels import ops
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import call, check, make_case
-from conftest import Target
+from targets import Target
 
 sys.path.insert(0, str(Path(__file__).parent))  # the fake runtime is a folder beside this file
 
