@@ -72,6 +72,7 @@ def test_an_error_that_somebody_else_left_stays_theirs(runtime):
         assert left != 0
         check(make_case(SMALL, "max"), ON_CPU)
         assert runtime.cudaPeekAtLastError() == left
+        assert runtime.cudaGetLastError() == left  # else it would be this test that leaves it
 
 
 def test_a_device_that_cannot_say_how_large_clusters_are(runtime, monkeypatch):
