@@ -94,10 +94,13 @@ def bn_relu_scse(
         bs = None
     norm, parameters = (u, bn_weight, bn_bias), (w1, b1, w2, b2, ws, bs)
     used = (None, None) if training else (running_mean, running_var)
-    tracked = training and running_mean is not None
+    # As with torch's: an empty batch leaves the running statistics alone.
+    tracked = training and running_mean is not None and u.numel() > 0
 
     backend = backends.choose(_NAME, backend, u, ops.BACKENDS)
     if backend in ("operations", "eager"):
+        if backend == "eager" and not training:  # they may change before the backward reads them
+            used = (running_mean.clone(), running_var.clone())
         y = reference.bn_relu_scse(*norm, *used, *parameters, eps, combine)
         if backend == "eager":
             y = y.contiguous(memory_format=memory_format(u))
@@ -120,8 +123,6 @@ def _update(u, running_mean, running_var, mean, var, momentum):
     Neither has a gradient. (A no_grad region would be a program of its own in an exported one.)
     """
     values = u.numel() // u.shape[1]
-    if values == 0:  # as there: an empty batch leaves them alone
-        return
     for running, batch in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
         if running.dtype == batch.dtype:
             running.lerp_(batch, momentum)

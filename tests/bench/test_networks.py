@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("bench.timing", reason="only a checkout has bench")
 pytest.importorskip("rich")
 from bench import complexity, networks
 from scse_kernels import convert

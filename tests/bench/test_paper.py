@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+pytest.importorskip("bench.timing", reason="only a checkout has bench")
 pytest.importorskip("nibabel")
 pytest.importorskip("rich")
 from bench import anatomy, paper

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import scse_kernels
-from scse_kernels import convert, revert
+from scse_kernels import backends, convert, revert
 
 
 def _results(module, case):
@@ -320,6 +320,8 @@ def test_the_report_is_a_table():
     model["other"] = TorchvisionSE(12, 3, nn.ReLU6)
     model["ours"] = scse_kernels.ChannelSELayer(12)
     lines = str(convert(model)).splitlines()
+    if backends.missing_kernels():  # told in a last line
+        assert "no kernels" in lines.pop()
     other = "it computes something else: activation is a ReLU6"
     assert [re.split("  +", line) for line in lines] == [
         ["path", "class", "result"],

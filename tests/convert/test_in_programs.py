@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from exact_blocks import GAB, C, OldStyleSuper
+from networks import needs_kernels
 from peers import Both, Channel, Smp
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -275,6 +276,7 @@ def test_export_with_an_autocast_region_inside_forward(strict):
     torch.testing.assert_close(y, expected)
 
 
+@needs_kernels
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("with_the_loss", (False, True))
 def test_a_compiled_gradient_penalty_is_refused(with_the_loss):

@@ -6,12 +6,15 @@ import contextlib
 import device_checks as checks
 import pytest
 import torch
+from networks import needs_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scse_kernels import backends, ops, selfcheck
+from scse_kernels import ops, selfcheck
+
+pytestmark = needs_kernels
 
 CPU = torch.device("cpu")
-BACKEND = "cpu" if not backends.why_not("cpu", CPU) else "eager"
+BACKEND = "cpu"
 FAMILY = selfcheck.Family("", BACKEND, {"SCSE_CUDA_OVERLAP": "1"})
 
 
@@ -108,7 +111,6 @@ class Faulty:
         return wrong
 
 
-@pytest.mark.skipif(BACKEND == "eager", reason="the reference is no operator")
 @pytest.mark.parametrize("name", [name for name in ALL if name != "refusals"])
 @pytest.mark.parametrize("every", (1, 5))
 def test_kernels_that_are_wrong_fail(device, name, every, monkeypatch):
