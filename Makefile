@@ -19,7 +19,7 @@ KERNELS := $(VENV)/kernels
 PEERS := $(VENV)/peers
 # Other versions of Triton than the pair's, alone and side by side: what torch 2.10 and 2.11, 2.13
 # and 2.14 come with.
-TRITONS := $(foreach v,$(filter-out $(TRITON:triton==%=%),3.6.0 3.7.1 3.8.0),$(VENV)/triton-$(v)/installed)
+TRITONS := $(foreach v,$(filter-out $(patsubst triton==%,%,$(TRITON)),3.6.0 3.7.1 3.8.0),$(VENV)/triton-$(v)/installed)
 # The CUDA compiler from PyPI, where the machine has no toolkit: beside the packages, since torch may
 # have CUDA libraries of its own there.
 NVCC := $(VENV)/nvcc
