@@ -22,10 +22,17 @@ MODULES = (
 TOOLS = ("nvcc", "c++", "ncu", "compute-sanitizer", "nvidia-smi")
 
 
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # imported already, by other means than a file
+        return True
+
+
 def facts() -> dict[str, object]:
     """Of the current device. Sizes in bytes; absent modules and tools are None."""
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    modules = {name: importlib.util.find_spec(name) is not None for name in MODULES}
+    modules = {name: _is_there(name) for name in MODULES}
     return {
         "device": device.name,
         "capability": f"{device.major}.{device.minor}",

@@ -23,6 +23,7 @@ from functional_form import CHANNELS, block, maps, network, randomize  # noqa: E
 from keras import layers  # noqa: E402
 from networks import needs_kernels  # noqa: E402
 
+import scse_kernels  # noqa: E402
 from scse_kernels.keras import (  # noqa: E402
     ChannelSE,
     ChannelSpatialSE,
@@ -203,7 +204,12 @@ def test_under_jax(tmp_path):
         assert all(t.any() for t in expected[axes])
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "under_jax.py", tmp_path],
-        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "KERAS_BACKEND": "jax",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(Path(scse_kernels.__file__).parents[1]),
+        },
         capture_output=True,
         text=True,
         check=False,

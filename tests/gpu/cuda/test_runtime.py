@@ -103,8 +103,13 @@ class Host:
 
 @pytest.fixture
 def host():
-    """host(gpu, kernel) -> Host. What the emulator finds wrong is in host.lab.fault."""
-    stack = []
+    """host(gpu, kernel) -> Host. What the emulator finds wrong is in host.lab.fault.
+
+    Kernels have none of the attributes that host code may have set before: they are put back.
+    """
+    stack, attributes = [], fakecuda.connect().attributes
+    before = dict(attributes)
+    attributes.clear()
 
     def make(gpu, kernel):
         lab = running_on(gpu)
@@ -119,6 +124,8 @@ def host():
         fakecuda.connect().library.fakecuda_reset()
         lab.fault = None
         manager.__exit__(None, None, None)
+    attributes.clear()
+    attributes.update(before)
 
 
 ON_CHIP = "on_chip::forward_kernel<float, 0, false>"
