@@ -17,6 +17,7 @@ from fakecuda.driver import A100, GPU, H100, connect, running_on
 
 ON_CPU = Target("cuda", "cpu")
 OLDER = GPU(A100.device.scaled(name="an older one", arch=75), 0)
+FRESH = GPU(H100.device.scaled(name="H100 on which nothing ran yet"))
 SILENT = GPU(H100.device.scaled(name="H100, part of it"), None)
 SMALL, LARGE = (2, 24, 8, 8), (2, 256, 96, 96)
 
@@ -157,7 +158,7 @@ def test_attributes_are_set_once(monkeypatch):
             super().__setitem__(key, value)
 
     monkeypatch.setattr(connect(), "attributes", Noting())
-    with running_on(H100, dry=True):
+    with running_on(FRESH, dry=True):
         for family in ("general", "on_chip"):
             monkeypatch.setenv("SCSE_CUDA_KERNELS", family)
             for _ in range(3):
