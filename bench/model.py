@@ -11,7 +11,7 @@ Each network is built once and copied; the copy is converted. A step is forward,
 optimizer. Both are timed round by round in turn, then their blocks alone, on the shapes that they
 see, which shows how much of a step can be won at all. Before that, loss, output and gradients
 of both are compared with the original's in float64; if conversion takes them further away, the
-exit status is 1.
+exit status is 1. (With --autocast they are as far away as its dtype takes them.)
 A network whose library can't be imported is left out, with the reason.
 """
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from scse_kernels import convert
 
 from . import blocks, memory, options, providers, report, timing
+from .cases import LAYOUTS
 from .unet import UNet
 
 _SEED = 0
@@ -97,7 +98,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=options.positive, default=9, help="of timing (%(default)s)"
     )
+    parser.add_argument(
+        "--images",
+        type=_images,
+        help="how many and how large, such as 16x512x512, for networks with as many axes",
+    )
+    parser.add_argument("--autocast", choices=("float16", "bfloat16"), help="default: float32")
+    parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="%(default)s")
     options.add_reference(parser)
+
+
+def _images(text: str) -> tuple[int, ...]:
+    number, *sizes = options.shape(text.replace("x", "x1x", 1))
+    return number, *sizes[1:]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,6 +119,10 @@ def run(args: argparse.Namespace) -> int:
     report.print_header(report.environment(args.device), providers.missing(args.device))
     agree = True
     for name in args.models:
+        shape = MODELS[name].shape
+        if args.images and len(args.images) != len(shape) - 1:
+            report.console.print(f"[yellow]{name} is left out: it takes {len(shape) - 2} axes")
+            continue
         try:
             original = _build(MODELS[name])
         except ImportError as error:
@@ -123,23 +140,30 @@ def _build(model: _Model) -> nn.Module:
 def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
     """Print what conversion does to one network; False if it gives something else."""
     console, device = report.console, args.device
-    original = original.to(device)
+    shape = MODELS[name].shape
+    if args.images:
+        shape = (args.images[0], shape[1], *args.images[1:])
+    memory_format = torch.contiguous_format
+    if args.layout == "channels_last":
+        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)]
+    autocast = args.autocast and getattr(torch, args.autocast)
+    original = original.to(device, memory_format=memory_format)
     nets = {"original": original, "converted": copy.deepcopy(original)}
     converted = convert(nets["converted"])
     paths = [entry.paths[0] for entry in converted.converted]
     blocks_of = {which: [net.get_submodule(p) for p in paths] for which, net in nets.items()}
-    image = torch.randn(MODELS[name].shape, device=device)
+    image = torch.randn(shape, device=device).to(memory_format=memory_format)
     seen = blocks.shapes_seen(original, blocks_of["original"], image)
 
     table = report.table(f"{name}, {'x'.join(map(str, image.shape))}: distance from float64")
     for column in ("", "output", "gradient"):
         table.add_column(column, justify="right" if column else "left")
-    errors = _errors(nets, image)
+    errors = _errors(nets, image[:2], autocast)
     for which, error in errors.items():
         table.add_row(which, *(f"{value:.1e}" for value in error))
     console.print(table)
 
-    steps = {which: _Step(net, image) for which, net in nets.items()}
+    steps = {which: _Step(net, image, autocast) for which, net in nets.items()}
     for step in steps.values():
         step()  # the gradients and the optimizer's state are made
     peaks = {which: memory.peak(step, device) for which, step in steps.items()}
@@ -149,7 +173,7 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
         times = timing.interleaved(
             steps, device, args.rounds, on_round=lambda: progress.update(task, completed=next(done))
         )
-    alone = blocks.seconds(blocks_of, seen, device)
+    alone = blocks.seconds(blocks_of, seen, device, autocast, memory_format)
 
     calls = sum(map(len, seen))
     table = report.table(f"{name}: a training step, {calls} calls of {len(paths)} blocks in it")
@@ -180,39 +204,55 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
 class _Step:
     """A step of training with SGD, on random targets."""
 
-    def __init__(self, net: nn.Module, image: Tensor) -> None:
-        self.net, self.image = net, image
+    def __init__(self, net: nn.Module, image: Tensor, autocast: torch.dtype | None) -> None:
+        self.net, self.image, self.autocast = net, image, autocast
+        self.target: Tensor | None = None
         self.optimizer = torch.optim.SGD(net.parameters(), 1e-4, 0.9)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
-        _loss(self.net(self.image)).backward()
+        with _autocast(self.image, self.autocast):
+            logits = self.net(self.image)
+            if self.target is None:  # made on the host: not in every step
+                self.target = _target(logits)
+            loss = nn.functional.cross_entropy(logits, self.target)
+        loss.backward()
         self.optimizer.step()
 
 
-def _loss(logits: Tensor) -> Tensor:
-    """Cross entropy with targets that the shape decides."""
+def _autocast(image: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(image.device.type, dtype, enabled=dtype is not None)
+
+
+def _target(logits: Tensor) -> Tensor:
+    """Random classes, which the shape decides."""
     generator = torch.Generator().manual_seed(_SEED)
     target = torch.randint(logits.shape[1], logits[:, 0].shape, generator=generator)
-    return nn.functional.cross_entropy(logits, target.to(logits.device))
+    return target.to(logits.device)
 
 
-def _errors(nets: dict[str, nn.Module], image: Tensor) -> dict[str, tuple[float, float]]:
+def _errors(
+    nets: dict[str, nn.Module], image: Tensor, autocast: torch.dtype | None
+) -> dict[str, tuple[float, float]]:
     """Each network's relative errors of the output and of the gradient of the parameters, from
     the original network in float64."""
 
-    def compute(net: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(
+        net: nn.Module, image: Tensor, autocast: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         net = copy.deepcopy(net)  # leaves the running statistics alone
-        logits = net(image)
-        _loss(logits).backward()
+        with _autocast(image, autocast):
+            logits = net(image)
+            loss = nn.functional.cross_entropy(logits, _target(logits))
+        loss.backward()
         grads = [p.grad.double().flatten() for p in net.parameters() if p.grad is not None]
-        return logits, torch.cat(grads)
+        return logits.double(), torch.cat(grads)
 
     right = compute(copy.deepcopy(nets["original"]).double(), image.double())
     return {
         which: tuple(
             ((a - b).norm() / b.norm()).item()
-            for a, b in zip(compute(net, image), right, strict=True)
+            for a, b in zip(compute(net, image, autocast), right, strict=True)
         )
         for which, net in nets.items()
     }

@@ -18,7 +18,7 @@ from scse_kernels import selfcheck
 from .. import options
 from ..cases import LAYOUTS, Case
 from . import kernels
-from .plan import LARGE, LEVELS
+from .plan import DEEP, LARGE, LEVELS
 
 #: A call of one of the functions below.
 _Task = tuple[str, tuple]
@@ -34,12 +34,14 @@ def tasks() -> Iterator[_Task]:
     dtypes = (torch.float16, torch.bfloat16)
     for dtype, layout, combine in itertools.product(dtypes, LAYOUTS, ("add", "max")):
         for shape in (*levels, options.shape(LARGE)):
-            yield "provider", ("triton", shape, dtype, layout, combine)
+            yield "provider", ("triton", shape, 16, dtype, layout, combine)
+    for shape, layout in itertools.product(DEEP, LAYOUTS):
+        yield "provider", ("triton", options.shape(shape), 2, torch.float16, layout, "add")
     for name, layout, combine in itertools.product(
         ("compile", "rewritten"), LAYOUTS, ("add", "max")
     ):
         for shape in levels:
-            yield "provider", (name, shape, torch.float16, layout, combine)
+            yield "provider", (name, shape, 16, torch.float16, layout, combine)
 
 
 def check(case: selfcheck.Case, launches: str) -> None:
@@ -49,11 +51,16 @@ def check(case: selfcheck.Case, launches: str) -> None:
 
 
 def provider(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, combine: str
+    name: str,
+    shape: tuple[int, ...],
+    reduction: int,
+    dtype: torch.dtype,
+    layout: str,
+    combine: str,
 ) -> None:
     """A provider's forward and backward on one case of `bench ops`."""
     torch._dynamo.reset()
-    kernels.calls(Case(shape, dtype, layout, 16, combine, torch.device("cuda")), name)
+    kernels.calls(Case(shape, dtype, layout, reduction, combine, torch.device("cuda")), name)
 
 
 def run(task: _Task) -> str | None:

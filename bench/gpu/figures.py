@@ -48,12 +48,38 @@ def kernels(rows: list[Row]) -> str:
     )
 
 
+def deep(rows: list[Row]) -> str:
+    """Each kernel of the deep levels, in the order of the calls."""
+    found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for row in rows:
+        if row["direction"]:
+            here = found.setdefault((row["shape"], row["layout"], row["family"]), {})
+            name = label(row["kernel"])[0].rpartition("::")[2].removesuffix("_kernel")
+            us = f"{float(row['us']):.1f}"
+            here.setdefault(row["direction"], []).append(
+                f"**{us}**" if row["kernel"] == SPAN else f"{name} {us}"
+            )
+    if not found:
+        return "Not measured."
+    return (
+        "float16, add, reduction 2, cold L2. Microseconds of each kernel, and from the first one's"
+        " start to the last one's end.\n\n"
+        + table(
+            ("shape", "layout", "family", "forward", "backward"),
+            (
+                (*key, *(", ".join(here.get(way, ())) for way in ("forward", "backward")))
+                for key, here in found.items()
+            ),
+        )
+    )
+
+
 def operators(folder: Path) -> str:
     """What `bench ops` found with a cold L2: geometric means over the shapes."""
     ratios: dict[tuple, dict[tuple, list[float]]] = {}
     for row in rows_of(sorted(folder.glob("ops-*/ops.csv"))):
         if row["way"] == COLD:
-            key = tuple(row[name] for name in ("dtype", "layout", "combine", "pass"))
+            key = tuple(row[name] for name in ("block", "dtype", "layout", "combine", "pass"))
             for column in _COLUMNS:
                 if row[column] and row["provider"] in ("cuda", "triton"):
                     here = ratios.setdefault(key, {})
@@ -61,7 +87,14 @@ def operators(folder: Path) -> str:
     if not ratios:
         return "Not measured."
     columns = [(who, column) for who in ("cuda", "triton") for column in _COLUMNS]
-    header = ("dtype", "layout", "combine", "pass", *(f"{w}: {_COLUMNS[c]}" for w, c in columns))
+    header = (
+        "block",
+        "dtype",
+        "layout",
+        "combine",
+        "pass",
+        *(f"{w}: {_COLUMNS[c]}" for w, c in columns),
+    )
     rows = (
         (*key, *(f"{mean(here[c]):.2f}" if c in here else "" for c in columns))
         for key, here in ratios.items()

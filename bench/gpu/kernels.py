@@ -253,7 +253,7 @@ _MEASURED = (
     "blocks",
     "registers",
 )
-_COLUMNS = ("family", "backend", "shape", "layout", "combine", "x_bytes", *_MEASURED)
+_COLUMNS = ("family", "backend", "shape", "reduction", "layout", "combine", "x_bytes", *_MEASURED)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -264,6 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", type=options.shape, nargs="+", required=True)
+    parser.add_argument("--reduction", type=options.positive, default=16, help="%(default)s")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--combine", nargs="+", choices=("add", "max"), default=("add", "max"))
     parser.add_argument("--family", nargs="+", choices=tuple(FAMILIES), default=tuple(FAMILIES))
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--output", type=Path)
@@ -275,13 +278,13 @@ def main(arguments: list[str] | None = None) -> int:
     for backend in {FAMILIES[name].backend for name in args.family} & missing.keys():
         print(f"{backend} is left out: {missing[backend]}")
     for name, shape, layout, combine in itertools.product(
-        args.family, args.shape, LAYOUTS, ("add", "max")
+        args.family, args.shape, args.layout, args.combine
     ):
         family = FAMILIES[name]
         if family.backend in missing:
             failed += 1
             continue
-        case = Case(shape, torch.float16, layout, 16, combine, device)
+        case = Case(shape, torch.float16, layout, args.reduction, combine, device)
         try:
             with mock.patch.dict(os.environ, family.environment):
                 found = (_once if args.once else measure)(case, family.backend)
@@ -294,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}, {case}", flush=True)
         known = {"family": name, "backend": family.backend, "x_bytes": case.x_bytes}
         known |= {"shape": case.shape_name, "layout": layout, "combine": combine}
+        known["reduction"] = args.reduction
         rows += [known | row for row in found]
         if args.output:
             _write(args.output, rows)

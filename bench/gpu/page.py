@@ -30,6 +30,8 @@ def text(facts: Mapping, results: Iterable[Result], folder: Path, seconds: float
         *_failures(results, folder),
         "## Kernels",
         _part(figures.kernels, kernels),
+        "## Deep levels",
+        _part(figures.deep, rows_of([folder / "deep.csv"])),
         "## Estimates",
         "### Pass counts (docs/gpu.md)",
         _part(estimates.pass_counts, folder),

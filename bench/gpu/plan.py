@@ -15,6 +15,9 @@ RESULTS = ROOT / "results" / "gpu"
 CACHE = ROOT / "build" / "gpu"
 #: Of a U-Net's levels; the largest is what kernels and counters are measured on.
 LEVELS = ("8x256x16x16", "8x128x32x32", "8x64x64x64", "8x32x128x128")
+#: Deep levels with reduction 2, as the articles and pytorch-3dunet have it: there the excitation
+#: weighs most. Rows of 14 and 7 halves are no multiples of 16 bytes.
+DEEP = ("8x256x16x16", "8x512x16x16", "8x512x14x14", "2x1024x7x7")
 #: Its maps, 128 MiB in float16, are larger than any L2, and a sample of it fits on chip.
 LARGE = "256x64x64x64"
 #: Aligned and odd sizes, for tools that slow a kernel a hundredfold.
@@ -25,8 +28,9 @@ _NCU = (
     *("--metrics", "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"),
     *("--csv", "--page", "raw", "--print-units", "base", "--print-kernel-base", "demangled"),
 )
-# Of Triton's kernels, which compile for seconds each, only files that reach all of them.
+# Of Triton's kernels, which compile for seconds each, only tests that reach all of them.
 _TRITON_TESTS = ("layouts", "max_semantics", "repeatability", "empty_batch")
+_NORM_TESTS = ("maps_of_several_strips", "a_mean_of_a_thousand", "other_strides")
 
 
 def environment(given: Mapping[str, str], cache: Path) -> dict[str, str]:
@@ -93,9 +97,14 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
         ("triton",),
         {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # the processes share the cores already
     )
-    check = Step("self-check", _python("scse_kernels"), 90)
+    check = Step("self-check", _python("scse_kernels"), 120, beside=True)
     timed = _python(
         *("bench.gpu.kernels", "--shape", *LEVELS, LARGE, "--output", folder / "kernels.csv"),
+    )
+    deep = _python(
+        *("bench.gpu.kernels", "--shape", *DEEP, "--reduction", 2, "--combine", "add"),
+        *("--family", kernels.AUTO, kernels.ALONE, kernels.ON_CHIP, kernels.THREE),
+        *("--output", folder / "deep.csv"),
     )
     tune = _python(
         *("bench", "tune", "--shape", "8x64x64x64", "--rounds", "7", "--jobs", jobs),
@@ -105,9 +114,13 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
         build,
         ahead,
         check,
-        *_tests(jobs, facts["modules"]["xdist"]),
+        *_tests(facts, jobs),
         Step("kernels", timed, 80),
-        *(_ops(folder, dtype, layout) for dtype in ("float16", "bfloat16") for layout in LAYOUTS),
+        Step("deep levels", deep, 40),
+        Step("model", _model(), 60, ("rich",)),
+        *(_ops(folder, "float16", layout) for layout in LAYOUTS),
+        *(_ops(folder, "float16", layout, "bn_relu_scse") for layout in LAYOUTS),
+        *(_ops(folder, "bfloat16", layout) for layout in LAYOUTS),
         Step("ncu", (*_NCU, "--log-file", str(folder / "ncu.csv"), *_once(LARGE)), 60, ("ncu",)),
         Step(
             "tune",
@@ -116,7 +129,6 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
             ("rich", "triton"),
             {"SCSE_TUNING": str(folder / "tuning.json")},
         ),
-        Step("model", _python("bench", "model", "--rounds", "5"), 60, ("rich",)),
         *(_sanitizer(tool) for tool in ("memcheck", "racecheck")),
         _ops(folder, "float32", "contiguous"),
     ]
@@ -126,35 +138,48 @@ def _python(module: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, "-m", module, *map(str, arguments))
 
 
-def _tests(jobs: str, xdist: bool) -> list[Step]:
-    """Tests of the device, then the kernels' own with the CUDA kernels, then some with Triton's."""
+def _tests(facts: Mapping, jobs: str) -> list[Step]:
+    """Tests of the device, then the kernels' own with the CUDA kernels, then some with Triton's.
+    They run beside each other and the self-check, which is one process."""
     options = ["-q", "-p", "no:cacheprovider"]
-    if xdist:
-        options += ["-p", "xdist.plugin", "-n", jobs]
+    if facts["modules"]["xdist"]:
+        options += ["-p", "xdist.plugin", "-n", str(max(1, int(jobs) // 4))]
     triton = [f"tests/kernels/test_{name}.py" for name in _TRITON_TESTS]
+    norm = " or ".join(_NORM_TESTS)
     chosen = {
         "tests of the device": ["tests/device"] if (ROOT / "tests/device").is_dir() else None,
         "tests, cuda": ["tests/kernels", "-k", "cuda-cuda"],
         "tests, triton": [*triton, "-k", "triton-cuda"],
+        "tests, batch norm": ["tests/batch_norm", "-k", f"triton-cuda and ({norm})"],
     }
+    given = [(name, words) for name, words in chosen.items() if words]
     return [
-        Step(name, _python("pytest", *options, *words), 60, ("pytest",))
-        for name, words in chosen.items()
-        if words
+        Step(name, _python("pytest", *options, *words), 120, ("pytest",), beside=i + 1 < len(given))
+        for i, (name, words) in enumerate(given)
     ]
 
 
-def _ops(folder: Path, dtype: str, layout: str) -> Step:
-    """Only in float16 against what torch.compile makes, which takes the longest to compile."""
+def _model() -> tuple[str, ...]:
+    """Networks as they are trained on a GPU."""
+    return _python(
+        *("bench", "model", "--models", "smp", "smp-b0", "unet", "--rounds", "5"),
+        *("--images", "16x512x512", "--autocast", "float16", "--layout", "channels_last"),
+    )
+
+
+def _ops(folder: Path, dtype: str, layout: str, block: str = "scse") -> Step:
+    """Only scSE in float16 against what torch.compile makes, which takes the longest to compile."""
+    name = ", ".join(("ops", *(() if block == "scse" else (block,)), dtype, layout))
+    compiled = dtype == "float16" and block == "scse"
     return Step(
-        f"ops, {dtype}, {layout}",
+        name,
         _python(
-            *("bench", "ops", "--dtype", dtype, "--layout", layout, "--shape", *LEVELS),
-            *("--reduction", 16, "--combine", "add", "max", "--rounds", 5),
-            *(() if dtype == "float16" else ("--without-compile",)),
-            *("--output", folder / f"ops-{dtype}-{layout}"),
+            *("bench", "ops", "--block", block, "--dtype", dtype, "--layout", layout),
+            *("--shape", *LEVELS, "--reduction", 16, "--combine", "add", "max", "--rounds", 5),
+            *(() if compiled else ("--without-compile",)),
+            *("--output", folder / name.replace(", ", "-")),
         ),
-        60 if dtype == "float16" else 35,
+        60 if compiled else 35,
         ("rich",),
     )
 

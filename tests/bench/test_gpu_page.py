@@ -17,7 +17,7 @@ from test_gpu_steps import FACTS  # noqa: E402
 
 from bench import report, timing  # noqa: E402
 from bench.cases import Case  # noqa: E402
-from bench.gpu import ahead, kernels, page, plan, steps  # noqa: E402
+from bench.gpu import ahead, figures, kernels, page, plan, steps  # noqa: E402
 from bench.gpu.steps import Step  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -341,9 +341,29 @@ def test_a_full_pass_and_its_page(stand_in, monkeypatch, tmp_path, capsys):
     assert "FAILED tests/a.py::test_b - AssertionError" in failed and "tests-cuda.txt" in failed
 
 
+def test_deep_levels(stand_in, tmp_path):
+    deep = ["--reduction", "2", "--combine", "add", "--layout", "contiguous"]
+    families = ["--family", "general, no overlap", "on chip"]
+    path = tmp_path / "deep.csv"
+    shapes = ["--shape", "8x128x16x16", "8x512x16x16"]
+    assert kernels.main([*shapes, *deep, *families, "--output", str(path)]) == 0
+    rows = rows_of(path)
+    assert {row["reduction"] for row in rows} == {"2"}
+    lines = [line for line in figures.deep(rows).splitlines() if line.startswith("| 8x")]
+    squeeze, apply = (passes * 8 * 512 * 16 * 16 * 2 / (0.5 * SPEED) for passes in (1, 2))
+    span = squeeze + 2 + apply + 6
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| 8x128x16x16", "contiguous", "general, no overlap"],
+        ["| 8x512x16x16", "contiguous", "general, no overlap"],
+        ["| 8x512x16x16", "contiguous", "on chip"],
+    ]
+    forward = lines[1].split(" | ")[3]
+    assert forward == f"squeeze {squeeze:.1f}, excite 2.0, apply {apply:.1f}, **{span:.1f}**"
+
+
 def test_a_page_of_nothing(tmp_path):
     text = page.text(FACTS, [], tmp_path, 60.0)
-    assert text.count("Not measured.") == 2 and "Not tuned." in text
+    assert text.count("Not measured.") == 3 and "Not tuned." in text
     assert "Not measured in both families." in text and "Not measured with both." in text
     assert "Not counted by ncu" in text and "Nothing failed." in text
     assert "| kNextLaunch | 2 |  |  |" in text  # the constants are found
@@ -353,7 +373,7 @@ def test_a_part_that_cannot_be_read_does_not_cost_the_page(tmp_path):
     (tmp_path / "tune.csv").write_text("shape,dtype\n8x64x64x64,float16\n")
     text = page.text(FACTS, [], tmp_path, 60.0)
     assert "This part could not be written: KeyError: 'layout'" in text
-    assert text.count("Not measured.") == 2
+    assert text.count("Not measured.") == 3
 
 
 def test_a_call_that_failed_under_ncu_is_told(tmp_path):

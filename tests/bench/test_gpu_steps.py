@@ -208,7 +208,8 @@ def planned(tmp_path):
 def test_the_most_valuable_come_first(planned):
     names = list(planned)
     assert names[:3] == ["build", "compile ahead", "self-check"]
-    order = ["tests, cuda", "kernels", "ops, float16, contiguous", "ncu", "tune", "model"]
+    order = ["tests, cuda", "kernels", "deep levels", "model", "ops, float16, contiguous"]
+    order += ["ncu", "tune"]
     assert [name for name in names if name in order] == order
     assert {"memcheck", "racecheck", "tests, triton", "ops, float32, contiguous"} < {*names}
     assert len(names) == len({*names})
@@ -223,7 +224,11 @@ def test_processes_that_use_the_gpu_fit_it(cores, memory, jobs, tmp_path):
         step.name: step
         for step in plan.steps({**FACTS, "cores": cores, "memory": memory}, tmp_path)
     }
-    assert small["compile ahead"].command[-1] == small["tests, cuda"].command[-4] == jobs
+    assert small["compile ahead"].command[-1] == jobs
+    # The tests run beside each other.
+    tests = [step.command for name, step in small.items() if name.startswith("tests")]
+    shares = [int(command[command.index("-n") + 1]) for command in tests]
+    assert len(shares) == 4 and sum(shares) <= max(4, int(jobs))
 
 
 def test_each_benchmark_knows_its_options(planned, tmp_path):
@@ -237,7 +242,7 @@ def test_each_benchmark_knows_its_options(planned, tmp_path):
 
 
 def test_the_tests_that_are_run_are_there(planned):
-    for name in ("tests, cuda", "tests, triton"):
+    for name in ("tests, cuda", "tests, triton", "tests, batch norm"):
         files = [word for word in planned[name].command if word.startswith("tests/")]
         assert files and all((plan.ROOT / file).exists() for file in files)
         assert planned[name].needs == ("pytest",)
