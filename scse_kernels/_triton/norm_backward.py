@@ -284,7 +284,7 @@ def norm_sums_kernel(
     if dbias_ptr is not None:
         tl.store(dbias_ptr + c, sum_dv, mask=c < C)
     if through_ptr is not None:
-        scale = -rstd / ((rows // strips).to(ACC) * S)
+        scale = -rstd / (tl.full((), rows // strips, ACC) * S)
         if weight_ptr is not None:
             scale *= load(weight_ptr + c, c < C, ACC)
         tl.store(through_ptr + c, scale * sum_dv, mask=c < C)

@@ -66,7 +66,7 @@ def norm_merge_kernel(
     fixed order; writes the channels' mean and variance."""
     ACC: tl.constexpr = accumulator(mean_ptr.dtype.element_ty)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    values = (rows // strips).to(ACC) * S
+    values = tl.full((), rows // strips, ACC) * S  # of one row and strip: a number, no tensor
     first = load(strip_mean_ptr + c, c < C, ACC)[None, :]  # differences are as small as u's own
     total = tl.zeros([BLOCK_ROWS, BLOCK], ACC)
     for begin in range(0, rows, BLOCK_ROWS):

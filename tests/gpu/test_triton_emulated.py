@@ -63,8 +63,11 @@ CASES = {
     "many samples": ("add", F16, (41, 5, 3, 3), False, 90, {"reduction": 1}, ((3, None), (1, 5))),
     "many hidden": ("add", F32, (2, 300, 2, 2), False, 90, {"reduction": 1}, BOTH),
     "many strips": ("add", F16, (1, 16, 50, 50), False, 90, {}, BOTH),
+    # A thread has channels far apart and several positions of each.
+    "channels apart": ("add", F32, (2, 512, 5, 4), True, 90, {"reduction": 128}, BOTH),
+    "the same in float64": ("cse", F64, (1, 256, 3, 4), True, 90, {"reduction": 64}, BOTH),
     "more channels than a tile": ("max", F16, (1, 1100, 3, 5), False, 90, {"reduction": 550}, BOTH),
-    "the same": ("add", F32, (1, 1100, 5, 8), True, 80, {"reduction": 550}, ((3, 1),)),
+    "the same in float32": ("add", F32, (1, 1100, 5, 8), True, 80, {"reduction": 550}, ((3, 1),)),
 }
 
 

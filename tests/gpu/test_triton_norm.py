@@ -85,6 +85,8 @@ CASES = {
     "cse, evaluation": ("cse", F16, (2, 19, 5, 7), True, False, 80, {}),
     "a mean of many deviations": ("add", F32, (2, 17, 12, 13), False, True, 90, {"mean": 1000.0}),
     "not affine": ("max", F32, (2, 12, 6, 5), True, True, 90, {"affine": False, "biases": False}),
+    # Triton has numbers, and no tensors, for arguments that are 1.
+    "one strip": ("add", F16, (1, 9, 5, 3), True, True, 90, {}),
     "more channels than a tile": ("add", F16, (2, 1100, 3, 5), False, True, 90, {"reduction": 50}),
 }
 
