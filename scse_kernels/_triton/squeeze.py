@@ -45,8 +45,9 @@ def squeeze_kernel(
     if HAS_CHANNEL:
         partial_ptr += index(item, WIDE) * C
 
-    # Zeros that the compiler doesn't know as such. Triton (3.6 to 3.8) makes `constant += sum(load)`
-    # a sum of registers in another order, and so mixes up channels: of float32 channels_last maps.
+    # Zeros that the compiler doesn't know as such. In a loop Triton (3.6 to 3.8) rewrites
+    # `constant += sum(load)`, with registers in a wrong order: channels of float32 channels_last
+    # maps were mixed up.
     channel_sum = tl.zeros([BLOCK_C], ACC) + (item < 0).to(ACC)
     for tile in range(TILES):
         s = (strip * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S)
