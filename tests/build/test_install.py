@@ -82,11 +82,22 @@ def sources(tmp_path):
     return there
 
 
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """A folder with the packages that are here, but for this one: outside of virtual environments
+    pip would uninstall it from where it finds it, which is this very environment."""
+    folder = tmp_path_factory.mktemp("packages")
+    for entry in TORCH.iterdir():
+        if "scse_kernels" not in entry.name and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
 class Environment:
     """A fresh Python, into which pip installs from outside."""
 
-    def __init__(self, python: Path, compiler: Path) -> None:
-        self.python, self.compiler = python, compiler
+    def __init__(self, python: Path, compiler: Path, packages: Path) -> None:
+        self.python, self.compiler, self.packages = python, compiler, packages
         where = "import sysconfig; print(sysconfig.get_path('purelib'))"
         self.site = Path(self.run("-c", where).stdout.strip())
 
@@ -103,11 +114,11 @@ class Environment:
 
     def share_torch(self) -> None:
         """torch and what it needs, by a path file."""
-        (self.site / "torch.pth").write_text(f"{TORCH}\n")
+        (self.site / "torch.pth").write_text(f"{self.packages}\n")
 
     def pip(self, *words, **variables):
         """The outer pip, run by this environment's interpreter."""
-        runner = f"import sys, runpy; sys.path.append({str(TORCH)!r}); sys.argv[0] = 'pip'; " \
+        runner = f"import sys, runpy; sys.path.append({str(self.packages)!r}); sys.argv[0] = 'pip'; " \
                  "runpy.run_module('pip', run_name='__main__')"  # fmt: skip
         return self.run(
             *("-c", runner, "--disable-pip-version-check", *words),
@@ -125,14 +136,14 @@ class Environment:
 
 
 @pytest.fixture
-def in_venv(tmp_path, compiler):
+def in_venv(tmp_path, compiler, packages):
     """A virtual environment."""
     venv.create(tmp_path / "venv", symlinks=True)
-    return Environment(tmp_path / "venv" / "bin" / "python", compiler)
+    return Environment(tmp_path / "venv" / "bin" / "python", compiler, packages)
 
 
 @pytest.fixture
-def in_prefix(tmp_path, compiler):
+def in_prefix(tmp_path, compiler, packages):
     """A Python of its own, as conda's and as a container's are: no virtual environment."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     stdlib, here = Path(sysconfig.get_path("stdlib")), tmp_path / "prefix" / "lib" / version
@@ -146,7 +157,7 @@ def in_prefix(tmp_path, compiler):
     include = Path(sysconfig.get_path("include"))
     (tmp_path / "prefix" / "include").mkdir()
     (tmp_path / "prefix" / "include" / include.name).symlink_to(include)
-    environment = Environment(binary, compiler)
+    environment = Environment(binary, compiler, packages)
     assert environment.site == here / "site-packages"
     return environment
 
