@@ -94,11 +94,18 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    for shape in (*SHAPES, *(WIDE_SHAPES if device.type == "cuda" else ())):
-        for channels_last in (False, True)[: 1 + (len(shape) in CHANNELS_LAST)]:
-            for operation in OPERATIONS:
-                yield Case(operation, dtype, shape, channels_last)
+def cases(dtype: torch.dtype, device: torch.device, compiled: bool = False) -> Iterator[Case]:
+    """Every operation on each kind of map; or, for kernels that have to be `compiled` first, for
+    about a second each, one operation on each in turn, beginning with another one in each dtype."""
+    maps = [
+        (shape, channels_last)
+        for shape in (*SHAPES, *(WIDE_SHAPES if device.type == "cuda" else ()))
+        for channels_last in (False, True)[: 1 + (len(shape) in CHANNELS_LAST)]
+    ]
+    for number, (shape, channels_last) in enumerate(maps, DTYPES.index(dtype)):
+        turn = number % len(OPERATIONS)
+        for operation in (OPERATIONS[turn],) if compiled else OPERATIONS:
+            yield Case(operation, dtype, shape, channels_last)
 
 
 def inputs(case: Case) -> tuple[dict[str, Tensor | None], Tensor]:
@@ -191,7 +198,7 @@ def worst(family: Family, device: torch.device, dtype: torch.dtype) -> Worst:
         Refused: these are all.
     """
     found = refused = None
-    for case in cases(dtype, device):
+    for case in cases(dtype, device, compiled=family.backend == "triton"):
         try:
             with environment(family.environment):
                 got = computed(case, family.backend, device)

@@ -82,7 +82,7 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
     build = Step(
         "build",
         (sys.executable, "setup.py", "build_ext", "--inplace"),
-        150,
+        240,
         environment={
             "SCSE_BUILD": "cuda",
             "TORCH_CUDA_ARCH_LIST": facts["capability"],

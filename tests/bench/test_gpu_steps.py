@@ -214,7 +214,7 @@ def test_the_most_valuable_come_first(planned):
     assert {"memcheck", "racecheck", "tests, triton", "ops, float32, contiguous"} < {*names}
     assert len(names) == len({*names})
     assert planned["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert planned["build"].limit <= 150
+    assert planned["build"].limit <= 240
     assert planned["compile ahead"].command[-2:] == ("--jobs", "14")  # two cores stay free
 
 

@@ -262,6 +262,20 @@ def test_families_of_a_gpu(monkeypatch):
     assert wide == {*selfcheck.SHAPES, *selfcheck.WIDE_SHAPES}
 
 
+def test_kernels_that_are_compiled_first_get_fewer_cases():
+    """Still every operation in each dtype, and every kind of map."""
+    device = torch.device("cuda")
+    maps = {(case.shape, case.channels_last) for case in selfcheck.cases(torch.float16, device)}
+    seen = set()
+    for dtype in selfcheck.DTYPES:
+        some = list(selfcheck.cases(dtype, device, compiled=True))
+        assert len(some) == len(maps) < len(list(selfcheck.cases(dtype, device))) / 5
+        assert {case.operation for case in some} == {*selfcheck.OPERATIONS}
+        assert {(case.shape, case.channels_last) for case in some} == maps
+        seen |= {(case.operation, case.shape, case.channels_last) for case in some}
+    assert len(seen) == len(selfcheck.DTYPES) * len(maps)  # no dtype repeats another one's
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_wide_shapes_are_within_tolerance_here(fused, dtype):
     """The reference's distance from kernels that are right, for the shapes that GPUs get."""

@@ -60,6 +60,8 @@ def test_refused_calls_leave_nothing_behind(family):
 
 def test_an_error_that_somebody_else_left_is_theirs(family):
     """It is not raised by us, and the next operator of torch finds it as if we had not been."""
+    if family.environment.get("SCSE_TRITON_LAUNCHES") == "1":
+        pytest.skip("torch's own fill, which comes first, raises it")
     given = checks.inputs("add", checks.SHAPES[0], DEVICES[0])
     with checks.environment(family):
         expected = given.results(family.backend)
