@@ -118,7 +118,8 @@ class Environment:
 
     def pip(self, *words, **variables):
         """The outer pip, run by this environment's interpreter."""
-        runner = f"import sys, runpy; sys.path.append({str(self.packages)!r}); sys.argv[0] = 'pip'; " \
+        path = str(self.packages)
+        runner = f"import sys, runpy; sys.path.append({path!r}); sys.argv[0] = 'pip'; " \
                  "runpy.run_module('pip', run_name='__main__')"  # fmt: skip
         return self.run(
             *("-c", runner, "--disable-pip-version-check", *words),
