@@ -1,4 +1,5 @@
-"""The Triton kernels' arithmetic, run by Triton's interpreter on CPU tensors.
+"""The Triton kernels' arithmetic, run by Triton's interpreter on CPU tensors. What the compiled
+kernels do is tested in tests/gpu; here, whether those who debug with the interpreter are served.
 
 The interpreter must be chosen before Triton is imported, so the tests run in a process of their
 own, which the first test starts. bfloat16 is missing: the interpreter truncates when it casts to
@@ -59,15 +60,15 @@ def channels_last(case: Case) -> Case:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_odd_sizes(variant, dtype):
+def test_odd_sizes(variant):
+    dtype = (torch.float32, torch.float16, torch.float64)[VARIANTS.index(variant) % 3]
     check(make_case((2, 19, 5, 7), variant, dtype), TRITON)
     check(channels_last(make_case((3, 5, 3, 4, 3), variant, dtype)), TRITON)
 
 
 @interpreted
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ("add", "max"))
 def test_aligned_sizes_of_several_strips(variant):
     case = make_case((2, 32, 16, 24), variant, torch.float16)
     check(case, TRITON)
@@ -83,11 +84,10 @@ def test_shapes(shape):
 
 
 @interpreted
-@pytest.mark.parametrize("launches", ("3", "1"))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_gates(activation, launches, monkeypatch):
-    monkeypatch.setenv("SCSE_TRITON_LAUNCHES", launches)
+def test_activations_and_gates(activation, monkeypatch):
     odd = ACTIVATIONS.index(activation) % 2
+    monkeypatch.setenv("SCSE_TRITON_LAUNCHES", "31"[odd])
     slope = 0.3 if activation in ("leaky_relu", "elu") else None
     for gate, dtype in zip(GATES, (torch.float32, torch.float64), strict=True):
         case = make_case(
@@ -98,13 +98,13 @@ def test_activations_and_gates(activation, launches, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("variant", ("sse", "add", "mul"))
+@pytest.mark.parametrize("variant", ("mul",))
 def test_hard_spatial_gates(variant):
     check(make_case((2, 19, 5, 17), variant, gate="hard_sigmoid"), TRITON)
 
 
 @interpreted
-@pytest.mark.parametrize("variant", ("max", "mul"))
+@pytest.mark.parametrize("variant", ("max",))
 def test_an_infinite_weight(variant):
     case = make_case((2, 19, 5, 7), variant)
     check_infinite_weight(case, TRITON)
@@ -112,20 +112,20 @@ def test_an_infinite_weight(variant):
 
 
 @interpreted
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ("add", "max"))
 def test_more_channels_than_a_tile(variant):
     case = make_case((2, 600, 4, 5), variant, reduction=30)
     check(channels_last(case) if variant in ("sse", "max") else case, TRITON)
 
 
 @interpreted
-@pytest.mark.parametrize("variant", ["cse", "sse", "max"])
+@pytest.mark.parametrize("variant", ["max"])
 def test_channels_that_fill_a_warp(variant):
     check(channels_last(make_case((1, 130, 6, 7), variant)), TRITON)
 
 
 @interpreted
-@pytest.mark.parametrize("variant", ["add", "max"])
+@pytest.mark.parametrize("variant", ["max"])
 def test_strips_of_several_tiles(variant, monkeypatch):
     from scse_kernels._triton import heuristics
 
@@ -136,7 +136,7 @@ def test_strips_of_several_tiles(variant, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("variant", ["max", "concat"])
+@pytest.mark.parametrize("variant", ["concat"])
 def test_64_bit_offsets_change_nothing(variant, monkeypatch):
     from scse_kernels._triton import launch
 
@@ -148,7 +148,7 @@ def test_64_bit_offsets_change_nothing(variant, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("variant", ["cse", "sse", "add"])
+@pytest.mark.parametrize("variant", ["add"])
 def test_parameters_of_another_dtype_without_biases(variant):
     check(
         make_case(
@@ -179,7 +179,7 @@ def test_strided_inputs():
 
 
 @interpreted
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["add"])
 def test_what_is_not_needed_is_empty_and_the_rest_the_same(variant):
     case = make_case((2, 10, 6, 7), variant)
     combine = ops.COMBINE.get(variant, 0)
@@ -261,7 +261,7 @@ def in_both(case: Case, monkeypatch, *need):
 
 
 @interpreted
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["add", "max"])
 def test_one_launch_gives_the_bits_of_three(variant, monkeypatch):
     in_both(make_case((2, 19, 5, 29), variant), monkeypatch)
     in_both(channels_last(make_case((3, 33, 3, 23), variant, torch.float16)), monkeypatch)
@@ -287,10 +287,10 @@ def test_one_launch_of_more_channels_than_a_tile_and_strips_of_several(monkeypat
 
 
 @interpreted
-@pytest.mark.parametrize("variant", ["cse", "sse", "add"])
+@pytest.mark.parametrize("variant", ["add"])
 def test_one_launch_of_what_is_needed(variant, monkeypatch):
     case = make_case((2, 10, 6, 17), variant)
-    for mask in range(7) if variant == "add" else (1, 6):
+    for mask in (1, 4, 6):
         in_both(case, monkeypatch, *(bool(mask >> bit & 1) for bit in range(3)))
 
 
