@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, functional, ops, reference
+from . import backends, batch_norm, functional, ops, reference
+from .batch_norm import ops as norm_ops
+from .batch_norm import reference as norm_reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Odd sizes leave a remainder in every vector and strip; one, two and three spatial axes.
@@ -18,12 +20,14 @@ SHAPES = ((3, 19, 201), (2, 67, 33, 31), (2, 24, 7, 9, 11))
 # On GPUs also these, which kernels access 16 bytes at a time; those above mostly one by one.
 WIDE_SHAPES = ((4, 64, 32, 32), (2, 512, 14, 14))
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-OPERATIONS = ("cse", "sse", *ops.COMBINE)
+NORM, EPS = "bn_relu_scse", 1e-5
+OPERATIONS = ("cse", "sse", *ops.COMBINE, NORM)
 ARGUMENTS = ("x", "w1", "b1", "w2", "b2", "ws", "bs")
 
 
 class Case(NamedTuple):
-    """One comparison: an operation ("cse", "sse" or how scse combines) on one kind of input."""
+    """One comparison: an operation ("cse", "sse", how scse combines, or NORM with the sum) on one
+    kind of input."""
 
     operation: str
     dtype: torch.dtype
@@ -94,17 +98,19 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def cases(dtype: torch.dtype, device: torch.device, compiled: bool = False) -> Iterator[Case]:
-    """Every operation on each kind of map; or, for kernels that have to be `compiled` first, for
-    about a second each, one operation on each in turn, beginning with another one in each dtype."""
+def cases(dtype: torch.dtype, device: torch.device, backend: str) -> Iterator[Case]:
+    """Every operation that the backend has, on each kind of map. Triton's kernels must be compiled
+    first, for about a second each: for them one operation on each in turn, beginning with another
+    one in each dtype."""
+    operations = OPERATIONS if backend in ("eager", *norm_ops.BACKENDS) else OPERATIONS[:-1]
     maps = [
         (shape, channels_last)
         for shape in (*SHAPES, *(WIDE_SHAPES if device.type == "cuda" else ()))
         for channels_last in (False, True)[: 1 + (len(shape) in CHANNELS_LAST)]
     ]
     for number, (shape, channels_last) in enumerate(maps, DTYPES.index(dtype)):
-        turn = number % len(OPERATIONS)
-        for operation in (OPERATIONS[turn],) if compiled else OPERATIONS:
+        turn = number % len(operations)
+        for operation in (operations[turn],) if backend == "triton" else operations:
             yield Case(operation, dtype, shape, channels_last)
 
 
@@ -130,12 +136,29 @@ def inputs(case: Case) -> tuple[dict[str, Tensor | None], Tensor]:
         name: None if name in absent else tensor.to(case.dtype)
         for name, tensor in zip(ARGUMENTS, tensors, strict=True)
     }
+    if case.operation == NORM:
+        # What BatchNorm makes of x stays away from 0, where a rounding would open or close a ReLU.
+        weight, bias = normal(c) * 0.1 + 1, normal(c)
+        per_channel = (1, c, *(1,) * len(spatial))
+        v = x * weight.view(per_channel) + bias.view(per_channel)
+        v = torch.where(v.abs() < 0.2, v + v.sign() * 0.2, v)
+        named["x"] = ((v - bias.view(per_channel)) / weight.view(per_channel)).to(case.dtype)
+        named |= {"bn_weight": weight.to(case.dtype), "bn_bias": bias.to(case.dtype)}
     dy = normal(n, 2 * c if case.operation == "concat" else c, *spatial).to(case.dtype)
     if case.channels_last:
         memory_format = CHANNELS_LAST[x.dim()]
         named["x"] = named["x"].contiguous(memory_format=memory_format)
         dy = dy.contiguous(memory_format=memory_format)
     return named, dy
+
+
+def _norm(function, **keywords):
+    """bn_relu_scse of named arguments, in training and without running statistics."""
+
+    def called(x, bn_weight, bn_bias, **parameters):
+        return function(x, bn_weight, bn_bias, None, None, *parameters.values(), **keywords)
+
+    return called
 
 
 def with_gradients(function, named: dict[str, Tensor | None], dy: Tensor) -> dict[str, Tensor]:
@@ -151,6 +174,8 @@ def expected(case: Case) -> dict[str, Tensor]:
     """What the reference computes in float64 from the same, already rounded, inputs."""
     named, dy = inputs(case)
     named = {name: None if t is None else t.double() for name, t in named.items()}
+    if case.operation == NORM:
+        return with_gradients(_norm(norm_reference.bn_relu_scse, eps=EPS), named, dy.double())
     combine = case.operation if case.operation in ops.COMBINE else "add"
     return with_gradients(lambda **a: reference.scse(**a, combine=combine), named, dy.double())
 
@@ -159,6 +184,9 @@ def computed(case: Case, backend: str, device: torch.device) -> dict[str, Tensor
     """What the backend computes, by way of the public functions."""
 
     def function(**named):
+        if case.operation == NORM:
+            keywords = {"training": True, "eps": EPS, "backend": backend}
+            return _norm(batch_norm.bn_relu_scse, **keywords)(**named)
         if case.operation in ops.COMBINE:
             return functional.scse(**named, combine=case.operation, backend=backend)
         branch = {name: t for name, t in named.items() if t is not None or name == "x"}
@@ -198,7 +226,7 @@ def worst(family: Family, device: torch.device, dtype: torch.dtype) -> Worst:
         Refused: these are all.
     """
     found = refused = None
-    for case in cases(dtype, device, compiled=family.backend == "triton"):
+    for case in cases(dtype, device, family.backend):
         try:
             with environment(family.environment):
                 got = computed(case, family.backend, device)

@@ -27,7 +27,7 @@ _Task = tuple[str, tuple]
 def tasks() -> Iterator[_Task]:
     """Those of the first steps first."""
     for dtype in selfcheck.DTYPES:
-        for case in selfcheck.cases(dtype, torch.device("cuda"), compiled=True):
+        for case in selfcheck.cases(dtype, torch.device("cuda"), "triton"):
             for launches in ("3", "1"):
                 yield "check", (case, launches)
     levels = [options.shape(shape) for shape in LEVELS]
