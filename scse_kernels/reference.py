@@ -3,6 +3,27 @@
 Roy, Navab, Wachinger: "Concurrent Spatial and Channel Squeeze & Excitation in Fully Convolutional
 Networks" (MICCAI 2018, arXiv:1803.02579) defines cSE, sSE and their sum; the extended article (TMI
 2019, arXiv:1808.08127) adds the maximum, the product and the concatenation. Imports torch only.
+
+Every backend has the gradients by hand; here they are derived once. For one sample x[c, s], with m
+for the pooled value, a() for the activation and gate() for what closes a branch:
+
+    m[c] = mean_s x[c, s]           h = W1 m + b1        z = W2 a(h) + b2       g = gate(z)
+    t[s] = sum_c ws[c] x[c, s] + bs                                             q = gate(t)
+
+    add     y = x g + x q           by_g = dy x          by_q = dy x       direct = dy (g + q)
+    mul     y = (x g) (x q)         by_g = dy x x q      by_q = dy x x g   direct = 2 dy x g q
+    max     y = max(x g, x q)       by_g = dy x where x g is the larger, by_q = dy x where x q is,
+                                    half of it each where they are equal; direct = dy g or dy q
+    concat  y = [x g, x q]          by_g = dy1 x         by_q = dy2 x      direct = dy1 g + dy2 q
+
+    dz[c] = gate'(z[c]) sum_s by_g[c, s]     dh = a'(h) * (W2^T dz)     dm = W1^T dh / S
+    dt[s] = gate'(t[s]) sum_c by_q[c, s]
+    dx[c, s] = direct[c, s] + dm[c] + ws[c] dt[s]
+
+and summed over the samples dW2 = dz a(h)^T, db2 = dz, dW1 = dh m^T, db1 = dh,
+dws[c] = sum_s dt[s] x[c, s], dbs = sum_s dt[s]. So one pass over x and dy gives all sums
+(*reduce*), the two small layers follow, and a second pass gives dx (*apply*); it needs x again only
+where `direct` does. Kernels say d_excited for dz, d_hidden for dh, d_mean for dm, dq for dt.
 """
 
 from collections.abc import Callable
