@@ -15,11 +15,10 @@ from . import _build_info, _native
 from .literals import Backend
 from .ops import BACKENDS
 
-#: What "auto" tries, by the type of x's device, the first one first. None of it was timed on a GPU.
-#: Triton before CUDA C++, although the latter takes less host time per call and keeps samples on
-#: chip: its kernels have not passed on hardware yet, while Triton's compiler at least has, many
-#: times. When they have, turn the two round.
-AUTO = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+#: What "auto" tries, by the type of x's device, the first one first. CUDA C++ before Triton, since a
+#: call takes a fraction of the host's time (docs/performance.md), and nothing is compiled when it is
+#: first made.
+AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
 def _known(said_by: str, backend: str) -> str:

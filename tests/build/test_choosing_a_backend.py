@@ -190,11 +190,11 @@ def usable(monkeypatch):
     return only
 
 
-def test_triton_before_cuda(usable):
+def test_cuda_before_triton(usable):
     usable("triton", "cuda", "cpu")
-    assert backends._fastest(CUDA, torch.float16) == "triton"
-    usable("cuda", "cpu")
     assert backends._fastest(CUDA, torch.float16) == "cuda"
+    usable("triton", "cpu")
+    assert backends._fastest(CUDA, torch.float16) == "triton"
     usable("cpu", "triton")
     assert backends._fastest(CPU, torch.float16) == "cpu"
 
