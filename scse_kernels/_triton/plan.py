@@ -28,8 +28,8 @@ from . import NEWEST, OLDEST, tuning, version
 #: Kernels run in Triton's interpreter; it knows no driver, and its calls take milliseconds.
 _INTERPRETED = knobs.runtime.interpret
 
-#: Scratch begins at multiples of so many bytes: a cache line.
-_LINE = 128
+#: A piece of scratch begins at a multiple of so many elements, so at one of 128 bytes.
+_LINE = 32
 #: Plans that are kept, at most. Beyond it all are made anew: images of ever new sizes.
 _MOST = 4096
 
@@ -51,6 +51,18 @@ class Launch(NamedTuple):
     options: dict
 
 
+class Prepared(NamedTuple):
+    """What is left to do for a call: `launches` are launchers with what they take, the last one
+    picks a kernel's arguments from a list of tensors, scratch, zeros and `constants`."""
+
+    launches: list[tuple]
+    constants: list
+    offsets: list[int]  # bytes from the begin of scratch to each piece
+    memory: int  # elements of scratch in all
+    hooks: list[list]  # of each kernel, which want to see its arguments
+    kernels: list  # kept, for one without an owner is unloaded
+
+
 class Plan:
     """The launches of a call, written down with pointers in the place of tensors."""
 
@@ -61,7 +73,7 @@ class Plan:
         #: Of timings; kept, for its identity is part of the kind.
         self.table = tuning.table(tensors[0].device)
         self._sums, self._sizes, self._zeros = sums, [], []
-        self._compiled = None
+        self._prepared: Prepared | None = None
 
     def scratch(self, *shape: int) -> Pointer:
         """Memory for sums, not initialised."""
@@ -91,25 +103,26 @@ class Plan:
 
     def run(self, tensors: tuple[Tensor | None, ...], addresses: list[int] | None) -> None:
         """Launches all. `addresses`: of the tensors, or None where the kernels take tensors."""
-        x = tensors[0]
-        if self._compiled is None or _watched() or any(self._hooks):
-            self._compile(tensors)
+        prepared = self._prepared
+        if prepared is None or _watched() or any(prepared.hooks):
+            kernels = self._launch_each(tensors)
+            if prepared is None and all(map(_is_known, kernels)) and not _watched():
+                self._prepared = self._prepare(kernels)  # at once: other threads look at it
             return
+        x = tensors[0]
         zeros = [x.new_zeros((size,), dtype=torch.int32) for size in self._zeros]
         if addresses is None:
-            values = [*tensors, *self._pieces(x), *zeros, *self._constants]
+            values = [*tensors, *self._pieces(x), *zeros, *prepared.constants]
         else:
-            values = addresses
-            if self._sizes:
-                memory = x.new_empty((self._memory,), dtype=self._sums)
-                begin = memory.data_ptr()
-                values += [begin + offset for offset in self._offsets]
-            if zeros:
-                values += [z.data_ptr() for z in zeros]
-            values += self._constants
+            memory = x.new_empty((prepared.memory,), dtype=self._sums)
+            begin = memory.data_ptr()
+            values = [
+                *addresses, *[begin + offset for offset in prepared.offsets],
+                *[z.data_ptr() for z in zeros], *prepared.constants,
+            ]  # fmt: skip
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())
-        for launch, grid_x, grid_y, grid_z, function, metadata, arguments in self._compiled:
+        for launch, grid_x, grid_y, grid_z, function, metadata, arguments in prepared.launches:
             launch(
                 grid_x, grid_y, grid_z, stream, function, metadata,
                 None, None, None, *arguments(values),
@@ -119,8 +132,8 @@ class Plan:
         """Scratch as tensors of their own."""
         return [x.new_empty((size,), dtype=self._sums) for size in self._sizes]
 
-    def _compile(self, tensors: tuple[Tensor | None, ...]) -> None:
-        """Launches all in Triton's own way, and prepares the shorter one."""
+    def _launch_each(self, tensors: tuple[Tensor | None, ...]) -> list:
+        """Launches all in Triton's own way; the compiled kernels."""
         x = tensors[0]
         zeros = [x.new_zeros((size,), dtype=torch.int32) for size in self._zeros]
         values = {"given": tensors, "scratch": self._pieces(x), "zeros": zeros}
@@ -128,32 +141,32 @@ class Plan:
         for kernel, grid, arguments, options in self.launches:
             filled = (values[a.kind][a.place] if type(a) is Pointer else a for a in arguments)
             kernels.append(kernel[grid](*filled, **options))
-        if not all(map(_is_known, kernels)) or self._compiled is not None:
-            return
-        width = _LINE // self._sums.itemsize
-        self._offsets, size = [], 0
-        for piece in self._sizes:
-            self._offsets.append(size * self._sums.itemsize)
-            size += -(-piece // width) * width
-        self._memory = size
-        begin = {"given": 0, "scratch": len(tensors), "zeros": len(tensors) + len(self._sizes)}
-        constants = begin["zeros"] + len(zeros)
-        self._constants, compiled = [], []
+        return kernels
+
+    def _prepare(self, kernels: list) -> Prepared:
+        places = {"given": 0, "scratch": len(self.given)}
+        places["zeros"] = places["scratch"] + len(self._sizes)
+        first_constant = places["zeros"] + len(self._zeros)
+        constants, launches = [], []
         for kernel, (_, grid, arguments, _) in zip(kernels, self.launches, strict=True):
-            places = []
+            chosen = []
             for argument in arguments:
                 if type(argument) is Pointer:
-                    places.append(begin[argument.kind] + argument.place)
+                    chosen.append(places[argument.kind] + argument.place)
                 else:
-                    places.append(constants + len(self._constants))
-                    self._constants.append(argument)
+                    chosen.append(first_constant + len(constants))
+                    constants.append(argument)
+            launcher = kernel.run  # before its function: this loads the kernel
             grid = (*grid, 1, 1)[:3]
-            launcher = kernel.run  # loads the kernel, where that was not done
-            metadata = kernel.packed_metadata
-            compiled.append((launcher, *grid, kernel.function, metadata, itemgetter(*places)))
-        self._kernels = kernels  # a kernel without an owner is unloaded
-        self._hooks = [launch.kernel.pre_run_hooks for launch in self.launches]
-        self._compiled = compiled
+            launches.append(
+                (launcher, *grid, kernel.function, kernel.packed_metadata, itemgetter(*chosen))
+            )
+        offsets, size = [], 0
+        for piece in self._sizes:
+            offsets.append(size * self._sums.itemsize)
+            size += -(-piece // _LINE) * _LINE
+        hooks = [launch.kernel.pre_run_hooks for launch in self.launches]
+        return Prepared(launches, constants, offsets, size, hooks, kernels)
 
 
 def _is_known(kernel) -> bool:
