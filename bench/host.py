@@ -1,4 +1,4 @@
-"""The host's time for a call at a tiny map: below it a GPU waits for the host.
+"""The host's time for a call at a tiny map, where a GPU waits for the host.
 
 Microseconds per call, forward and forward + backward, for the eager operators and for each backend
 that can be used. On a GPU: how long the host takes to queue the call, while the GPU has nothing
@@ -46,16 +46,18 @@ def run(args: argparse.Namespace) -> int:
     case = Case(
         args.shape, getattr(torch, args.dtype), args.layout, args.reduction, "add", device
     )  # fmt: skip
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    environment = report.environment(device)
-    report.print_header(environment, providers.missing(device))
     with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
+        environment = report.environment(device)
+        report.print_header(environment, providers.missing(device))
         names = ["eager", *providers.usable(device)]
-        if device.type == "cpu" and "triton" not in names:
+        if device.type == "cpu" and "triton" not in names:  # names: it is not interpreted
             try:
                 stack.enter_context(without_launches())
                 names.append("triton")
+                report.console.print("triton: its launches are replaced by nothing")
             except ImportError as error:
                 report.console.print(f"[yellow]no Triton: {error}")
         found = {

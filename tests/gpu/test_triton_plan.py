@@ -221,6 +221,10 @@ KINDS = {
     "dtype": lambda: (make_case(SHAPE, dtype=torch.float16), {}),
     "half": lambda: (make_case(SHAPE, dtype=torch.bfloat16), {}),
     "double": lambda: (make_case(SHAPE, dtype=torch.float64), {}),
+    "dtype of maps": lambda: (
+        make_case(SHAPE, dtype=torch.float16, parameter_dtype=torch.float32),
+        {},
+    ),
     "channels_last": lambda: (channels_last(make_case(SHAPE)), {}),
     "x in slices": lambda: (sliced(make_case(SHAPE), "x"), {}),
     "dy in slices": lambda: (sliced(make_case(SHAPE), "dy"), {}),
