@@ -156,6 +156,12 @@ def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excita
     return Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps)
 
 
+def gradient_block(warps: int) -> int:
+    """Rows and columns of a piece of the parameters' gradients in a kernel of so many warps: 8 to
+    32 sums to a thread, no more registers than the pass over the map needs."""
+    return 64 if warps >= 8 else 32
+
+
 @dataclass(frozen=True)
 class Queue:
     """For the kernels of one launch: `programs` of them take strips, and the second pass over a
