@@ -25,7 +25,6 @@ from .plan import Plan, Pointer, run_plan
 from .reduce import reduce_kernel
 from .squeeze import squeeze_kernel
 
-_BLOCK = 32  # of the parameters' gradients
 _WIDE = 2**31  # maps of so many elements need 64-bit offsets
 
 
@@ -365,8 +364,9 @@ def _plan_backward(
     d_mean = scratch(sum_channel and need_dx, n, c)
     sample_ws, sample_bs = scratch(need_spatial, n, c), scratch(need_spatial, n)
 
-    blocks = triton.cdiv(c, _BLOCK)
-    tasks = 2 * blocks * triton.cdiv(p.hidden, _BLOCK) * need_channel + blocks * need_spatial
+    block = heuristics.gradient_block(p.tile.warps)
+    blocks = triton.cdiv(c, block)
+    tasks = 2 * blocks * triton.cdiv(p.hidden, block) * need_channel + blocks * need_spatial
     maps = [in_x, in_dy, *([out_dx] if need_dx else [])]
     if n and p.launches == 1:
         read = [in_dy.tensor, *([in_x.tensor] if reads_x(p.combine) else [])]
@@ -383,7 +383,7 @@ def _plan_backward(
             out_dx.sample, out_dx.pitch,
             SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
             STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
-            BLOCK=_BLOCK, GATE=gate, **p.constants(*maps), **p.excitation_within(sums),
+            BLOCK=block, GATE=gate, **p.constants(*maps), **p.excitation_within(sums),
             **_all_registers(),
         )  # fmt: skip
         return
@@ -415,6 +415,6 @@ def _plan_backward(
             n, c, p.hidden, s, row_strips, tiles,
             in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
             out_dx.sample, out_dx.pitch,
-            NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=_BLOCK,
+            NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=block,
             **p.constants(*maps),
         )  # fmt: skip
