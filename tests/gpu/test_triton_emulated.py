@@ -70,7 +70,6 @@ CASES = {
     "one of everything": ("max", F16, (1, 1, 1), False, 90, {"reduction": 1}, BOTH),
     "many samples": ("add", F16, (41, 5, 3, 3), False, 90, {"reduction": 1}, ((3, None), (1, 5))),
     "seventeen samples": ("max", F64, (17, 33, 2, 3), True, 90, {"reduction": 1}, BOTH),
-    "pieces of eight warps": ("add", F16, (18, 260, 3, 8), False, 90, {"reduction": 3}, BOTH),
     "float64 on an A100": ("mul", F64, (18, 20, 3, 3), False, 80, {"reduction": 1}, BOTH),
     "many hidden": ("add", F32, (2, 300, 2, 2), False, 90, {"reduction": 1}, BOTH),
     "many strips": ("add", F16, (1, 16, 50, 50), False, 90, {}, BOTH),
