@@ -43,9 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print and write the table."""
     device = args.device
-    case = Case(
-        args.shape, getattr(torch, args.dtype), args.layout, args.reduction, "add", device
-    )  # fmt: skip
+    dtype = getattr(torch, args.dtype)
+    case = Case(args.shape, dtype, args.layout, args.reduction, "add", device)
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         environment = report.environment(device)
         report.print_header(environment, providers.missing(device))
         names = ["eager", *providers.usable(device)]
-        if device.type == "cpu" and "triton" not in names:  # names: it is not interpreted
+        if device.type == "cpu" and "triton" not in names:  # it is there where interpreted
             try:
                 stack.enter_context(without_launches())
                 names.append("triton")
