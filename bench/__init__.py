@@ -1,5 +1,5 @@
-"""Benchmarks, run from a checkout: `python -m bench ops`, `... mri`, `... model`, and for a GPU
-`... tune`."""
+"""Benchmarks, run from a checkout: `python -m bench ops`, `... host`, `... mri`, `... model`,
+and for a GPU `... tune`."""
 
 import ctypes
 import os

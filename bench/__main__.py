@@ -1,4 +1,4 @@
-"""The command line: `python -m bench ops|mri|model|complexity|paper|tune|gpu [options]`."""
+"""The command line: `python -m bench ops|host|mri|model|complexity|paper|tune|gpu [options]`."""
 
 import argparse
 import importlib
@@ -11,7 +11,7 @@ import torch
 from . import options
 
 #: Each a module of this package with add_arguments(parser) and run(args).
-NAMES = ("ops", "mri", "model", "complexity", "paper", "tune", "gpu")
+NAMES = ("ops", "host", "mri", "model", "complexity", "paper", "tune", "gpu")
 
 
 def _parser(names: Iterable[str] = NAMES) -> argparse.ArgumentParser:

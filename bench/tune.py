@@ -150,7 +150,7 @@ class Search:
     """The search for one case's best choice, in the table that the package's kernels use."""
 
     def __init__(self, case: Case) -> None:
-        from scse_kernels._triton import tuning
+        from scse_kernels._triton import plan, tuning
 
         samples, channels, *spatial = case.shape
         map_ = (
@@ -165,6 +165,7 @@ class Search:
         self.inputs = case.inputs()
         device = self.inputs.x.device  # with its index
         self.table, self.kind = tuning.table(device), tuning.kind(*map_)
+        self.forget = plan.forget  # what was made by the table as it was
         self.known = self.table.pop(self.kind, None)
         self.own = self.best = tuning.choice(device, *map_)
         self.gain = 1.0
@@ -209,6 +210,7 @@ class Search:
             self.table.pop(self.kind, None)
         else:
             self.table[self.kind] = choice
+        self.forget()
 
     def _call(self, choice: Choice) -> Callable[[], object]:
         call = ops.both(self.module, self.inputs)

@@ -12,7 +12,7 @@ class SCSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, ws, bs, combine, excitation, backend):
         codes = ops.codes(combine, excitation)
-        y, *small = ops.FORWARD[backend](x, w1, b1, w2, b2, ws, bs, *codes)
+        y, *small = ops.forward(backend, x, w1, b1, w2, b2, ws, bs, *codes)
         ctx.save_for_backward(x, w1, b1, w2, b2, ws, bs, *small)
         ctx.combine, ctx.excitation, ctx.backend = combine, excitation, backend
         return y
@@ -25,8 +25,9 @@ class SCSE(torch.autograd.Function):
             grads = _reference_gradients(dy, saved[:7], needs, ctx.combine, *ctx.excitation)
             return (*grads, None, None, None)
         gate = [ops.GATE[ctx.excitation[-1]]] if ctx.excitation else []
-        grads = ops.BACKWARD[ctx.backend](
-            dy, *saved, ops.COMBINE[ctx.combine], x, w1 or b1 or w2 or b2, ws or bs, *gate
+        grads = ops.backward(
+            *(ctx.backend, dy, *saved, ops.COMBINE[ctx.combine]),
+            *(x, w1 or b1 or w2 or b2, ws or bs, *gate),
         )
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return (*grads, None, None, None)

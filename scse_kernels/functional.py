@@ -12,9 +12,9 @@ from .literals import Activation, Backend, Combine, Gate
 from .ops import (
     ACTIVATION,
     COMBINE,
-    FORWARD,
     GATE,
     codes,
+    forward,
     memory_format,
     once_differentiable,
 )
@@ -141,7 +141,7 @@ def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, excitation, backend):
         if compiler.is_dynamo_compiling():
             x, w1, b1, w2, b2, ws, bs = once_differentiable(x, w1, b1, w2, b2, ws, bs)
         return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, excitation, backend)
-    return FORWARD[backend](x, w1, b1, w2, b2, ws, bs, *codes(combine, excitation))[0]
+    return forward(backend, x, w1, b1, w2, b2, ws, bs, *codes(combine, excitation))[0]
 
 
 def _check_name(function, argument, value, known):

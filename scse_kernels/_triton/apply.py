@@ -89,7 +89,7 @@ def apply_backward_kernel(
     Cr,
     S,
     strips,
-    tiles,  # programs for dx; those after them sum the parameters' gradients over the batch
+    tiles,  # programs for dx; those before them sum the parameters' gradients over the batch
     stride_dyn,
     pitch_dy,
     half_dy,
@@ -113,11 +113,11 @@ def apply_backward_kernel(
     and x where the formula needs it; writes dx. Programs of their own form the parameters'
     gradients meanwhile. POLICY: the caches' for the maps."""
     if tile is None:
-        tile = tiles - 1 - tl.program_id(0)  # backwards, as in `apply_kernel`
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `apply_kernel`
     if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
-        if tile < 0:
+        if tile >= tiles:
             parameter_gradients(
-                -1 - tile,
+                tile - tiles,
                 d_excited_ptr,
                 d_hidden_ptr,
                 pooled_ptr,

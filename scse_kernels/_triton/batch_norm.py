@@ -15,7 +15,7 @@ from torch import Tensor
 from . import heuristics
 from .activation import RELU, SIGMOID
 from .excite import excite_backward_kernel, excite_kernel
-from .launch import _BLOCK, Map, _all_registers, _contiguous, _dense, _describe, _in_format
+from .launch import Map, _all_registers, _contiguous, _dense, _describe, _in_format
 from .norm_backward import norm_apply_backward_kernel, norm_reduce_kernel, norm_sums_kernel
 from .norm_forward import norm_apply_kernel, norm_squeeze_kernel
 from .norm_statistics import norm_merge_kernel, norm_statistics_kernel
@@ -180,8 +180,9 @@ def backward(
     d_mean = scratch(sum_channel and (need_du or need_affine), n, c)
     sample_ws, sample_bs = scratch(need_spatial, n, c), scratch(need_spatial, n)
 
-    blocks = triton.cdiv(c, _BLOCK)
-    tasks = 2 * blocks * triton.cdiv(p.hidden, _BLOCK) * need_channel + blocks * need_spatial
+    block = heuristics.gradient_block(tile.warps)
+    blocks = triton.cdiv(c, block)
+    tasks = 2 * blocks * triton.cdiv(p.hidden, block) * need_channel + blocks * need_spatial
     maps = [in_u, in_dy, *([out_du] if need_du else [])]
     norm = mean, var, bn_weight, bn_bias
     with torch.cuda.device_of(u):
@@ -219,6 +220,6 @@ def backward(
                 n, c, p.hidden, s, row_strips, tiles,
                 in_dy.sample, in_dy.pitch, p.half(in_dy), in_u.sample, in_u.pitch,
                 out_du.sample, out_du.pitch,
-                EPS=eps, NEED_DU=need_du, NEED_PARAMETERS=tasks > 0, BLOCK=_BLOCK,
+                EPS=eps, NEED_DU=need_du, NEED_PARAMETERS=tasks > 0, BLOCK=block,
                 **r.constants(*maps),
             )  # fmt: skip

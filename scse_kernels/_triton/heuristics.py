@@ -138,8 +138,9 @@ def tile(
 
 def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excitation:
     """The excitation's tiles. One program has all of a sample's weights to read, so each thread
-    has 16 loads of 16 bytes on their way. Few warps, as sums across warps cost more than they
-    save: one up to 64 channels, at most eight. `itemsize`: of the sums.
+    has 16 loads of 16 bytes on their way, and up to 128 strips' sums come in one step if they fit.
+    Few warps, as sums across warps cost more than they save: two up to 64 channels, at most eight.
+    `itemsize`: of the sums.
 
     For the same reason a tile has few terms of each sum and rather more sums, all if they fit:
     threads add up what they hold of a sum only after its last step.
@@ -147,13 +148,20 @@ def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excita
     block_c, block_j = power_of_two(channels), power_of_two(hidden)
     columns = min(256, block_c)
     share = itemsize // 4  # of the registers, for one sum
-    terms_strips = min((128 if strips > 128 else 32) // share, power_of_two(strips))
+    rows = 128 if strips > 128 else max(32, min(128, 4096 // columns))
+    terms_strips = min(rows // share, power_of_two(strips))
     tile = columns * max(min((64 if channels > 256 else 32) // share, block_j), terms_strips)
     warps = min(8, max(1, tile * share // 2048))
     least = _SECTOR // 2  # weights of two bytes
     terms_c = min(columns, max(least, tile // block_j))
     terms_j = min(block_j, max(least, tile // block_c))
     return Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps)
+
+
+def gradient_block(warps: int) -> int:
+    """Rows and columns of a piece of the parameters' gradients in a kernel of so many warps: 8 to
+    32 sums to a thread, no more registers than the pass over the map needs."""
+    return 64 if warps >= 8 else 32
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 The arguments are those of the operators' schemas in ops.py, after the memory format of y and dx and
 the results' tensors. No step here waits for the device. Scratch comes from torch's allocator.
+
+`forward` and `backward` make tensors readable for the kernels and leave the rest to a plan of the
+call's kind (plan.py), which `_plan_forward` and `_plan_backward` write down at its first call.
 """
 
 from dataclasses import dataclass
@@ -18,10 +21,10 @@ from .apply import apply_backward_kernel, apply_kernel
 from .combine import CHANNEL, SPATIAL, reads_x
 from .excite import excite_backward_kernel, excite_kernel
 from .one_launch import backward_kernel, forward_kernel
+from .plan import Plan, Pointer, run_plan
 from .reduce import reduce_kernel
 from .squeeze import squeeze_kernel
 
-_BLOCK = 32  # of the parameters' gradients
 _WIDE = 2**31  # maps of so many elements need 64-bit offsets
 
 
@@ -202,16 +205,6 @@ def _describe(
     )
 
 
-def _counters(x: Tensor, size: int) -> Tensor:
-    """Zeros for a kernel of one launch.
-
-    Filling them is a second, tiny node for the device. A buffer that each launch leaves as zeros
-    would save it, but it would be shared by all graphs captured on a stream, whose replays may
-    overlap, and would live on in a memory pool of theirs.
-    """
-    return x.new_zeros((size,), dtype=torch.int32)
-
-
 def _all_registers() -> dict:
     """An option for NVIDIA's assembler, which may spill a few registers so that more programs run
     at once, unless it is told how many there are."""
@@ -219,7 +212,14 @@ def _all_registers() -> dict:
 
 
 def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
-    return [None if p is None else p.contiguous() for p in parameters]
+    return [p if p is None or p.is_contiguous() else p.contiguous() for p in parameters]
+
+
+def readable(map: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The map, or a copy of it, in a format that `_in_format` takes as it is."""
+    if map.is_contiguous(memory_format=memory_format):
+        return map
+    return _in_format(map, memory_format).tensor
 
 
 def forward(
@@ -239,54 +239,65 @@ def forward(
 ) -> None:
     """Fills y, pooled, hidden, channel_gate: three launches (two without the channel branch), or
     one."""
-    p = _describe(memory_format, x, w1, ws, combine)
-    y, pooled, hidden, channel_gate = results
-    if p.samples == 0:
+    if x.shape[0] == 0:
         return
+    x = readable(x, memory_format)
+    parameters = _contiguous(w1, b1, w2, b2, ws, bs)
+    choices = memory_format, w1 is not None and w1.shape[0], combine, activation, slope, gate
+    run_plan(_plan_forward, choices, (x,), parameters, results)
+
+
+def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None) -> None:
+    memory_format, _, combine, activation, slope, gate = choices
+    w1, ws, y = others[0], others[4], others[6]
+    p = _describe(memory_format, x, w1, ws, combine)
     in_x, out_y = _in_format(x, memory_format), _dense(y, p.channels_last)
-    x = in_x.tensor
-    w1, b1, w2, b2, ws, bs = _contiguous(w1, b1, w2, b2, ws, bs)
+    sums = accumulation_dtype(x.dtype)
+    x, w1, b1, w2, b2, ws, bs, y, pooled, hidden, channel_gate = plan.given
 
     n, c, s = p.samples, p.channels, p.positions
     excitation = {"ACTIVATION": activation, "SLOPE": slope, "GATE": gate}
-    partial = pooled.new_empty((n, p.strips, c)) if p.has_channel else None
-    spatial_gate = pooled.new_empty((n, s)) if p.has_spatial else None
-    with torch.cuda.device_of(x):
-        if p.launches == 1:
-            queue = p.queue(x, 16, x)
-            lag = p.strips + queue.lead
-            forward_kernel[(queue.programs,)](
-                x, w1, b1, w2, b2, ws, bs, partial, spatial_gate,
-                pooled, hidden, channel_gate, y, _counters(x, 1 + n),
-                n, c, p.hidden, s, p.strips, lag,
-                in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
-                HOLD=p.tile.hold, TILES=p.tile.tiles, **excitation,
-                **p.constants(in_x, out_y), **p.excitation_within(pooled.dtype),
-            )  # fmt: skip
-            return
-        squeeze_kernel[(n * p.strips,)](
-            x, ws, bs, partial, spatial_gate,
-            c, s, p.strips, in_x.sample, in_x.pitch,
-            HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate, **p.constants(in_x),
-        )  # fmt: skip
-        if p.has_channel:
-            excite_kernel[(n,)](
-                partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
-                c, p.hidden, s, p.strips,
-                **excitation, **p.excitation(pooled.dtype),
-            )  # fmt: skip
-        strips = triton.cdiv(s, p.tile.block_s)
-        apply_kernel[(n * strips * triton.cdiv(c, p.tile.block_c),)](
-            x, channel_gate, spatial_gate, y,
-            c, s, strips,
+    partial = plan.scratch(n, p.strips, c) if p.has_channel else None
+    spatial_gate = plan.scratch(n, s) if p.has_spatial else None
+    if p.launches == 1:
+        queue = p.queue(in_x.tensor, 16, in_x.tensor)
+        lag = p.strips + queue.lead
+        plan.launch(
+            forward_kernel, (queue.programs,),
+            x, w1, b1, w2, b2, ws, bs, partial, spatial_gate,
+            pooled, hidden, channel_gate, y, plan.zeros(1 + n),
+            n, c, p.hidden, s, p.strips, lag,
             in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
-            **p.constants(in_x, out_y),
+            HOLD=p.tile.hold, TILES=p.tile.tiles, **excitation,
+            **p.constants(in_x, out_y), **p.excitation_within(sums),
         )  # fmt: skip
+        return
+    plan.launch(
+        squeeze_kernel, (n * p.strips,),
+        x, ws, bs, partial, spatial_gate,
+        c, s, p.strips, in_x.sample, in_x.pitch,
+        HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate, **p.constants(in_x),
+    )  # fmt: skip
+    if p.has_channel:
+        plan.launch(
+            excite_kernel, (n,),
+            partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
+            c, p.hidden, s, p.strips,
+            **excitation, **p.excitation(sums),
+        )  # fmt: skip
+    strips = triton.cdiv(s, p.tile.block_s)
+    plan.launch(
+        apply_kernel, (n * strips * triton.cdiv(c, p.tile.block_c),),
+        x, channel_gate, spatial_gate, y,
+        c, s, strips,
+        in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
+        **p.constants(in_x, out_y),
+    )  # fmt: skip
 
 
 def backward(
     memory_format: torch.memory_format,
-    results: tuple[Tensor, ...],
+    results: tuple[Tensor | None, ...],
     dy: Tensor,
     x: Tensor,
     w1: Tensor | None,
@@ -306,17 +317,29 @@ def backward(
 ) -> None:
     """Fills dx and the gradients of the six parameters, except those not needed: three launches,
     or one."""
-    dx = results[0]
-    written = (
-        None if p is None or not needed else g
-        for p, needed, g in zip(
-            (w1, b1, w2, b2, ws, bs), (need_channel,) * 4 + (need_spatial,) * 2, results[1:],
-            strict=True,
-        )
-    )  # fmt: skip
-    dw1, db1, dw2, db2, dws, dbs = written
+    x, dy = readable(x, memory_format), readable(dy, memory_format)
+    parameters = _contiguous(w1, b1, w2, b2, ws, bs)
+    dx, *gradients = results
+    results = (
+        dx if need_dx else None,
+        *(
+            None if parameter is None or not needed else gradient
+            for parameter, needed, gradient in zip(
+                parameters, (need_channel,) * 4 + (need_spatial,) * 2, gradients, strict=True
+            )
+        ),
+    )
+    choices = memory_format, w1 is not None and w1.shape[0], combine, gate
+    run_plan(_plan_backward, choices, (x, dy), parameters, (pooled, hidden, channel_gate, *results))
+
+
+def _plan_backward(
+    plan: Plan, choices: tuple, x: Tensor, dy: Tensor, *others: Tensor | None
+) -> None:
+    memory_format, _, combine, gate = choices
+    w1, ws, dx, dw1, dws = others[0], others[4], others[9], others[10], others[14]
     p = _describe(memory_format, x, w1, ws, combine)
-    need_channel, need_spatial = dw1 is not None, dws is not None
+    need_dx, need_channel, need_spatial = dx is not None, dw1 is not None, dws is not None
     sum_channel = p.has_channel and (need_dx or need_channel)
     sum_spatial = p.has_spatial and (need_dx or need_spatial)
     if not (sum_channel or sum_spatial):
@@ -324,12 +347,13 @@ def backward(
 
     in_x, in_dy = _in_format(x, memory_format), _in_format(dy, memory_format)
     out_dx = _dense(dx, p.channels_last) if need_dx else Map(dx, 0, 0)
-    x, dy = in_x.tensor, in_dy.tensor
-    w1, w2, ws, bs = _contiguous(w1, w2, ws, bs)
+    sums = accumulation_dtype(x.dtype)
+    x, dy, w1, _, w2, _, ws, bs, pooled, hidden, channel_gate, *results = plan.given
+    dx, dw1, db1, dw2, db2, dws, dbs = results
     n, c, s, strips = p.samples, p.channels, p.positions, p.strips
 
-    def scratch(needed: bool, *shape: int) -> Tensor | None:
-        return pooled.new_empty(shape, dtype=accumulation_dtype(x.dtype)) if needed else None
+    def scratch(needed: bool, *shape: int) -> Pointer | None:
+        return plan.scratch(*shape) if needed else None
 
     partial = scratch(sum_channel, n, strips, c)
     partial_ws = scratch(need_spatial, n, strips, c)
@@ -340,52 +364,57 @@ def backward(
     d_mean = scratch(sum_channel and need_dx, n, c)
     sample_ws, sample_bs = scratch(need_spatial, n, c), scratch(need_spatial, n)
 
-    blocks = triton.cdiv(c, _BLOCK)
-    tasks = 2 * blocks * triton.cdiv(p.hidden, _BLOCK) * need_channel + blocks * need_spatial
+    block = heuristics.gradient_block(p.tile.warps)
+    blocks = triton.cdiv(c, block)
+    tasks = 2 * blocks * triton.cdiv(p.hidden, block) * need_channel + blocks * need_spatial
     maps = [in_x, in_dy, *([out_dx] if need_dx else [])]
-    with torch.cuda.device_of(x):
-        if n and p.launches == 1:
-            queue = p.queue(x, 8, dy, *([x] if reads_x(p.combine) else []))
-            lag = strips + queue.lead
-            backward_kernel[(queue.programs,)](
-                dy, x, w1, w2, ws, bs, pooled, hidden, channel_gate,
-                partial, partial_ws, partial_bs, spatial_gate, dq,
+    if n and p.launches == 1:
+        read = [in_dy.tensor, *([in_x.tensor] if reads_x(p.combine) else [])]
+        queue = p.queue(in_x.tensor, 8, *read)
+        lag = strips + queue.lead
+        plan.launch(
+            backward_kernel, (queue.programs,),
+            dy, x, w1, w2, ws, bs, pooled, hidden, channel_gate,
+            partial, partial_ws, partial_bs, spatial_gate, dq,
+            d_excited, d_hidden, d_mean, sample_ws, sample_bs,
+            dx, dw1, db1, dw2, db2, dws, dbs, plan.zeros(2 + n),
+            n, c, p.hidden, s, strips, lag, tasks,
+            in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
+            out_dx.sample, out_dx.pitch,
+            SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
+            STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
+            BLOCK=block, GATE=gate, **p.constants(*maps), **p.excitation_within(sums),
+            **_all_registers(),
+        )  # fmt: skip
+        return
+    if n:
+        plan.launch(
+            reduce_kernel, (n * strips,),
+            dy, x, ws, bs, channel_gate, partial, partial_ws, partial_bs, spatial_gate, dq,
+            c, s, strips, in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
+            SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
+            STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate,
+            **p.constants(in_x, in_dy),
+        )  # fmt: skip
+        if sum_channel or need_spatial:
+            plan.launch(
+                excite_backward_kernel, (n, sum_channel + need_spatial),
+                partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
                 d_excited, d_hidden, d_mean, sample_ws, sample_bs,
-                dx if need_dx else None, dw1, db1, dw2, db2, dws, dbs, _counters(x, 2 + n),
-                n, c, p.hidden, s, strips, lag, tasks,
-                in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
-                out_dx.sample, out_dx.pitch,
-                SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
-                STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
-                BLOCK=_BLOCK, GATE=gate, **p.constants(*maps), **p.excitation_within(pooled.dtype),
-                **_all_registers(),
+                c, p.hidden, s, strips,
+                GATE=gate, **p.excitation(sums),
             )  # fmt: skip
-            return
-        if n:
-            reduce_kernel[(n * strips,)](
-                dy, x, ws, bs, channel_gate, partial, partial_ws, partial_bs, spatial_gate, dq,
-                c, s, strips, in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
-                SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
-                STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate,
-                **p.constants(in_x, in_dy),
-            )  # fmt: skip
-            if sum_channel or need_spatial:
-                excite_backward_kernel[(n, sum_channel + need_spatial)](
-                    partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
-                    d_excited, d_hidden, d_mean, sample_ws, sample_bs,
-                    c, p.hidden, s, strips,
-                    GATE=gate, **p.excitation(pooled.dtype),
-                )  # fmt: skip
-        row_strips = triton.cdiv(s, p.tile.block_s)
-        tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_dx else 0
-        if tiles + tasks:
-            apply_backward_kernel[(tiles + tasks,)](
-                dy, x, channel_gate, spatial_gate, dq, d_mean, ws, dx,
-                d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs,
-                dw1, db1, dw2, db2, dws, dbs,
-                n, c, p.hidden, s, row_strips, tiles,
-                in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
-                out_dx.sample, out_dx.pitch,
-                NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=_BLOCK,
-                **p.constants(*maps),
-            )  # fmt: skip
+    row_strips = triton.cdiv(s, p.tile.block_s)
+    tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_dx else 0
+    if tiles + tasks:
+        plan.launch(
+            apply_backward_kernel, (tiles + tasks,),
+            dy, x, channel_gate, spatial_gate, dq, d_mean, ws, dx,
+            d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs,
+            dw1, db1, dw2, db2, dws, dbs,
+            n, c, p.hidden, s, row_strips, tiles,
+            in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
+            out_dx.sample, out_dx.pitch,
+            NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=block,
+            **p.constants(*maps),
+        )  # fmt: skip

@@ -323,7 +323,7 @@ def norm_apply_backward_kernel(
     Cr,
     S,
     strips,
-    tiles,  # programs for du; those after them sum the parameters' gradients over the batch
+    tiles,  # programs for du; those before them sum the parameters' gradients over the batch
     stride_dyn,
     pitch_dy,
     half_dy,
@@ -344,11 +344,11 @@ def norm_apply_backward_kernel(
 ):
     """A program for each tile of du. Reads u, dy and the small tensors once; writes du. Programs of
     their own form the parameters' gradients meanwhile."""
-    tile = tiles - 1 - tl.program_id(0)  # backwards, as in `norm_apply_kernel`
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `norm_apply_kernel`
     if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
-        if tile < 0:
+        if tile >= tiles:
             parameter_gradients(
-                -1 - tile,
+                tile - tiles,
                 d_excited_ptr,
                 d_hidden_ptr,
                 pooled_ptr,

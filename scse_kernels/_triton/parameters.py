@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
-from .primitives import accumulator, load, sum_rows
+from .primitives import accumulator, load, sum_in_pairs, sum_rows
+
+# Samples whose rows are loaded together, before any is used: one wait for memory to so many.
+SAMPLES = tl.constexpr(16)
 
 
 @triton.jit
@@ -18,22 +21,27 @@ def dense_gradient(
     columns,
     BLOCK: tl.constexpr,
 ):
-    """weight = left.T @ right and bias = left.sum(0), the block-th tile [BLOCK, BLOCK] of it."""
+    """weight = left.T @ right and bias = left.sum(0), the block-th tile [BLOCK, BLOCK] of it.
+
+    An element of weight is summed by one thread, sample after sample (with matrix units, in
+    float64, four by four), so neither BLOCK nor the number of warps changes a bit.
+    """
     ACC: tl.constexpr = accumulator(left_ptr.dtype.element_ty)
     blocks = tl.cdiv(columns, BLOCK)
     r = (block // blocks) * BLOCK + tl.arange(0, BLOCK)
     k = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
     weight = tl.zeros([BLOCK, BLOCK], ACC)
-    bias = tl.zeros([BLOCK], ACC)
-    for n in range(N):
-        left = load(left_ptr + n * rows + r, r < rows, ACC)
-        right = load(right_ptr + n * columns + k, k < columns, ACC)
-        weight += left[:, None] * right[None, :]
+    bias = tl.zeros([SAMPLES, BLOCK], ACC)
+    for begin in range(0, N, SAMPLES):
+        n = (begin + tl.arange(0, SAMPLES))[:, None]
+        left = load(left_ptr + n * rows + r[None, :], (n < N) & (r[None, :] < rows), ACC)
+        right = load(right_ptr + n * columns + k[None, :], (n < N) & (k[None, :] < columns), ACC)
+        weight = tl.dot(tl.trans(left), right, weight, input_precision="ieee", out_dtype=ACC)
         bias += left
     at = r[:, None] * columns + k[None, :]
     tl.store(weight_ptr + at, weight, mask=(r[:, None] < rows) & (k[None, :] < columns))
     if bias_ptr is not None and block % blocks == 0:
-        tl.store(bias_ptr + r, bias, mask=r < rows)
+        tl.store(bias_ptr + r, sum_in_pairs(bias, 0, False), mask=r < rows)
 
 
 @triton.jit
@@ -71,7 +79,8 @@ def parameter_gradients(
             ACC: tl.constexpr = accumulator(sample_ws_ptr.dtype.element_ty)
             block = task - 2 * tiles
             c = block * BLOCK + tl.arange(0, BLOCK)
-            tl.store(dws_ptr + c, sum_rows(sample_ws_ptr, N, C, c, ACC, BLOCK, BLOCK), mask=c < C)
+            total = sum_rows(sample_ws_ptr, N, C, c, ACC, 2 * SAMPLES, BLOCK)
+            tl.store(dws_ptr + c, total, mask=c < C)
             if dbs_ptr is not None and block == 0:
                 one = tl.arange(0, 1)
-                tl.store(dbs_ptr + one, sum_rows(sample_bs_ptr, N, 1, one, ACC, BLOCK, 1))
+                tl.store(dbs_ptr + one, sum_rows(sample_bs_ptr, N, 1, one, ACC, 2 * SAMPLES, 1))

@@ -275,6 +275,48 @@ def test_tune_is_for_gpus(options):
         args.run(args)
 
 
+def test_host_times_each_provider_and_leaves_triton_as_it_was(options, tmp_path, capsys):
+    pytest.importorskip("triton")
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    from scse_kernels._triton import plan
+
+    if plan._INTERPRETED:
+        pytest.skip("the interpreter compiles nothing")
+
+    def replaced():
+        names = CompiledKernel._init_handles, plan.takes_addresses, backends.why_not
+        return (*names, driver._active)
+
+    before = replaced()
+    threads = torch.get_num_threads()
+    args = options("host", "--shape", "1x8x4x4", "--reduction", "2", "--rounds", "3")
+    assert args.run(args) == 0
+    assert replaced() == before
+    assert torch.get_num_threads() == threads
+    with (tmp_path / "host.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    usable = ["eager", *providers.usable(CPU), "triton"]
+    assert [(row["provider"], row["direction"]) for row in rows] == [
+        (name, direction) for direction in ("forward", "forward + backward") for name in usable
+    ]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert all(f"│ {name} " in printed for name in usable)
+
+
+def test_host_on_a_gpu_starts_when_the_gpu_is_done(gpu, monkeypatch):
+    from bench import host
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: gpu.log.append("synchronize"))
+    times = iter([10.0, 12.0])
+    monkeypatch.setattr(host.time, "perf_counter", lambda: gpu.log.append("clock") or next(times))
+    seconds = host._sample(lambda: gpu.log.append("call"), torch.device("cuda"))
+    assert gpu.log == ["synchronize", "clock", *["call"] * host._CALLS, "clock"]
+    assert seconds == 2.0 / host._CALLS
+
+
 def test_a_missing_package_leaves_out_its_benchmark_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "nilearn.datasets", None)
     for name in ("mri", "mri_data"):

@@ -210,7 +210,7 @@ def test_every_kernel_has_its_passes():
             names += re.findall(pattern, file.read_text())
     assert {"excite", "reduce_planes", "forward_kernel", "gradients_kernel"} < {*names}
     source = (plan.ROOT / "scse_kernels/_triton/launch.py").read_text()
-    names += re.findall(r"(\w+_kernel)\[", source)
+    names += re.findall(r"(\w+_kernel), \(", source)
     assert {"squeeze_kernel", "apply_backward_kernel"} < {*names}
     assert [name for name in names if kernels.passes(name, "max") is None] == []
     assert kernels.passes("at::native::reduce_kernel", "add") == 2  # not asked for

@@ -7,11 +7,19 @@ Each kind of case stands once with each of the others' kinds, not with all of th
 import os
 from functools import partial
 
+import budget
 import gpulab
 import pytest
 import torch
-from budget import VARIANTS, call, check_infinite_weight, make_case, same_bits
-from gpu.emulated import check, emulator, results
+from budget import (
+    VARIANTS,
+    call,
+    check_infinite_weight,
+    make_case,
+    output_and_gradients,
+    same_bits,
+)
+from gpu.emulated import check, emulator, kernels, results
 from gpu.proof import record
 from targets import Target
 
@@ -61,6 +69,8 @@ CASES = {
     "halves": ("concat", F32, (3, 13, 4, 5), True, 80, {"biases": False}, BOTH),
     "one of everything": ("max", F16, (1, 1, 1), False, 90, {"reduction": 1}, BOTH),
     "many samples": ("add", F16, (41, 5, 3, 3), False, 90, {"reduction": 1}, ((3, None), (1, 5))),
+    "seventeen samples": ("max", F64, (17, 33, 2, 3), True, 90, {"reduction": 1}, BOTH),
+    "float64 on an A100": ("mul", F64, (18, 20, 3, 3), False, 80, {"reduction": 1}, BOTH),
     "many hidden": ("add", F32, (2, 300, 2, 2), False, 90, {"reduction": 1}, BOTH),
     "many strips": ("add", F16, (1, 16, 50, 50), False, 90, {}, BOTH),
     # A thread has channels far apart and several positions of each.
@@ -200,3 +210,18 @@ def test_64_bit_offsets_change_nothing(monkeypatch):
     monkeypatch.setattr(launch, "_WIDE", 1)
     wide = check(case, BOTH)
     assert all(same_bits(narrow[name], wide[name]) for name in narrow)
+
+
+@pytest.mark.parametrize("launches", [3, 1])
+def test_later_calls_of_a_kind_go_by_the_plan_of_the_first(launches, monkeypatch):
+    """Past Triton's binder, with other tensors of the same kind."""
+    with emulator(launches=launches) as lab:
+        for seed in range(2):
+            case = make_case((2, 24, 5, 8), "max", torch.float16, seed=seed)
+            first = len(lab.reports)
+            got = output_and_gradients(partial(call, backend="triton"), case)
+            for name, error in budget.errors(case, got).items():
+                assert error <= 1, f"{name}: error is {error:.3g} times what is allowed"
+            names = tuple(report.kernel for report in lab.reports[first:])
+            assert names == kernels("max", launches)
+            monkeypatch.setattr(triton.JITFunction, "run", None)

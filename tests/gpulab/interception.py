@@ -45,6 +45,8 @@ class LabDevice(int):
 class LabDriver:
     """The part of Triton's driver interface that host code and Triton's runtime use."""
 
+    launcher_cls = functools.partial  # see _init_handles
+
     def __init__(self, lab):
         from triton.backends.compiler import GPUTarget
 

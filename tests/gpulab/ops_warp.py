@@ -256,14 +256,14 @@ GROUP, TIG = LANES >> 2, LANES & 3
 
 def _fragment(shape, kind, element):
     """Index arrays [register element][lane] -> (row, column) of A, B and C fragments."""
-    _m, _n, k = shape
-    per = 1 if element == "tf32" else 2  # elements per 32-bit register
+    m, _n, k = shape
+    per = 1 if element in ("tf32", "f64") else 2  # elements per register
     if kind == "c":
-        return [(GROUP + 8 * (i // 2), 2 * TIG + i % 2) for i in range(4)]
+        return [(GROUP + 8 * (i // 2), 2 * TIG + i % 2) for i in range(m // 4)]
     out = []
     if kind == "a":
         for half in range(k // (4 * per)):
-            for row in range(2):
+            for row in range(m // 8):
                 for i in range(per):
                     out.append((GROUP + 8 * row, per * TIG + i + 4 * per * half))
     else:
@@ -275,22 +275,30 @@ def _fragment(shape, kind, element):
 
 @op("mma")
 def build_mma(ins):
-    shape = {"m16n8k16": (16, 8, 16), "m16n8k8": (16, 8, 8), "m16n8k4": (16, 8, 4)}.get(
-        next((m for m in ins.mods if m.startswith("m16n8")), None)
-    )
+    shape = {
+        "m16n8k16": (16, 8, 16),
+        "m16n8k8": (16, 8, 8),
+        "m16n8k4": (16, 8, 4),
+        "m8n8k4": (8, 8, 4),
+    }.get(next((m for m in ins.mods if m.startswith(("m16n8", "m8n8"))), None))
     dt, at, bt, ct = ins.types
-    if shape is None or at != bt or at not in ("f16", "bf16", "tf32") or dt not in ("f32", "f16"):
+    double = set(ins.types) == {"f64"}
+    narrow = at == bt and at in ("f16", "bf16", "tf32") and dt in ("f32", "f16")
+    if shape is None or not (double or (narrow and shape[0] == 16)):
         raise unsupported(ins)
-    readers = [[reader(o, "b32", ins) for o in elements(x)] for x in ins.operands[1:4]]
+    register = "b64" if double else "b32"
+    readers = [[reader(o, register, ins) for o in elements(x)] for x in ins.operands[1:4]]
     dst = [writer(o, ins) for o in elements(ins.operands[0])]
     maps = {kind: _fragment(shape, kind, at) for kind in "abc"}
-    sizes = {"a": (16, shape[2]), "b": (shape[2], 8), "c": (16, 8)}
+    sizes = {"a": (shape[0], shape[2]), "b": (shape[2], 8), "c": (shape[0], 8)}
 
     def unpack(g, regs, element):
         out = []
         for r in regs:
             x = np.ascontiguousarray(spread(r(g), g.n))
-            if element in ("f32", "tf32"):
+            if element == "f64":
+                out.append(x.view(np.float64))
+            elif element in ("f32", "tf32"):
                 x = (x & U32(0xFFFFE000)) if element == "tf32" else x  # tf32 ignores the low bits
                 out.append(x.view(np.float32))
             else:
@@ -313,7 +321,12 @@ def build_mma(ins):
         a, b, c = (
             matrix(g, k, r, t) for k, r, t in zip("abc", readers, (at, bt, ct), strict=False)
         )
-        r = (a @ b + c).astype(np.float32)  # products and sums in float64, one rounding
+        if double:
+            r = c
+            for k in range(shape[2]):
+                r = r + a[:, :, k, None] * b[:, None, k]
+        else:
+            r = (a @ b + c).astype(np.float32)  # products and sums in float64, one rounding
         values = [r[:, row, col].reshape(-1) for row, col in maps["c"]]
         if dt == "f16":
             values = [

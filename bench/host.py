@@ -1,0 +1,169 @@
+"""The host's time for a call at a tiny map, where a GPU waits for the host.
+
+Microseconds per call, forward and forward + backward, for the eager operators and for each backend
+that can be used. On a GPU: how long the host takes to queue the call, while the GPU has nothing
+else to do. Without one, the processor time of a single thread on tensors of the host: eager and cpu
+compute as well, which at such a map is little; Triton's kernels are compiled, and their launches
+replaced by nothing.
+
+All in turn, round by round: figures of one run can be compared, whatever else the machine does.
+Written: host.csv.
+"""
+
+import argparse
+import contextlib
+import csv
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from scse_kernels import backends
+
+from . import ops, options, providers, report
+from .cases import LAYOUTS, Case
+
+#: Calls to a sample: short against a disturbance, and fewer kernels than a launch queue holds.
+_CALLS = 20
+DIRECTIONS = ("forward", "forward + backward")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench host`."""
+    parser.add_argument("--shape", type=options.shape, default=(2, 64, 8, 8), help="2x64x8x8")
+    parser.add_argument("--dtype", choices=ops.DTYPES, default="float32", help="%(default)s")
+    parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="%(default)s")
+    parser.add_argument("--reduction", type=options.positive, default=16, help="%(default)s")
+    parser.add_argument("--rounds", type=options.positive, default=50, help="%(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print and write the table."""
+    device = args.device
+    dtype = getattr(torch, args.dtype)
+    case = Case(args.shape, dtype, args.layout, args.reduction, "add", device)
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
+        environment = report.environment(device)
+        report.print_header(environment, providers.missing(device))
+        names = ["eager", *providers.usable(device)]
+        if device.type == "cpu" and "triton" not in names:  # it is there where interpreted
+            try:
+                stack.enter_context(without_launches())
+                names.append("triton")
+                report.console.print("triton: its launches are replaced by nothing")
+            except ImportError as error:
+                report.console.print(f"[yellow]no Triton: {error}")
+        found = {
+            (name, direction): seconds
+            for direction in DIRECTIONS
+            for name, seconds in _measure(case, names, direction, args.rounds).items()
+        }
+    table = Table("microseconds per call", *DIRECTIONS, title=str(case))
+    for name in names:
+        table.add_row(name, *(f"{found[name, direction] * 1e6:.1f}" for direction in DIRECTIONS))
+    report.console.print(table)
+    path = args.output / "host.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["provider", "direction", "seconds", "case", *environment])
+        for (name, direction), seconds in found.items():
+            writer.writerow([name, direction, seconds, case, *environment.values()])
+    report.console.print(f"Written: {path}")
+    return 0
+
+
+def _measure(case: Case, names: list[str], direction: str, rounds: int) -> dict[str, float]:
+    """Seconds per call: the median over the rounds."""
+    inputs = case.inputs()
+    calls = {}
+    for name in names:
+        module = providers.build(
+            name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2
+        ).to(case.device, case.dtype)
+        providers.load(module, inputs.parameters)
+        calls[name] = ops.both(module, inputs) if direction != "forward" else _infer(module, inputs)
+    for call in calls.values():
+        for _ in range(3):  # compiles, and sets up what is set up once
+            call()
+    samples = {name: [] for name in names}
+    for i in range(rounds):
+        shift = i % len(names)
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(_sample(calls[name], case.device))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _infer(module: nn.Module, inputs) -> Callable[[], object]:
+    """The forward as in training, with all that the backward will need."""
+    return lambda: module(inputs.x)
+
+
+def _sample(call: Callable[[], object], device: torch.device) -> float:
+    on_gpu = device.type == "cuda"
+    # On a GPU the backward is queued by a thread of autograd's own.
+    clock = time.perf_counter if on_gpu else time.thread_time
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    start = clock()
+    for _ in range(_CALLS):
+        call()
+    return (clock() - start) / _CALLS
+
+
+class _Launcher:
+    """Takes what Triton's launchers take, and launches nothing."""
+
+    def __call__(self, *arguments: object) -> None:
+        pass
+
+
+class _Driver:
+    """What Triton asks of a driver on the way to a launch: one H100, and the default stream."""
+
+    launcher_cls = _Launcher
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 1 << 20  # not one that Triton keeps real kernels for
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def without_launches() -> Iterator[None]:
+    """Triton's backend takes tensors of the host as those of a GPU: compiles, and launches nothing.
+
+    Results are memory as it was.
+    """
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    from scse_kernels._triton import plan
+
+    def load(kernel) -> None:
+        if kernel.module is None:
+            kernel.module, kernel.function, kernel._run = kernel, 0, _Launcher()
+
+    before = driver._active, CompiledKernel._init_handles, plan.takes_addresses, backends.why_not
+    driver.set_active(_Driver())
+    CompiledKernel._init_handles, plan.takes_addresses = load, lambda device: True
+    backends.why_not = lambda backend, *more: (
+        None if backend == "triton" else before[3](backend, *more)
+    )
+    try:
+        yield
+    finally:
+        driver._active, CompiledKernel._init_handles, plan.takes_addresses, backends.why_not = (
+            before
+        )
