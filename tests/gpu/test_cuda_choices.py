@@ -215,16 +215,16 @@ def test_on_chip_where_it_saves_time(library):
 
 
 def test_gradients_are_shared_out(library):
-    def tasks(channels, hidden, threads, channel=True, spatial=True):
+    def tasks(channels, hidden, channel=True, spatial=True):
         flags = ctypes.c_bool(channel), ctypes.c_bool(spatial)
-        return library.tasks(*_long(channels, hidden), threads, *flags)
+        return library.tasks(*_long(channels, hidden), *flags)
 
-    # Pieces of 32 x 32 of both matrices, and a thread to each element of ws.
-    assert tasks(64, 32, 256) == 2 * 2 + 1
-    assert tasks(65, 33, 64) == 2 * 3 * 2 + 2
-    assert tasks(64, 32, 256, channel=False) == 1
-    assert tasks(64, 32, 256, spatial=False) == 4
-    assert tasks(64, 32, 256, channel=False, spatial=False) == 0
+    # Pieces of 32 x 32 of both matrices, of 32 of b2, b1 and ws, and bs.
+    assert tasks(64, 32) == 2 * 2 + (2 + 1) + (2 + 1)
+    assert tasks(65, 33) == 2 * 3 * 2 + (3 + 2) + (3 + 1)
+    assert tasks(64, 32, channel=False) == 2 + 1
+    assert tasks(64, 32, spatial=False) == 2 * 2 + (2 + 1)
+    assert tasks(64, 32, channel=False, spatial=False) == 0
 
 
 def test_threads_of_the_excitation(library):

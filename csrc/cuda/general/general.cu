@@ -120,8 +120,7 @@ Backward plan_backward(const Problem& p, float* scratch) {
   b.sample_ws = pieces.take(p.need_spatial(), vector);
   b.sample_bs = pieces.take(p.need_spatial(), p.samples);
   b.floats = pieces.size();
-  b.tasks = gradient_tasks(p.channels, p.hidden_channels, b.tile.threads(), p.need_channel(),
-                           p.need_spatial());
+  b.tasks = gradient_tasks(p.channels, p.hidden_channels, p.need_channel(), p.need_spatial());
   return b;
 }
 

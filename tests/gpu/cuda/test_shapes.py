@@ -29,6 +29,7 @@ GENERAL = {
     "one channel": (LAST, "max", HALF, (2, 1, 3, 5)),
     "one position": (PLANES, "mul", BFLOAT, (2, 50, 1, 1)),
     "many samples": (LAST, "concat", BFLOAT, (9, 8, 2, 4)),
+    "more samples than are on their way": (PLANES, "add", FLOAT, (70, 40, 1, 8)),
     "a sample alone, apart": (PLANES, "sse", HALF, (1, 16, 5, 8)),
 }
 
@@ -71,6 +72,7 @@ ON_CHIP = {
     "one channel": (H100, LAST, "max", HALF, (2, 1, 3, 5), (1, 1)),
     "one position": (H100, PLANES, "mul", BFLOAT, (2, 50, 1, 1), (1, 1)),
     "many samples": (H100, LAST, "concat", BFLOAT, (9, 8, 2, 4), (1, 1)),
+    "more samples than are on their way": (H100, PLANES, "add", HALF, (70, 40, 1, 8), (1, 1)),
 }
 
 

@@ -35,8 +35,8 @@ void plan(int dtype, int64_t samples, int64_t channels, int64_t hidden, int64_t 
   std::copy(std::begin(values), std::end(values), out);
 }
 
-int64_t tasks(int64_t channels, int64_t hidden, int threads, bool channel, bool spatial) {
-  return gradient_tasks(channels, hidden, threads, channel, spatial);
+int64_t tasks(int64_t channels, int64_t hidden, bool channel, bool spatial) {
+  return gradient_tasks(channels, hidden, channel, spatial);
 }
 
 int excitation(int64_t channels, int64_t hidden, int64_t strips) {
