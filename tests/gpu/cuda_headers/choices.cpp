@@ -10,9 +10,11 @@ using namespace scse::cuda;
 
 extern "C" {
 
-bool choice(int64_t bytes, int64_t blocks, int passes, int multiprocessors) {
-  return prefer_on_chip(bytes, blocks, passes, multiprocessors);
+bool choice(int64_t bytes, int64_t blocks, int64_t channels, int64_t hidden) {
+  return prefer_on_chip_forward(bytes, blocks, channels, hidden);
 }
+
+int excitation_blocks(int64_t channels, int64_t hidden) { return excite_cluster(channels, hidden); }
 
 void tile(int64_t channels, int64_t positions, int itemsize, int width, bool channels_last,
           int64_t* out) {
