@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
-import re
-import statistics
-from collections.abc import Mapping
 from pathlib import Path
 
 from . import plan
-from .kernels import ALONE, AUTO, GENERAL, ON_CHIP, SPAN, THREE, passes, short
-from .tables import MAPS, Row, by_map, copy_speed, label, mean, rows_of, table
+from .kernels import AUTO, GENERAL, ON_CHIP, SPAN, THREE, passes, short
+from .tables import MAPS, Row, by_map, label, mean, rows_of, table
 
 
 def pass_counts(folder: Path) -> str:
@@ -93,44 +90,6 @@ def choices(kernels: list[Row]) -> str:
         f"Of {len(both)} calls {len(wrong)} took the slower family; the worst of each shape and"
         f" direction:\n\n{table(header, worst.values())}"
     )
-
-
-def constants(facts: Mapping, kernels: list[Row]) -> str:
-    """The constants of choose.h beside what was measured."""
-    source = (plan.ROOT / "csrc/cuda/choose.h").read_text()
-    own = [row for row in kernels if row["backend"] == "cuda" and row["direction"]]
-    on_chip = [
-        float(row["speed"]) / int(row["blocks"])
-        for row in own
-        if row["kernel"].startswith("on_chip")
-        and row["speed"]
-        and int(row["blocks"]) > 0
-        and int(row["blocks"]) <= facts["multiprocessors"]
-    ]
-    gaps = [float(r["gap"]) for r in own if r["gap"] and r["family"] == ALONE]
-    copy = copy_speed(kernels)
-    measured = {
-        "kBandwidthOfSM": (copy / facts["multiprocessors"] if copy else None, "bytes/us, a copy"),
-        "kBandwidthOfBlock": (
-            max(on_chip, default=None),
-            "bytes/us, the best on-chip kernel with a block to a multiprocessor at most",
-        ),
-        "kNextLaunch": (
-            statistics.median(gaps) if gaps else None,
-            "us, median from a kernel's end to the next one's start, no overlap",
-        ),
-    }
-    rows = []
-    for name, (value, what) in measured.items():
-        estimate = re.search(rf"{name} = ([\d.e]+)", source)
-        estimate = float(estimate[1]) if estimate else None
-        off = f"{value / estimate:.2f}" if value and estimate else ""
-        rows.append((name, _short(estimate), _short(value), off, what))
-    return table(("constant", "estimate", "measured", "times", ""), rows)
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
 
 
 def backends(kernels: list[Row]) -> str:

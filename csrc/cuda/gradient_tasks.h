@@ -5,14 +5,15 @@
 
 namespace scse::cuda {
 
-// The gradient of a dense layer is formed in pieces of [kPiece, kPiece].
+// The gradient of a dense layer is formed in pieces of [kPiece, kPiece], that of a vector in pieces
+// of kPiece.
 constexpr int kPiece = 32;
 
-// Blocks of `threads` threads that form the parameters' gradients: see ParameterGradients.
-inline int64_t gradient_tasks(int64_t channels, int64_t hidden_channels, int threads,
-                              bool need_channel, bool need_spatial) {
-  const int64_t pieces = ceil_div(channels, kPiece) * ceil_div(hidden_channels, kPiece);
-  return (need_channel ? 2 * pieces : 0) + (need_spatial ? ceil_div(channels, threads) : 0);
+// Blocks that form the parameters' gradients: see ParameterGradients.
+inline int64_t gradient_tasks(int64_t channels, int64_t hidden_channels, bool need_channel,
+                              bool need_spatial) {
+  const int64_t c = ceil_div(channels, kPiece), h = ceil_div(hidden_channels, kPiece);
+  return (need_channel ? 2 * c * h + c + h : 0) + (need_spatial ? c + 1 : 0);
 }
 
 }  // namespace scse::cuda

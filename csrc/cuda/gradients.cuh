@@ -1,4 +1,9 @@
-// Sums over the batch: the parameters' gradients, once every sample has its own part of them.
+// Sums over the batch: the parameters' gradients, once every sample has its own part of them. Each
+// is a matrix product over the samples, or the sum of a matrix's rows.
+//
+// A pass over few bytes, whose time is that of its accesses' latencies: many are on their way at
+// once, and all are of single elements, neighbours for neighbouring threads, so that no alignment
+// has to be asked for. Sums have an order that shapes alone decide.
 #pragma once
 
 #include "gradient_tasks.h"
@@ -17,67 +22,113 @@ struct ParameterGradients {
   int dtypes;
   int samples, channels, hidden_channels;
 
-  // The task-th piece of work: of dw2, of dw1, or of dws. Their number: `gradient_tasks`.
-  SCSE_DEVICE void compute(int64_t task) const {
-    int64_t pieces = 0;
+  // The task-th piece of work; their number: `gradient_tasks`. Blocks have a power of two of warps,
+  // kMostWarps at most.
+  SCSE_DEVICE void compute(int task) const {
+    const int c = pieces_of(channels), h = pieces_of(hidden_channels);
     if (dw1 != nullptr) {
-      pieces = pieces_of(channels) * pieces_of(hidden_channels);
-      if (task < pieces) {
-        dense(task, d_excited, hidden, channels, hidden_channels, dw2,
-              dtype_of(dtypes, Parameter::w2), db2, dtype_of(dtypes, Parameter::b2));
-        return;
+      if (task < 2 * c * h) {
+        const bool second = task < c * h;
+        return dense(second ? task : task - c * h, second ? d_excited : d_hidden,
+                     second ? hidden : pooled, second ? channels : hidden_channels,
+                     second ? hidden_channels : channels, second ? dw2 : dw1,
+                     dtype_of(dtypes, second ? Parameter::w2 : Parameter::w1));
       }
-      if (task < 2 * pieces) {
-        dense(task - pieces, d_hidden, pooled, hidden_channels, channels, dw1,
-              dtype_of(dtypes, Parameter::w1), db1, dtype_of(dtypes, Parameter::b1));
-        return;
-      }
+      task -= 2 * c * h;
     }
-    const int64_t c = (task - 2 * pieces) * blockDim.x + threadIdx.x;
-    if (c < channels) {
-      float sum = 0;
-      for (int n = 0; n < samples; ++n) sum += sample_ws[int64_t(n) * channels + c];
-      store_parameter(dws, dtype_of(dtypes, Parameter::ws), c, sum);
+    const float* matrix = sample_ws;
+    int columns = channels;
+    void* to = dws;
+    Parameter parameter = Parameter::ws;
+    if (dw1 != nullptr && task < c) {
+      matrix = d_excited, to = db2, parameter = Parameter::b2;
+    } else if (dw1 != nullptr && task < c + h) {
+      matrix = d_hidden, columns = hidden_channels, to = db1, parameter = Parameter::b1, task -= c;
+    } else {
+      if (dw1 != nullptr) task -= c + h;
+      if (task == c) matrix = sample_bs, columns = 1, to = dbs, parameter = Parameter::bs, task = 0;
     }
-    if (c == 0 && dbs != nullptr) {
-      float sum = 0;
-      for (int n = 0; n < samples; ++n) sum += sample_bs[n];
-      store_parameter(dbs, dtype_of(dtypes, Parameter::bs), 0, sum);
-    }
+    if (to != nullptr) sum(task, matrix, columns, to, dtype_of(dtypes, parameter));
   }
 
  private:
-  static SCSE_DEVICE int64_t pieces_of(int size) { return (size + kPiece - 1) / kPiece; }
+  static constexpr int kMostWarps = 8;
+  static constexpr int kEach = 8;  // accesses of a thread to a matrix that are on their way
+  static SCSE_DEVICE int pieces_of(int size) { return (size + kPiece - 1) / kPiece; }
 
-  // weight = left.T @ right and bias = left.sum(0), one piece of it; a thread has four rows at a
-  // time.
-  SCSE_DEVICE void dense(int64_t piece, const float* left, const float* right, int rows,
-                         int columns, void* weight, Dtype weight_dtype, void* bias,
-                         Dtype bias_dtype) const {
-    const int64_t across = pieces_of(columns);
-    const int k = static_cast<int>(piece % across) * kPiece + threadIdx.x % kPiece;
-    const int first = static_cast<int>(piece / across) * kPiece;
-    for (int r = first + threadIdx.x / kPiece * 4; r < first + kPiece;
-         r += blockDim.x / kPiece * 4) {
-      float sum[4] = {}, total[4] = {};
-#pragma unroll 4
-      for (int n = 0; n < samples; ++n) {
-        float l[4];
-        load_some(left + int64_t(n) * rows + r, rows - r, l);
-        const float v = k < columns ? right[int64_t(n) * columns + k] : 0.f;
+  // A thread's part of some samples: its warp's of each `warps` samples, its lane's column.
+  struct Part {
+    float of[kEach];
+    SCSE_DEVICE void load(const float* matrix, int columns, int column, int sample, int samples) {
+      const int step = blockDim.x / 32;
+      const float* p = matrix + int64_t(sample) * columns + column;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] += l[i] * v, total[i] += l[i];
+      for (int i = 0; i < kEach; ++i) {
+        of[i] = column < columns && sample + i * step < samples ? *p : 0.f;
+        p += int64_t(step) * columns;
+      }
+    }
+  };
+
+  // weight = left.T @ right, one piece of it; a thread has four rows of a column. Samples wait in
+  // shared memory, and the next ones are on their way meanwhile.
+  SCSE_DEVICE void dense(int piece, const float* left, const float* right, int rows, int columns,
+                         void* weight, Dtype dtype) const {
+    __shared__ __align__(16) float of_left[kEach * kMostWarps][kPiece];
+    __shared__ float of_right[kEach * kMostWarps][kPiece];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int across = pieces_of(columns), each = kEach * warps;
+    const int first = piece / across * kPiece, column = piece % across * kPiece + lane;
+    for (int pass = 0; pass < kPiece / 4; pass += warps) {
+      const int mine = (pass + warp) * 4;
+      Part l, r;
+      l.load(left, rows, first + lane, warp, samples);
+      r.load(right, columns, column, warp, samples);
+      float sum[4] = {};
+      for (int n = 0; n < samples; n += each) {
+        __syncthreads();  // the samples before have been used
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          of_left[warp + i * warps][lane] = l.of[i], of_right[warp + i * warps][lane] = r.of[i];
+        }
+        __syncthreads();
+        l.load(left, rows, first + lane, n + each + warp, samples);
+        r.load(right, columns, column, n + each + warp, samples);
+        const int count = min(each, samples - n);
+#pragma unroll 4
+        for (int i = 0; i < count; ++i) {
+          const float4 four = *reinterpret_cast<const float4*>(&of_left[i][mine]);
+          const float v = of_right[i][lane];
+          sum[0] += four.x * v, sum[1] += four.y * v, sum[2] += four.z * v, sum[3] += four.w * v;
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (r + i < rows && k < columns) {
-          store_parameter(weight, weight_dtype, int64_t(r + i) * columns + k, sum[i]);
-        }
-        if (r + i < rows && k == 0 && bias != nullptr) {
-          store_parameter(bias, bias_dtype, r + i, total[i]);
+        const int row = first + mine + i;
+        if (row < rows && column < columns) {
+          store_parameter(weight, dtype, int64_t(row) * columns + column, sum[i]);
         }
       }
     }
+  }
+
+  // to = matrix.sum(0), one piece of it: by each warp over its samples, then over the warps.
+  SCSE_DEVICE void sum(int piece, const float* matrix, int columns, void* to, Dtype dtype) const {
+    __shared__ float of_warps[kMostWarps][kPiece];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int column = piece * kPiece + lane;
+    float sum = 0;
+    for (int n = warp; n < samples; n += kEach * warps) {
+      Part part;
+      part.load(matrix, columns, column, n, samples);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) sum += part.of[i];
+    }
+    of_warps[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= columns) return;
+    for (int other = 1; other < warps; ++other) sum += of_warps[other][lane];
+    store_parameter(to, dtype, column, sum);
   }
 };
 

@@ -65,16 +65,6 @@ Tensor gradient(const Optional& parameter, bool needed, const Tensor& x, void*& 
   return t;
 }
 
-int multiprocessors_of(int device) {
-  static PerDevice<int> known;
-  return known.get(device, [&] {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-          "cudaDeviceGetAttribute");
-    return count;
-  });
-}
-
 // What forward and backward have in common, without the parameters.
 Problem describe(const Tensor& x, const Map& map, const Optional& w1, const Optional& w2,
                  const Optional& ws, int64_t combine, int64_t gate, bool channels_last) {
@@ -111,21 +101,24 @@ Problem describe(const Tensor& x, const Map& map, const Optional& w1, const Opti
   return p;
 }
 
-// The kernels of one call. `fits`: on_chip_forward_fits or on_chip_backward_fits. `passes`: of the
-// general kernels.
-const Launcher& kernels(const Problem& p, bool (*fits)(const Problem&), int passes) {
+// The kernels of one call. `fits`: on_chip_forward_fits or on_chip_backward_fits. `preferred`:
+// whether the on-chip ones are, where nobody asks for either.
+template <typename Preferred>
+const Launcher& kernels(const Problem& p, bool (*fits)(const Problem&),
+                        const Preferred& preferred) {
   const Family wanted = wanted_family();
   if (wanted == Family::general || p.samples == 0) return general;
-  const bool can = fits(p);
   if (wanted == Family::on_chip) {
-    STD_TORCH_CHECK(can, "SCSE_CUDA_KERNELS=on_chip: ", on_chip_why_not(p));
+    STD_TORCH_CHECK(fits(p), "SCSE_CUDA_KERNELS=on_chip: ", on_chip_why_not(p));
     return on_chip_kernels;
   }
+  return preferred() ? on_chip_kernels : general;
+}
+
+bool forward_is_faster_on_chip(const Problem& p) {
   const int64_t itemsize = p.dtype == Dtype::float32 ? 4 : 2;
-  const int64_t bytes = p.samples * p.channels * p.positions * itemsize;
-  const int64_t blocks = can ? on_chip_blocks(p) : 0;
-  const int multiprocessors = multiprocessors_of(p.device);
-  return prefer_on_chip(bytes, blocks, passes, multiprocessors) ? on_chip_kernels : general;
+  return prefer_on_chip_forward(p.samples * p.channels * p.positions * itemsize, on_chip_blocks(p),
+                                p.channels, p.hidden_channels);
 }
 
 Tensor scratch(int64_t floats, const Tensor& x) { return empty({floats}, ScalarType::Float, x); }
@@ -165,7 +158,8 @@ ForwardResult cuda_forward(const Tensor& x, const Optional& w1, const Optional& 
   p.ws = parameters.add(p, Parameter::ws, "ws", ws, C);
   p.bs = parameters.add(p, Parameter::bs, "bs", bs, 1);
 
-  const Launcher& chosen = kernels(p, on_chip_forward_fits, 3);
+  const Launcher& chosen =
+      kernels(p, on_chip_forward_fits, [&] { return forward_is_faster_on_chip(p); });
   const Tensor memory = scratch(chosen.forward_scratch(p), x);
   chosen.forward(p, static_cast<float*>(memory.mutable_data_ptr()));
   return {y, pooled, hidden, channel_gate};
@@ -211,9 +205,7 @@ BackwardResult cuda_backward(const Tensor& dy, const Tensor& x, const Optional& 
     p.dx = dx.mutable_data_ptr();
   }
 
-  // Those formulas that need the gates read x twice.
-  const bool by_gates = p.combine == Combine::max || p.combine == Combine::mul;
-  const Launcher& chosen = kernels(p, on_chip_backward_fits, by_gates ? 5 : 4);
+  const Launcher& chosen = kernels(p, on_chip_backward_fits, [] { return kPreferOnChipBackward; });
   const Tensor memory = scratch(chosen.backward_scratch(p), x);
   chosen.backward(p, static_cast<float*>(memory.mutable_data_ptr()));
   return {dx, dw1, db1, dw2, db2, dws, dbs};

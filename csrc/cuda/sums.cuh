@@ -10,6 +10,7 @@ namespace scse::cuda {
 // sums share a step's latency: hence not cooperative_groups::reduce. All lanes of the warp call.
 template <int count>
 SCSE_DEVICE void sum_lanes(float (&v)[count], int lanes) {
+#pragma unroll 1  // short code
   for (int apart = lanes / 2; apart > 0; apart /= 2) {
 #pragma unroll
     for (int i = 0; i < count; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], apart);
@@ -20,6 +21,7 @@ SCSE_DEVICE void sum_lanes(float (&v)[count], int lanes) {
 // gets the sums.
 template <int count>
 SCSE_DEVICE void sum_groups(float (&v)[count], int lanes) {
+#pragma unroll 1  // short code
   for (int apart = lanes; apart < 32; apart *= 2) {
 #pragma unroll
     for (int i = 0; i < count; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], apart);

@@ -194,37 +194,36 @@ def test_clusters_grow_with_the_sample(plan):
 
 
 def test_on_chip_where_it_saves_time(library):
-    def on_chip(bytes_, blocks, passes=3, multiprocessors=132):
-        return library.choice(*_long(bytes_, blocks), passes, multiprocessors)
+    """As timed on an H100, see choose.h."""
+
+    def on_chip(bytes_, blocks, channels=256, hidden=16):
+        return library.choice(*_long(bytes_, blocks, channels, hidden))
 
     mib = 1 << 20
+    assert on_chip(mib, 64) and on_chip(mib // 8, 8)
     assert not on_chip(mib, 0)  # it doesn't fit
-    # Small maps: two launches less weigh more than anything else.
-    assert on_chip(mib // 8, 2) and on_chip(mib // 8, 64)
-    # Large maps: a pass less pays, once the clusters draw as much as the memory gives.
-    assert on_chip(64 * mib, 48) and on_chip(64 * mib, 512)
-    # A few clusters for a large map: most of the device would have nothing to do.
-    assert not on_chip(2 * mib, 1) and not on_chip(64 * mib, 16)
-    # The more passes the general kernels take, the sooner.
-    borderline = [blocks for blocks in range(1, 133) if on_chip(8 * mib, blocks)]
-    assert borderline == list(range(borderline[0], 133))
-    sooner = [blocks for blocks in range(1, 133) if on_chip(8 * mib, blocks, passes=5)]
-    assert sooner[0] > borderline[0]
-    # A smaller device is filled by fewer blocks.
-    assert on_chip(64 * mib, 16, multiprocessors=16)
+    assert not on_chip(2 * mib, 64) and not on_chip(128 * mib, 2048)
+    assert not on_chip(mib, 16)  # large slices, few blocks
+    assert not on_chip(mib, 64, 512, 256)  # a large excitation
+
+
+def test_excitations_have_more_blocks_where_weights_are_many(library):
+    expected = {(64, 4): 1, (256, 16): 1, (512, 16): 1, (256, 128): 4, (512, 256): 8}
+    assert {e: library.excitation_blocks(*_long(*e)) for e in expected} == expected
+    assert library.excitation_blocks(*_long(4096, 2048)) == 8
 
 
 def test_gradients_are_shared_out(library):
-    def tasks(channels, hidden, threads, channel=True, spatial=True):
+    def tasks(channels, hidden, channel=True, spatial=True):
         flags = ctypes.c_bool(channel), ctypes.c_bool(spatial)
-        return library.tasks(*_long(channels, hidden), threads, *flags)
+        return library.tasks(*_long(channels, hidden), *flags)
 
-    # Pieces of 32 x 32 of both matrices, and a thread to each element of ws.
-    assert tasks(64, 32, 256) == 2 * 2 + 1
-    assert tasks(65, 33, 64) == 2 * 3 * 2 + 2
-    assert tasks(64, 32, 256, channel=False) == 1
-    assert tasks(64, 32, 256, spatial=False) == 4
-    assert tasks(64, 32, 256, channel=False, spatial=False) == 0
+    # Pieces of 32 x 32 of both matrices, of 32 of b2, b1 and ws, and bs.
+    assert tasks(64, 32) == 2 * 2 + (2 + 1) + (2 + 1)
+    assert tasks(65, 33) == 2 * 3 * 2 + (3 + 2) + (3 + 1)
+    assert tasks(64, 32, channel=False) == 2 + 1
+    assert tasks(64, 32, spatial=False) == 2 * 2 + (2 + 1)
+    assert tasks(64, 32, channel=False, spatial=False) == 0
 
 
 def test_threads_of_the_excitation(library):

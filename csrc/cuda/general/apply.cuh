@@ -90,10 +90,11 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 template <Combine K>
 constexpr bool reads_two = Formula<float, K>::by_gates || K == Combine::concat;
 
-// Reads dy and the small tensors once, and x where the formula needs it; writes dx. The blocks
-// after those of dx form the parameters' gradients meanwhile.
+// Reads dy and the small tensors once, and x where the formula needs it; writes dx. The first
+// blocks form the parameters' gradients meanwhile: started last they would be what the end waits
+// for.
 template <typename T, int W, Combine K, bool LAST>
-__global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
+__global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     apply_backward(const T* dy,                // as y
                    const T* x,                 // [N, C, S] or [N, S, C]
                    const float* channel_gate,  // [N, C]
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
                    T* __restrict__ dx,         // as x
                    int64_t dy_sample, int64_t dy_pitch, int64_t x_sample, int64_t x_pitch,
                    int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles,
-                   int64_t tiles,  // blocks for dx
+                   int tasks,  // blocks for the parameters' gradients
                    // From here on: see ParameterGradients.
                    const float* d_excited, const float* d_hidden, const float* pooled,
                    const float* hidden, const float* sample_ws, const float* sample_bs, void* dw1,
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
                    int hidden_channels) {
   using F = Formula<float, K>;
   constexpr bool reads_x = F::by_gates;
-  if (blockIdx.x >= tiles) {
+  if (static_cast<int>(blockIdx.x) < tasks) {
     wait_for_previous();
     ParameterGradients{d_excited,
                        d_hidden,
@@ -131,10 +132,10 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
                        samples,
                        static_cast<int>(channels),
                        hidden_channels}
-        .compute(blockIdx.x - tiles);
+        .compute(blockIdx.x);
     return;
   }
-  const Corner at(tiles - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
+  const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
   const int64_t row = LAST ? channels : positions;
   const int64_t inside = at.inner < row ? (LAST ? positions : channels) - at.outer : 0;
   dy += at.n * dy_sample + at.outer * dy_pitch + at.inner;

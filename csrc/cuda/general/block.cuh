@@ -111,15 +111,35 @@ SCSE_DEVICE float sum_block(float v, float* shared) {
   return total;
 }
 
-// Adds a step's sums to four neighbouring partial sums, or begins them. Always the same thread.
-SCSE_DEVICE void add_four(float* p, int64_t inside, float (&sum)[kOuter], bool begin) {
-  if (!begin) {
-    float before[kOuter];
-    load_some(p, inside, before);
+// Sums each of four over `lanes` lanes and adds it to one of four neighbouring partial sums, or
+// begins it: always the same thread. Lanes give away half of what they have at the first two steps,
+// so that there are fewer shuffles than if all had every sum; the order of additions is that of
+// sum_lanes. All lanes of the warp call this.
+SCSE_DEVICE void sum_and_add(float (&sum)[kOuter], int lanes, int lane, float* p, int64_t inside,
+                             bool begin) {
+  static_assert(kOuter == 4, "two steps");
+  if (lanes >= 4) {
+    const bool upper = lane & lanes / 2, odd = lane & lanes / 4;
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u) sum[u] += before[u];
+    for (int i = 0; i < 2; ++i) {
+      const float given = upper ? sum[i] : sum[i + 2], kept = upper ? sum[i + 2] : sum[i];
+      sum[i] = kept + __shfl_xor_sync(0xffffffffu, given, lanes / 2);
+    }
+    const float given = odd ? sum[0] : sum[1], kept = odd ? sum[1] : sum[0];
+    float one[1] = {kept + __shfl_xor_sync(0xffffffffu, given, lanes / 4)};
+    sum_lanes(one, lanes / 4);
+    const int mine = upper * 2 + odd;
+    if ((lane & (lanes / 4 - 1)) == 0 && mine < inside) {
+      p[mine] = begin ? one[0] : p[mine] + one[0];
+    }
+    return;
   }
-  store_four(p, inside, sum);
+  sum_lanes(sum, lanes);
+  if (lane > 0) return;
+#pragma unroll
+  for (int u = 0; u < kOuter; ++u) {
+    if (u < inside) p[u] = begin ? sum[u] : p[u] + sum[u];
+  }
 }
 
 }  // namespace scse::cuda

@@ -1,6 +1,7 @@
 // The general kernels: the order of launches, their scratch memory and the excitation.
 #include "general.h"
 
+#include "../dispatch.h"
 #include "excite.cuh"
 #include "../gradient_tasks.h"
 #include "../launch.h"
@@ -55,17 +56,79 @@ void with_passes(const Problem& p, const Body& body) {
   }
 }
 
+// Blocks to a cluster that any launch of the excitation may have on p.device, see Team.
+int clusters_of(const Problem& p) {
+  static PerDevice<int> known;
+  if (p.architecture < 90) return 1;
+  return known.get(p.device, [] {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(kClusterByDefault);
+    config.blockDim = dim3(kExciteThreads);
+    config.dynamicSmemBytes = kSharedByDefault;
+    int cluster = 0;
+    // A part of a device may not be able to say.
+    if (!succeeded(cudaOccupancyMaxPotentialClusterSize(&cluster, excite_backward<float, true>,
+                                                        &config))) {
+      return 1;
+    }
+    return std::clamp(cluster, 1, kClusterByDefault);
+  });
+}
+
+// A launch of the excitation, each of whose `teams` begins with the sums of `strips` strips.
+Grid excitation_grid(const Problem& p, int64_t teams, int64_t strips, bool vectors_fit) {
+  Grid grid{};
+  if (vectors_fit) {
+    grid.cluster = excite_cluster(p.channels, p.hidden_channels);
+    while (grid.cluster > 1 && grid.cluster > clusters_of(p)) grid.cluster /= 2;
+    grid.shared = 4 * excite_vectors(p.channels, p.hidden_channels);
+  }
+  grid.blocks = teams * grid.cluster;
+  grid.threads = excite_threads(p.channels, ceil_div(p.hidden_channels, grid.cluster), strips);
+  grid.overlap = true;
+  return grid;
+}
+
+// Calls body(const P*, std::bool_constant<WHOLE>, whether vectors fit shared memory) with what the
+// excitation's kernels are compiled for: one dtype of all parameters used (void: several, or a
+// rare one), and whether all rows are whole fours of elements.
+template <typename Body>
+void with_excitation(const Problem& p, bool biases, const Body& body) {
+  const auto dtype_of = [&](Parameter parameter) {
+    return static_cast<Dtype>(p.dtypes >> 2 * static_cast<int>(parameter) & 3);
+  };
+  const Dtype dtype = dtype_of(Parameter::w1);
+  const bool fit = 4 * excite_vectors(p.channels, p.hidden_channels) <= kSharedByDefault;
+  const bool one = dtype == dtype_of(Parameter::w2) &&
+                   (!biases || p.b1 == nullptr || dtype == dtype_of(Parameter::b1)) &&
+                   (!biases || p.b2 == nullptr || dtype == dtype_of(Parameter::b2));
+  if (!one || !fit || dtype == Dtype::float64) {
+    return body(static_cast<const void*>(nullptr), std::false_type(), false);
+  }
+  const auto whole_or_not = [&](auto* type) {
+    const auto at = reinterpret_cast<uintptr_t>(p.w1) | reinterpret_cast<uintptr_t>(p.w2);
+    with_bool((p.channels | p.hidden_channels) % 4 == 0 && at % (4 * sizeof *type) == 0,
+              [&](auto whole) { body(type, whole, true); });
+  };
+  if (dtype == Dtype::float32) return whole_or_not(static_cast<const float*>(nullptr));
+  if (dtype == Dtype::float16) return whole_or_not(static_cast<const __half*>(nullptr));
+  whole_or_not(static_cast<const __nv_bfloat16*>(nullptr));
+}
+
 void forward(const Problem& p, float* scratch) {
   if (p.samples == 0) return;
   const Forward f = plan_forward(p, scratch);
   with_passes(p, [&](auto passes) {
     passes.squeeze(p, f);
     if (p.has_channel()) {
-      Grid grid{p.samples, excite_threads(p.channels, p.hidden_channels, f.tile.strips)};
-      grid.overlap = true;
-      launch("excite", excite, grid, p, f.partial, p.w1, p.b1, p.w2, p.b2, p.dtypes, p.pooled,
-             p.hidden, p.hidden_slope, p.channel_gate, p.activation, p.activation_parameter, p.gate,
-             p.channels, p.hidden_channels, p.positions, f.tile.strips);
+      with_excitation(p, true, [&](auto* type, auto whole, bool fit) {
+        using P = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+        launch("excite", excite<P, decltype(whole)::value>,
+               excitation_grid(p, p.samples, f.tile.strips, fit), p, f.partial, p.w1, p.b1, p.w2,
+               p.b2, p.dtypes, p.pooled, p.hidden, p.hidden_slope, p.channel_gate, p.activation,
+               p.activation_parameter, p.gate, p.channels, p.hidden_channels, p.positions,
+               f.tile.strips);
+      });
     }
     passes.apply(p, f);
   });
@@ -78,12 +141,14 @@ void backward(const Problem& p, float* scratch) {
     if (p.samples > 0 && (sums || b.dq != nullptr)) passes.reduce(p, b);
     if (p.samples > 0 && sums) {
       const int branches = (b.partial != nullptr) + (b.partial_ws != nullptr);
-      Grid grid{p.samples * branches, excite_threads(p.channels, p.hidden_channels, b.tile.strips)};
-      grid.overlap = true;
-      launch("excite_backward", excite_backward, grid, p, b.partial, b.partial_ws, b.partial_bs,
-             p.w1, p.w2, p.dtypes, p.hidden_slope, p.channel_gate, b.d_excited, b.d_hidden,
-             b.d_mean, b.sample_ws, b.sample_bs, p.gate, p.channels, p.hidden_channels, p.positions,
-             b.tile.strips);
+      with_excitation(p, false, [&](auto* type, auto whole, bool fit) {
+        using P = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+        launch("excite_backward", excite_backward<P, decltype(whole)::value>,
+               excitation_grid(p, p.samples * branches, b.tile.strips, fit), p, b.partial,
+               b.partial_ws, b.partial_bs, p.w1, p.w2, p.dtypes, p.hidden_slope, p.channel_gate,
+               b.d_excited, b.d_hidden, b.d_mean, b.sample_ws, b.sample_bs, p.gate, p.channels,
+               p.hidden_channels, p.positions, b.tile.strips);
+      });
     }
     passes.apply_backward(p, b);
   });
@@ -120,8 +185,7 @@ Backward plan_backward(const Problem& p, float* scratch) {
   b.sample_ws = pieces.take(p.need_spatial(), vector);
   b.sample_bs = pieces.take(p.need_spatial(), p.samples);
   b.floats = pieces.size();
-  b.tasks = gradient_tasks(p.channels, p.hidden_channels, b.tile.threads(), p.need_channel(),
-                           p.need_spatial());
+  b.tasks = gradient_tasks(p.channels, p.hidden_channels, p.need_channel(), p.need_spatial());
   return b;
 }
 
@@ -129,7 +193,7 @@ int architecture_of(int device) {
   static PerDevice<int> known;
   return known.get(device, []() -> int {
     cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, excite);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, excite<float, true>);
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
       succeeded(error);
       return 0;

@@ -68,7 +68,8 @@ struct Kept {
 };
 
 template <typename T, int W, Combine K>
-__global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGUMENTS) {
+__global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
+    reduce_planes(SCSE_REDUCE_ARGUMENTS) {
   using F = Formula<float, K>;
   __shared__ __align__(16) float shared[kSumRows<W>], gates[kInner<W>], dqs[kInner<W>];
   static_assert(sizeof shared + sizeof gates + sizeof dqs <= 16 * 1024, "see kSharedByDefault");
@@ -146,8 +147,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGU
         if (!F::by_gates) squeeze(f, weight[u]);
       }
       if (partial != nullptr) {
-        sum_lanes(sum, lanes);
-        if (me.lane == 0) add_four(partial + row + c, channels - c, sum, tile == 0);
+        sum_and_add(sum, lanes, me.lane, partial + row + c, channels - c, tile == 0);
       }
     }
 
@@ -178,8 +178,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_planes(SCSE_REDUCE_ARGU
 #pragma unroll
             for (int i = 0; i < W; ++i) sum[u] += f[i] * d[i];
           }
-          sum_lanes(sum, lanes);
-          if (me.lane == 0) add_four(partial_ws + row + c, channels - c, sum, tile == 0);
+          sum_and_add(sum, lanes, me.lane, partial_ws + row + c, channels - c, tile == 0);
         }
       }
     }

@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_AR
         }
       }
       if (CHANNEL) {
-        sum_lanes(sum, lanes);
-        if (me.lane == 0) add_four(partial + c, channels - c, sum, tile == 0);
+        sum_and_add(sum, lanes, me.lane, partial + c, channels - c, tile == 0);
       }
     }
     if (SPATIAL) {

@@ -78,7 +78,7 @@ void backward(const Problem& p, float* scratch) {
   const PerSample sums = pieces_of(p, scratch, &size);
   with_kernels(p, [&](auto kernels) { kernels.backward(p, plan_of(p, true), sums); });
   const int64_t tasks =
-      gradient_tasks(p.channels, p.hidden_channels, kThreads, p.need_channel(), p.need_spatial());
+      gradient_tasks(p.channels, p.hidden_channels, p.need_channel(), p.need_spatial());
   if (tasks == 0) return;
   Grid grid{tasks, kThreads};
   grid.overlap = true;

@@ -77,6 +77,7 @@ def test_an_error_that_somebody_else_left_stays_theirs(runtime):
 
 
 def test_a_device_that_cannot_say_how_large_clusters_are(runtime, monkeypatch):
+    monkeypatch.setenv("SCSE_CUDA_KERNELS", "auto")
     with running_on(SILENT) as lab:
         check(make_case(SMALL, "add", torch.float16), ON_CPU)
         assert names(lab) == GENERAL
@@ -87,7 +88,11 @@ def test_a_device_that_cannot_say_how_large_clusters_are(runtime, monkeypatch):
 
 
 def test_kernels_that_are_asked_for(monkeypatch):
-    for wanted, expected in (("general", GENERAL), ("on_chip", ON_CHIP), ("auto", ON_CHIP)):
+    for wanted, expected in (
+        ("general", GENERAL),
+        ("on_chip", ON_CHIP),
+        ("auto", [ON_CHIP[0], *GENERAL[3:]]),  # see choose.h
+    ):
         monkeypatch.setenv("SCSE_CUDA_KERNELS", wanted)
         with running_on(H100, dry=True) as lab:
             compute()

@@ -29,6 +29,7 @@ from fakecuda.driver import (
 )
 
 KIB = 1024
+EXCITE = "excite<float, true>"
 
 
 def forward(gpu, case):
@@ -133,13 +134,13 @@ REDUCE = "reduce_planes<float, 4, 0>"
 
 
 def test_grids(host):
-    h = host(H100, "excite")
+    h = host(H100, EXCITE)
     for grid in ((0, 1, 1), (2**31, 1, 1), (1, 65536, 1), (1, 1, 65536), (1, 0, 1)):
         assert h.launch(grid=grid) == INVALID_CONFIGURATION
 
 
 def test_blocks_and_launch_bounds(host):
-    h = host(H100, "excite")  # compiled for 512 threads
+    h = host(H100, EXCITE)  # compiled for 512 threads
     for block in ((513, 1, 1), (0, 1, 1), (32, 32, 1), (1, 1, 65)):
         assert h.launch(block=block) == INVALID_CONFIGURATION
     assert "compiled for 512 threads" in h.lab.refused[0]
@@ -195,7 +196,7 @@ def test_a_device_that_does_not_say(host):
 
 
 def test_code_for_other_devices(host):
-    h = host(OLD, "excite")
+    h = host(OLD, EXCITE)
     assert h.launch() == NO_KERNEL_IMAGE
     assert "has no code for sm_75" in h.lab.refused[0]
     attributes = (ctypes.c_uint8 * 512)()
@@ -204,7 +205,7 @@ def test_code_for_other_devices(host):
 
 
 def test_the_newest_code_that_a_device_can_run(kernels):
-    function = next(f for f in kernels.functions.values() if f.readable == "excite")
+    function = next(f for f in kernels.functions.values() if f.readable == EXCITE)
     chosen = {arch: function.image(arch).architecture for arch in (80, 86, 89, 90, 100, 120)}
     assert chosen == {80: 80, 86: 80, 89: 80, 90: 90, 100: 90, 120: 90}
 
@@ -217,18 +218,18 @@ def test_overlap_of_code_that_does_not_wait(host):
 
 
 def test_overlap_where_there_is_none(host):
-    assert host(A100, "excite").launch(overlap=True) == NOT_SUPPORTED
+    assert host(A100, EXCITE).launch(overlap=True) == NOT_SUPPORTED
 
 
 def test_another_devices_stream(host):
-    h = host(H100, "excite")
+    h = host(H100, EXCITE)
     assert h.launch(stream=stream_of(h.device + 1)) == INVALID_RESOURCE_HANDLE
     h.library.cudaSetDevice(0)
     assert h.launch() == INVALID_DEVICE
 
 
 def test_an_error_stays_until_it_is_read(host):
-    h = host(H100, "excite")
+    h = host(H100, EXCITE)
     assert h.peek() == h.last() == 0
     assert h.launch(grid=(0, 1, 1)) == INVALID_CONFIGURATION
     assert h.set(MAX_DYNAMIC_SHARED, KIB) == 0  # what succeeds doesn't clear it
@@ -236,7 +237,7 @@ def test_an_error_stays_until_it_is_read(host):
 
 
 def test_a_fault_breaks_the_device(host):
-    h = host(H100, "excite")
+    h = host(H100, EXCITE)
     assert h.launch() == LAUNCH_FAILURE  # it reads where nothing is
     assert isinstance(h.lab.fault, gpulab.KernelFault)
     assert [h.last(), h.last(), h.peek()] == [LAUNCH_FAILURE] * 3

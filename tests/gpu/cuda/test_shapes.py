@@ -29,6 +29,7 @@ GENERAL = {
     "one channel": (LAST, "max", HALF, (2, 1, 3, 5)),
     "one position": (PLANES, "mul", BFLOAT, (2, 50, 1, 1)),
     "many samples": (LAST, "concat", BFLOAT, (9, 8, 2, 4)),
+    "more samples than are on their way": (PLANES, "add", FLOAT, (70, 40, 1, 8)),
     "a sample alone, apart": (PLANES, "sse", HALF, (1, 16, 5, 8)),
 }
 
@@ -48,8 +49,32 @@ def test_a_misaligned_map_of_aligned_size(layout, which):
     case = make_case((2, 24, 4, 8), "max", HALF).arranged(*[partial(in_layout, layout)] * 2)
     case = case.arranged(**{which: partial(ARRANGED["misaligned"], layout)})
     lab = execute(NO_CLUSTERS, case)
-    widths = {kernel.split(", ")[1] for kernel in lab.launched if "<" in kernel}
+    widths = {kernel.split(", ")[1] for kernel in lab.launched if "excite" not in kernel}
     assert widths == ({"1"} if which == "x" else {"8", "1"})
+
+
+#: Dtype of the parameters, shape (reduction 2), blocks of a cluster.
+EXCITATIONS = {
+    "a block to a sample": (FLOAT, (2, 64, 2, 8), 1),
+    "two": (FLOAT, (2, 196, 2, 8), 2),
+    "four": (HALF, (2, 280, 2, 8), 4),
+    "eight": (FLOAT, (1, 416, 2, 8), 8),
+    "eight, bfloat16": (BFLOAT, (1, 362, 2, 4), 8),
+    "vectors beyond shared memory": (HALF, (1, 9000, 1, 1), 1),
+    "dtypes that are rare": (torch.float64, (2, 180, 2, 8), 1),
+}
+
+
+@pytest.mark.parametrize("what", EXCITATIONS)
+def test_excitations_over_several_blocks(what, monkeypatch):
+    monkeypatch.setenv("SCSE_CUDA_KERNELS", "general")
+    dtype, shape, blocks = EXCITATIONS[what]
+    case = make_case(shape, "add", HALF, 2 if shape[1] < 1000 else 600, parameter_dtype=dtype)
+    lab = execute(H100, case)
+    clusters = dict(zip([k.split("<")[0] for k in lab.launched], lab.clusters, strict=True))
+    assert clusters["excite"] == clusters["excite_backward"] == blocks
+    if blocks > 1:  # where the device offers no clusters
+        assert set(execute(NO_CLUSTERS, case).clusters) == {1}
 
 
 #: The last two numbers: blocks to a cluster, forward and backward.
@@ -71,6 +96,7 @@ ON_CHIP = {
     "one channel": (H100, LAST, "max", HALF, (2, 1, 3, 5), (1, 1)),
     "one position": (H100, PLANES, "mul", BFLOAT, (2, 50, 1, 1), (1, 1)),
     "many samples": (H100, LAST, "concat", BFLOAT, (9, 8, 2, 4), (1, 1)),
+    "more samples than are on their way": (H100, PLANES, "add", HALF, (70, 40, 1, 8), (1, 1)),
 }
 
 

@@ -10,9 +10,11 @@ using namespace scse::cuda;
 
 extern "C" {
 
-bool choice(int64_t bytes, int64_t blocks, int passes, int multiprocessors) {
-  return prefer_on_chip(bytes, blocks, passes, multiprocessors);
+bool choice(int64_t bytes, int64_t blocks, int64_t channels, int64_t hidden) {
+  return prefer_on_chip_forward(bytes, blocks, channels, hidden);
 }
+
+int excitation_blocks(int64_t channels, int64_t hidden) { return excite_cluster(channels, hidden); }
 
 void tile(int64_t channels, int64_t positions, int itemsize, int width, bool channels_last,
           int64_t* out) {
@@ -35,8 +37,8 @@ void plan(int dtype, int64_t samples, int64_t channels, int64_t hidden, int64_t 
   std::copy(std::begin(values), std::end(values), out);
 }
 
-int64_t tasks(int64_t channels, int64_t hidden, int threads, bool channel, bool spatial) {
-  return gradient_tasks(channels, hidden, threads, channel, spatial);
+int64_t tasks(int64_t channels, int64_t hidden, bool channel, bool spatial) {
+  return gradient_tasks(channels, hidden, channel, spatial);
 }
 
 int excitation(int64_t channels, int64_t hidden, int64_t strips) {

@@ -3,6 +3,7 @@ execute the rest."""
 
 import contextlib
 import ctypes
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -519,9 +520,13 @@ def running_on(
     `seed`, `resident` (blocks at a time), `l2`: as of gpulab.Module.launch. `count`: asks
     ptxas for registers too. `dry`: nothing is executed, only noted.
 
+    Where the device has clusters, kernels on chip are asked for, unless the environment has a
+    wish of its own.
+
     Raises what the emulator found, in place of the RuntimeError that the operators made of it.
     """
     it = connect()
+    wish = {"SCSE_CUDA_KERNELS": "on_chip"} if gpu.cluster != 0 and gpu.device.arch >= 90 else {}
     assert it.lab is None, "one lab at a time"
     lab = Lab(gpu, seed, resident, l2 or gpulab.L2Cache(gpu.device.l2_bytes), count, dry)
     emulated = torch.ops.scse_kernels_emulated
@@ -533,6 +538,7 @@ def running_on(
             mock.patch.dict(ops.FORWARD, cuda=emulated.cuda_forward.default),
             mock.patch.dict(ops.BACKWARD, cuda=emulated.cuda_backward.default),
             mock.patch.object(backends, "why_not", lambda *_: None),
+            mock.patch.dict(os.environ, wish | os.environ),
         ):
             yield lab
     except RuntimeError as error:
