@@ -152,8 +152,7 @@ def without_launches() -> Iterator[None]:
     from scse_kernels._triton import plan
 
     def load(kernel) -> None:
-        if kernel.module is None:
-            kernel.module, kernel.function, kernel._run = kernel, 0, _Launcher()
+        kernel.function, kernel._run = 0, _Launcher()  # no module: nothing to unload
 
     before = driver._active, CompiledKernel._init_handles, plan.takes_addresses, backends.why_not
     driver.set_active(_Driver())
