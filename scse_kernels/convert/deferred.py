@@ -65,8 +65,8 @@ class Call:
         self.done = False
         #: the tensors that stand for its output, and for the ReLU's
         self.maps: list[weakref.ref[Deferred]] = []
-        #: what read them, other than a ReLU
-        self.readers: list[str] = []
+        #: the functions that read them, other than a ReLU
+        self.readers: list[Any] = []
 
     def is_ready(self) -> bool:
         """Whether a block that is called now may compute it."""
@@ -173,7 +173,7 @@ class Deferred(Tensor):
 
     def read(self, function: Any) -> Tensor:
         """The tensor that this one stands for, for `function`."""
-        self.call.readers.append(getattr(function, "__name__", str(function)))
+        self.call.readers.append(function)
         if self.value is None:
             self.call.compute()
         return self.value

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..backends import use_backend
@@ -164,7 +165,7 @@ class _Watch:
         if not m.rectified:
             return "no ReLU is between the BatchNorm and it"
         if call.readers:
-            return f"{call.readers[0]} reads what comes before it, too"
+            return f"{_name(call)} reads what comes before it, too"
         if call.taker is not None:
             return "another block reads what comes before it, too"
         if call.u._version != call.version:
@@ -180,6 +181,12 @@ class _Watch:
 def _value(m: Deferred) -> Tensor:
     m.call.compute()
     return m.value
+
+
+def _name(call: Call) -> str:
+    """Of the first that read what a BatchNorm computed."""
+    function = call.readers[0]
+    return str(resolve_name(function) or getattr(function, "__name__", function))
 
 
 def _find(
@@ -239,7 +246,7 @@ def _pair(watch: _Watch, block: nn.Module, originals, names) -> tuple[nn.Module,
     for call in watch.calls:
         if call.norm is norm:
             if call.readers:
-                raise Unfit(f"{call.readers[0]} reads what comes before it, too")
+                raise Unfit(f"{_name(call)} reads what comes before it, too")
             if call.taker is not block:
                 raise Unfit(f"{names[originals[norm]]} is called for others, too")
     norm, block_, owner = (originals[module] for module in (norm, block, owner))

@@ -6,6 +6,7 @@ owner's forward runs, the BatchNorm returns a `Deferred`; when it has ended, non
 not computed. Called from anywhere else the BatchNorm is itself.
 """
 
+import functools
 import threading
 from typing import NamedTuple
 
@@ -200,7 +201,11 @@ def joined(model: nn.Module) -> set[nn.Module]:
 
 
 def _owner_class(original: type[nn.Module], pairs: tuple[Pair, ...]) -> type:
-    return swap.subclass(original, Owner, pairs, {"_pairs": pairs})
+    @functools.wraps(original.forward)  # tools look at its signature
+    def forward(self, *args, **kwargs):
+        return Owner.forward(self, *args, **kwargs)
+
+    return swap.subclass(original, Owner, pairs, {"_pairs": pairs, "forward": forward})
 
 
 def _norm_class(original: type[nn.Module]) -> type:
