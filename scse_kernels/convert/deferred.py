@@ -23,10 +23,11 @@ _RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 def context(device: torch.device) -> tuple:
     """What surrounds a call and decides how autograd records it, and in which dtype."""
     kind = device.type
+    can = torch.amp.is_autocast_available(kind)  # not on the meta device
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        can and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch._C._autograd._top_saved_tensors_default_hooks(False),
     )
 
@@ -56,17 +57,23 @@ class Call:
         u: its input.
         forward: computes it, as `norm` itself would.
         context: that of the call.
+        waiting: where it is for as long as it is not computed.
     """
 
-    def __init__(self, norm: nn.Module, u: Tensor, forward, context: tuple) -> None:
+    def __init__(self, norm: nn.Module, u: Tensor, forward, context: tuple, waiting: set) -> None:
         self.norm, self.u, self.forward, self.context = norm, u, forward, context
+        self.waiting = waiting
+        waiting.add(self)
         self.version = _version(u)
-        #: whether the running statistics have moved, so that they must not move again
-        self.done = False
         #: the tensors that stand for its output, and for the ReLU's
         self.maps: list[weakref.ref[Deferred]] = []
         #: the functions that read them, other than a ReLU
         self.readers: list[Any] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether the running statistics have moved, so that they must not move again."""
+        return self not in self.waiting
 
     def is_ready(self) -> bool:
         """Whether a block that is called now may compute it."""
@@ -75,7 +82,7 @@ class Call:
     def compute_with(self, function, parameters) -> Tensor:
         """BatchNorm, ReLU and `function` with the block's parameters."""
         self._check_version()
-        self.done = True
+        self.waiting.discard(self)
         norm = self.norm
         statistics = _statistics(norm)
         return function.after_batch_norm(
@@ -92,7 +99,7 @@ class Call:
             if context(self.u.device) != self.context:
                 stack.enter_context(_again(self.context, self.u.device))
             z = self._repeated() if self.done else self.forward(self.u)
-            self.done = True
+            self.waiting.discard(self)
             for m in maps:
                 m.value = torch.relu(z) if m.rectified else z
 

@@ -107,14 +107,14 @@ class _Known(Call):
     """A call of a BatchNorm that was computed: z is what it returned."""
 
     def __init__(self, norm, u, z, around, stack):
-        super().__init__(norm, u, None, around)
+        super().__init__(norm, u, None, around, set())
         self.z, self.stack = z, stack
         self.passed: set[nn.Module] = set()
         self.taker: nn.Module | None = None
         self.owner: nn.Module | None = None
 
     def compute(self):
-        self.done = True
+        self.waiting.discard(self)
         for m in (ref() for ref in self.maps):
             if m is not None and m.value is None:
                 m.value = torch.relu(self.z) if m.rectified else self.z

@@ -8,6 +8,7 @@ not computed. Called from anywhere else the BatchNorm is itself.
 
 import functools
 import threading
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -94,7 +95,9 @@ class _Frame:
             if (norm := _at(owner, pair.norm)) is not None and _is_whole(owner, pair, norm)
         }
         self.contexts: dict[torch.device, tuple] = {}
-        self.calls: list[Call] = []
+        #: what must still be computed; and all that stands for something, if it is still there
+        self.waiting: set[Call] = set()
+        self.maps: list[list[weakref.ref[Deferred]]] = []
         # Only contexts on these devices matter, and a model has few.
         for norm in self.norms:
             for tensor in (*norm._parameters.values(), *norm._buffers.values()):
@@ -109,15 +112,18 @@ class _Frame:
         # In a region of torch.utils.checkpoint, say, that may end before the block.
         if self.contexts.setdefault(u.device, around) != around:
             return None
-        call = Call(norm, u, super(Norm, norm).forward, around)
-        self.calls.append(call)
+        call = Call(norm, u, super(Norm, norm).forward, around, self.waiting)
+        self.maps.append(call.maps)
         return call
 
     def leave(self, result):
         """Compute what was not; the result, with no tensor in it that stands for another."""
-        for call in self.calls:
+        for call in tuple(self.waiting):
             call.compute()
-        if any(ref() is not None for call in self.calls for ref in call.maps):
+        left = [m for maps in self.maps for m in (ref() for ref in maps) if m is not None]
+        if left:
+            for m in left:
+                m.call.compute()
             result = tree_map_only(Deferred, lambda m: m.value, result)
         return result
 

@@ -240,7 +240,7 @@ def _is_known_call(block: Fused, x: Tensor, layer: nn.Module) -> bool:
     least = block._calls.get(x.dim())
     if least is None or x.dtype not in _DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
-    if x.numel() == 0 or backends.taken_apart_by():
+    if x.numel() == 0 or x.device.type == "meta" or backends.taken_apart_by():
         return False
     if torch.is_autocast_enabled(x.device.type):
         if not block._recipe.under_autocast:

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -568,6 +569,12 @@ class Ways(nn.Module):
             y = self.block(z)
         return y + u
 
+    def read_under_no_grad(self, u):
+        z = F.relu(self.norm(u))
+        with torch.no_grad():
+            mean = z.mean()
+        return self.block(z) * mean
+
     def detached(self, u):
         return self.block(F.relu(self.norm(u)).detach()) + u
 
@@ -670,6 +677,37 @@ def test_what_is_kept_was_computed_in_time():
         with torch.no_grad():
             module.norm.weight.mul_(3)
     torch.testing.assert_close(net.box.z + 0, original.box.z + 0)
+
+
+class Freed(nn.Module):
+    """Sees whether its BatchNorm's input is gone once the block has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.block = nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), Smp(C, 4)
+        self.seen = []
+
+    def forward(self, x):
+        u = self.conv(x)
+        there = weakref.ref(u)
+        y = self.norm(u)
+        del u
+        y = self.block(F.relu(y))
+        self.seen.append(there() is None)
+        return y
+
+
+def test_nothing_is_kept_without_gradients():
+    _, net, x = converted(Freed)
+    net.seen.clear()
+    with torch.no_grad():
+        net(x)
+    assert net.seen == [True] and calls_of(net, x) == (1, 0)
+
+
+def test_on_the_meta_device():
+    _, net, x = converted(Decoder)
+    assert net.to("meta")(x.to("meta")).shape == (3, 2, 9, 8)
 
 
 class Changed(Ways):
