@@ -649,6 +649,29 @@ def test_other_layers_are_left_alone(build, reason):
     ]
 
 
+class GradientsOfTheBlock(Ways):
+    """Has gradients from the block on, when it is called without."""
+
+    def usual(self, u):
+        z = F.relu(self.norm(u))
+        with torch.enable_grad():
+            return self.block(z)
+
+
+def test_gradients_begin_with_the_block():
+    original, x = make(GradientsOfTheBlock)
+    net = copy.deepcopy(original)
+    convert(net, (x,))
+    for module in (net, original):
+        with torch.no_grad():
+            y = module(x)
+        y.sum().backward()
+        assert module.norm.weight.grad is None
+    for a, b in zip(net.parameters(), original.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
 class Held(nn.Module):
     """Keeps what it computed in an object that nobody can look into."""
 
