@@ -369,12 +369,11 @@ def test_hooks_see_maps(where, kind, first):
     seen = {}
 
     def hook(net):
-        def note(module, *maps):
-            seen.setdefault(net, []).extend(
-                m.detach().clone()
-                for part in maps
-                for m in (part if type(part) is tuple else (part,))
-            )
+        def note(module, *parts):
+            for part in parts:
+                for m in part if type(part) is tuple else (part,):
+                    assert type(m) is torch.Tensor
+                    seen.setdefault(net, []).append(m.detach().clone())
 
         return getattr(net.get_submodule(where), f"register_{kind}_hook")(note)
 
@@ -400,7 +399,7 @@ def test_hooks_on_all_modules_see_maps():
     _, net, x = converted(Decoder)
     maps = []
     register = nn.modules.module.register_module_forward_hook
-    handle = register(lambda m, _, y: maps.append(y.clone()) if "ReLU" in str(m) else None)
+    handle = register(lambda m, _, y: maps.append(y) if type(m) is nn.ReLU else None)
     assert calls_of(net, x) == (0, 1)
     handle.remove()
     assert all(type(m) is torch.Tensor for m in maps) and maps
