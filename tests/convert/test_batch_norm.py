@@ -545,6 +545,10 @@ class Ways(nn.Module):
         z = F.relu(self.norm(u))
         return self.block(z) if self.training else z
 
+    def by_evaluation(self, u):
+        z = F.relu(self.norm(u))
+        return z if self.training else self.block(z)
+
     def unused(self, u):
         self.norm(u)
         return 2 * u
@@ -646,6 +650,27 @@ def test_other_layers_are_left_alone(build, reason):
     assert [type(m) for m in net.modules() if m is not net.attention[0]] == [
         type(m) for m in original.modules() if m is not original.attention[0]
     ]
+
+
+class OtherBlock(Ways):
+    def __init__(self):
+        super().__init__()
+        self.no_relu_inside, self.swapped = TimmSE(C, 3, nn.SiLU), False
+
+    def usual(self, u):
+        z = F.relu(self.norm(u))
+        return self.no_relu_inside(z) if self.swapped else self.block(z)
+
+
+def test_a_block_without_a_kernel_at_run_time():
+    original, x = make(OtherBlock)
+    net = copy.deepcopy(original)
+    assert [e.detail for e in convert(net, (x,)).converted] == [
+        "batch norm, relu, scse, add",
+        "cse, silu",
+    ]
+    original.swapped = net.swapped = True
+    assert_same(results(net, x), results(original, x))
 
 
 class GradientsOfTheBlock(Ways):
