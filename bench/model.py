@@ -7,17 +7,21 @@
   3dunet    pytorch-3dunet's ResidualUNetSE3D
   unet      the U-Net of `bench mri`, with an scSE block after every encoder and decoder block
 
-Each network is built once and copied; the copy is converted. A step is forward, loss, backward and
-optimizer. Both are timed round by round in turn, then their blocks alone, on the shapes that they
-see, which shows how much of a step can be won at all. Before that, loss, output and gradients
-of both are compared with the original's in float64; if conversion takes them further away, the
-exit status is 1. (With --autocast they are as far away as its dtype takes them.)
+Each network is built once and copied; the copy is converted, and a second one is converted together
+with the BatchNorms and ReLUs that only a block reads ("with batch norm"). A step is forward, loss,
+backward and optimizer. All are timed round by round in turn, then their blocks alone, on the shapes
+that they see, which shows how much of a step can be won at all. Before that, loss, output and
+gradients of all are compared with the original's in float64; if conversion takes them further away,
+the exit status is 1. (With --autocast they are as far away as its dtype takes them.)
+--compile times original and converted under torch.compile as well, and says how many seconds their
+first step took: nearly all of it is compiling.
 A network whose library can't be imported is left out, with the reason.
 """
 
 import argparse
 import copy
 import functools
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,6 +35,7 @@ from .cases import LAYOUTS
 from .unet import UNet
 
 _SEED = 0
+ORIGINAL, CONVERTED, WITH_NORM = "original", "converted", "with batch norm"
 #: The converted network may be this many times as far from float64 as the original. How far that
 #: is depends on the network: where a ReLU falls the other way on a rounding, the gradient jumps.
 _TIMES_AS_FAR = 4
@@ -57,9 +62,14 @@ def _allow_torchvision() -> torch.library.Library:
     """Let torchvision be imported where its compiled operators don't fit this torch: the libraries
     import it, but the networks here call none of them."""
     library = torch.library.Library("torchvision", "FRAGMENT")
-    if not hasattr(torch.ops.torchvision, "nms"):
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # it registers fakes of operators that there are none of
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            if not hasattr(torch.ops.torchvision, name):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except ImportError:  # who needs it will say so
+        pass
     return library
 
 
@@ -104,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many and how large, such as 16x512x512, for networks with as many axes",
     )
     parser.add_argument("--autocast", choices=("float16", "bfloat16"), help="default: float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks, too")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="%(default)s")
     options.add_reference(parser)
 
@@ -148,12 +159,17 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
         memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)]
     autocast = args.autocast and getattr(torch, args.autocast)
     original = original.to(device, memory_format=memory_format)
-    nets = {"original": original, "converted": copy.deepcopy(original)}
-    converted = convert(nets["converted"])
+    image = torch.randn(shape, device=device).to(memory_format=memory_format)
+    nets = {ORIGINAL: original, CONVERTED: copy.deepcopy(original)}
+    converted = convert(nets[CONVERTED])
     paths = [entry.paths[0] for entry in converted.converted]
     blocks_of = {which: [net.get_submodule(p) for p in paths] for which, net in nets.items()}
-    image = torch.randn(shape, device=device).to(memory_format=memory_format)
-    seen = blocks.shapes_seen(original, blocks_of["original"], image)
+    seen = blocks.shapes_seen(original, blocks_of[ORIGINAL], image)
+    nets[WITH_NORM] = copy.deepcopy(original)
+    with_norm = convert(nets[WITH_NORM], (image[:2],))
+    norms = sum(entry.alone is None for entry in with_norm.converted)
+    if not norms:  # it would be the converted one once more
+        del nets[WITH_NORM]
 
     table = report.table(f"{name}, {'x'.join(map(str, image.shape))}: distance from float64")
     for column in ("", "output", "gradient"):
@@ -164,8 +180,12 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
     console.print(table)
 
     steps = {which: _Step(net, image, autocast) for which, net in nets.items()}
-    for step in steps.values():
-        step()  # the gradients and the optimizer's state are made
+    if args.compile:
+        torch.compiler.reset()
+        for which in (ORIGINAL, CONVERTED):
+            net = torch.compile(copy.deepcopy(nets[which]))
+            steps[f"{which}, compiled"] = _Step(net, image, autocast)
+    first = {which: _seconds(step) for which, step in steps.items()}
     peaks = {which: memory.peak(step, device) for which, step in steps.items()}
     done = iter(range(args.rounds))
     with report.progress() as progress:
@@ -176,29 +196,54 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
     alone = blocks.seconds(blocks_of, seen, device, autocast, memory_format)
 
     calls = sum(map(len, seen))
-    table = report.table(f"{name}: a training step, {calls} calls of {len(paths)} blocks in it")
+    table = report.table(
+        f"{name}: a training step, {calls} calls of {len(paths)} blocks in it,"
+        f" {norms} of them with batch norm"
+    )
     table.add_column("")
-    for column in ("ms", "IQR", "speedup", "peak MiB", "blocks alone, ms", "share"):
+    for column in (
+        "ms",
+        "IQR",
+        "speedup",
+        "peak MiB",
+        "first step, s",
+        "blocks alone, ms",
+        "share",
+    ):
         table.add_column(column, justify="right")
-    for which, time in times.items():
+    for which, timed in times.items():
         table.add_row(
             which,
-            f"{time.median * 1e3:.1f}",
-            f"{time.iqr * 1e3:.1f}",
-            f"{times['original'].median / time.median:.2f}",
+            f"{timed.median * 1e3:.1f}",
+            f"{timed.iqr * 1e3:.1f}",
+            f"{times[ORIGINAL].median / timed.median:.2f}",
             f"{peaks[which] / 2**20:.0f}",
-            f"{alone[which] * 1e3:.1f}",
-            f"{alone[which] / time.median:.0%}",
+            f"{first[which]:.1f}",
+            *(
+                (f"{alone[which] * 1e3:.1f}", f"{alone[which] / timed.median:.0%}")
+                if which in alone
+                else ("", "")
+            ),
         )
     console.print(table)
     right = bool(paths) and all(
         error <= _TIMES_AS_FAR * own  # False for NaN
-        for error, own in zip(errors["converted"], errors["original"], strict=True)
+        for which in nets
+        for error, own in zip(errors[which], errors[ORIGINAL], strict=True)
     )
     if not right:
         console.print(f"[red]{name}: original and converted DISAGREE, or nothing was converted")
-        console.print(str(converted))
+        console.print(str(with_norm))
     return right
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    """How long a first step takes; it makes the gradients and the optimizer's state."""
+    start = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 class _Step:

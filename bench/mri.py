@@ -2,9 +2,10 @@
 
 A 2-D U-Net with an scSE block after every encoder and decoder block tells CSF, grey and white
 matter apart in axial slices of the ICBM152 T1 template, which nilearn ships (nothing is
-downloaded), corrupted by noise and a bias field. It is trained twice at once, step by step in
-turn, from the same weights on the same batches: with the eager scSE that people have, and with
-the fused one. Loss curves and Dice must agree, else the exit status is 1.
+downloaded), corrupted by noise and a bias field. It is trained three times at once, step by step in
+turn, from the same weights on the same batches: with the eager scSE that people have, with the
+fused one, and with BatchNorm, ReLU and scSE as one operator ("BatchNorm + scSE"). Loss curves and
+Dice must agree, else the exit status is 1.
 
 This is one averaged brain: a check of parity and sanity, not a benchmark of accuracy.
 Written: mri.png.
@@ -22,6 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
+from scse_kernels import convert
+
 from . import blocks, mri_data, options, providers, report, timing
 from .mri_data import OUTSIDE, TISSUES, Slices
 from .unet import LEVELS, UNet
@@ -30,6 +33,8 @@ _BATCH, _LEARNING_RATE, _MOMENTUM = 8, 0.03, 0.9
 # Without it single steps jump, and two runs a rounding apart part ways.
 _LARGEST_GRADIENT = 0.3
 _REDUCTION = 2
+#: The network in which a block, the BatchNorm and the ReLU before it are one operator.
+_WITH_NORM = "BatchNorm +"
 _SEED = 0
 
 # Tolerances. Before any training both compute the same function, so the loss differs by roundings
@@ -122,8 +127,17 @@ def _nets(names: tuple[str, str], width: int, combine: str) -> dict[str, UNet]:
     return dict(zip(names, (first, second), strict=True))
 
 
+def _with_batch_norm(eager: UNet, image: Tensor) -> UNet:
+    """The eager network, converted together with its blocks' BatchNorms and ReLUs."""
+    net = copy.deepcopy(eager)
+    found = convert(net, (image,))
+    if any(entry.alone is not None for entry in found.converted):
+        raise SystemExit(f"A BatchNorm is computed by itself:\n{found}")
+    return net
+
+
 def run(args: argparse.Namespace) -> int:
-    """Train both, compare, report; returns 1 if they disagree."""
+    """Train all, compare, report; returns 1 if they disagree."""
     console, device = report.console, args.device
     torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
     names = ("eager", providers.fused(device, "--reference", args.reference)[0])
@@ -143,10 +157,14 @@ def run(args: argparse.Namespace) -> int:
     }
     train, test = (Slices(*(t.to(device) for t in part)) for part in (train, test))
     nets = {name: net.to(device) for name, net in _nets(names, args.width, args.combine).items()}
+    if providers.usable(device, "bn_relu_scse"):
+        nets[_WITH_NORM] = _with_batch_norm(nets["eager"], train.image[:2])
+        names = (*names, _WITH_NORM)
     trainings = {name: _Training(net, args.steps) for name, net in nets.items()}
     middle = slice(len(train.label) // 2, len(train.label) // 2 + _BATCH)
     first = _first_gradients(nets, train.image[middle], train.label[middle])
-    blocks_of = {name: net.recalibrations() for name, net in nets.items()}
+    # By itself, a block of the third network is one of this package's, too.
+    blocks_of = {name: net.recalibrations() for name, net in nets.items() if name != _WITH_NORM}
     seen = blocks.shapes_seen(nets["eager"], blocks_of["eager"], train.image[middle])
     _train(trainings, train, args.steps)
     predicted = {name: training.predict(test.image) for name, training in trainings.items()}
@@ -200,14 +218,13 @@ def _print_times(
         table.add_column(name, justify="right")
     for name, training in trainings.items():
         warm = training.seconds[len(training.seconds) // 10 :]
-        step, scse = timing.summarize(warm), seconds_of_blocks[name]
+        step, scse = timing.summarize(warm), seconds_of_blocks.get(name)
         table.add_row(
             f"{name} scSE",
             f"{step.median:.4f} s",
             f"{step.iqr:.4f} s",
             f"{1 / step.median:.2f}",
-            f"{scse:.4f} s",
-            f"{scse / step.median:.0%}",
+            *((f"{scse:.4f} s", f"{scse / step.median:.0%}") if scse is not None else ("", "")),
         )
     report.console.print(table)
 
@@ -233,20 +250,26 @@ def _first_gradients(
 
 
 def _verdict(
-    names: tuple[str, str],
+    names: tuple[str, ...],
     first: dict[str, tuple[float, float]],
     trainings: dict[str, _Training],
     scores: list[list[float]],
 ) -> int:
-    """Print how far the two are apart; 1 if that is too far."""
+    """Print how far the others are from the first; 1 if that is too far."""
     losses = [torch.tensor(trainings[name].losses, dtype=torch.float64) for name in names]
-    curve = (losses[0] - losses[1]).abs().mean() / losses[0].mean()
-    checks = [
-        ("loss before training, relative", _relative(*(first[n][0] for n in names)), _FIRST_LOSS),
-        *((f"gradient of {n} against float64", first[n][1], _FIRST_GRADIENT) for n in names),
-        ("loss curve, mean distance over mean", curve.item(), _CURVE),
-        ("Dice, most distant tissue", max(map(_distance, *scores)), _DICE),
-    ]
+    checks = [(f"gradient of {n} against float64", first[n][1], _FIRST_GRADIENT) for n in names]
+    for i, name in enumerate(names[1:], 1):
+        loss = _relative(first[names[0]][0], first[name][0])
+        curve = (losses[0] - losses[i]).abs().mean() / losses[0].mean()
+        checks += [
+            (f"{name} scSE: loss before training, relative", loss, _FIRST_LOSS),
+            (f"{name} scSE: loss curve, mean distance over mean", curve.item(), _CURVE),
+            (
+                f"{name} scSE: Dice, most distant tissue",
+                max(map(_distance, scores[0], scores[i])),
+                _DICE,
+            ),
+        ]
     table = report.table("Agreement of eager and fused")
     table.add_column("")
     table.add_column("differs by", justify="right")
@@ -274,12 +297,12 @@ def _picture(
     trainings: dict[str, _Training],
     environment: dict[str, str],
 ) -> None:
-    """The middle test slice, its truth and both predictions; below, the loss curves."""
+    """The middle test slice, its truth and all predictions; below, the loss curves."""
     i = len(test.label) // 2
     inside = test.label[i] != OUTSIDE
     tissues = {"truth": test.label[i]}
     tissues |= {f"{n} scSE": p[i].where(inside, OUTSIDE) for n, p in predicted.items()}
-    figure = Figure(figsize=(12, 7.4), layout="constrained")
+    figure = Figure(figsize=(3 * (1 + len(tissues)), 7.4), layout="constrained")
     panels = figure.subplot_mosaic(
         [["image", *tissues], ["losses"] * (1 + len(tissues))], height_ratios=[3, 2]
     )
@@ -303,7 +326,7 @@ def _picture(
         for color, tissue in zip(colors.colors[1:], TISSUES, strict=True)
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
-    for (name, training), style in zip(trainings.items(), ("-", "--"), strict=True):
+    for (name, training), style in zip(trainings.items(), ("-", "--", ":"), strict=False):
         panels["losses"].plot(training.losses, style, label=f"{name} scSE")
     panels["losses"].set(xlabel="step", ylabel="training loss")
     panels["losses"].legend()

@@ -10,19 +10,22 @@ from . import ops, reference
 class BNReLUSCSE(torch.autograd.Function):
     """y = scSE(relu(BatchNorm(u))), and the statistics that were used, which have no gradient.
 
-    Saves u, the parameters and small tensors [C] and [N, C]: no map besides u.
+    `update(mean, var)`, where it is given, moves the running statistics. Saves u, the parameters
+    and small tensors [C] and [N, C]: no map besides u.
     """
 
     @staticmethod
     def forward(
         ctx, u, bn_weight, bn_bias, w1, b1, w2, b2, ws, bs, running_mean, running_var, eps, combine,
-        backend,
+        backend, update=None,
     ):  # fmt: skip
         y, *small = ops.FORWARD[backend](
             u, bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, ws, bs, eps,
             ops.COMBINE[combine],
         )  # fmt: skip
         mean, var = small[:2]
+        if update is not None:
+            update(mean, var)
         ctx.save_for_backward(u, bn_weight, bn_bias, w1, b1, w2, b2, ws, bs, *small)
         ctx.of_batch, ctx.eps = running_mean is None, eps
         ctx.combine, ctx.backend = combine, backend
@@ -32,7 +35,7 @@ class BNReLUSCSE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        rest = (None,) * 5
+        rest = (None,) * (len(ctx.needs_input_grad) - 9)
         if dy is None:
             return (None,) * 9 + rest
         saved = ctx.saved_tensors  # the nine inputs, then mean and var and the other small ones

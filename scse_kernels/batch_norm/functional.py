@@ -97,23 +97,29 @@ def bn_relu_scse(
     # As with torch's: an empty batch leaves the running statistics alone.
     tracked = training and running_mean is not None and u.numel() > 0
 
+    def update(mean, var):
+        _update(u, running_mean, running_var, mean, var, momentum)
+
     backend = backends.choose(_NAME, backend, u, ops.BACKENDS)
     if backend in ("operations", "eager"):
+        if tracked:
+            update(*reference.statistics(u))
         if backend == "eager" and not training:  # they may change before the backward reads them
             used = (running_mean.clone(), running_var.clone())
         y = reference.bn_relu_scse(*norm, *used, *parameters, eps, combine)
-        if backend == "eager":
-            y = y.contiguous(memory_format=memory_format(u))
-        statistics = reference.statistics(u) if tracked else ()
-    elif torch.is_grad_enabled():
-        inputs = (*norm, *parameters)
-        if compiler.is_dynamo_compiling():
-            inputs = once_differentiable(*inputs)
+        return y.contiguous(memory_format=memory_format(u)) if backend == "eager" else y
+    if torch.is_grad_enabled() and not compiler.is_dynamo_compiling():
+        # Updates while it runs: when what it saves is packed, torch.utils.checkpoint may end a
+        # recomputation, by an exception.
+        last = (eps, combine, backend, update if tracked else None)
+        return BNReLUSCSE.apply(*norm, *parameters, *used, *last)[0]
+    if torch.is_grad_enabled():
+        inputs = once_differentiable(*norm, *parameters)
         y, *statistics = BNReLUSCSE.apply(*inputs, *used, eps, combine, backend)
     else:
         y, *statistics = ops.FORWARD[backend](*norm, *used, *parameters, eps, COMBINE[combine])[:3]
     if tracked:
-        _update(u, running_mean, running_var, *statistics[:2], momentum)
+        update(*statistics)
     return y
 
 

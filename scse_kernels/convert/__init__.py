@@ -3,17 +3,21 @@
 Structure proposes which modules are blocks, by the shapes of their layers (shapes.py). Their code
 is read for what else it looks at (source.py), and a stand-in is run (probe.py): it must compute
 what one of the functions of function.py computes. Then the block's class is swapped (swap.py), and
-the report says so (report.py). Checkpoints move between libraries by checkpoints.py.
+the report says so (report.py). With example inputs the model is run (example.py), and a BatchNorm
+and a ReLU that only a block reads are computed by the block (prologue.py, deferred.py). Checkpoints
+move between libraries by checkpoints.py.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import modules
-from . import shapes, swap
+from . import example, prologue, shapes, swap
 from .probe import probe
 from .report import Entry, Report, would_be_missed
 from .shapes import Unfit
@@ -24,7 +28,7 @@ from .swap import Fused, _new, _Recipe  # noqa: F401
 __all__ = ["Entry", "Report", "convert", "revert"]
 
 
-def convert(model: nn.Module) -> Report:
+def convert(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor | None = None) -> Report:
     """Make the squeeze & excitation blocks inside `model` fused, in place.
 
     A block is converted if it has the layers of scSE, cSE or sSE, and a stand-in of its class
@@ -37,40 +41,90 @@ def convert(model: nn.Module) -> Report:
     its own children have hooks or are others than they were, or attributes that its forward reads
     have other values.
 
+    With `example_inputs`, the arguments of a call of the model, copies of the model are run on
+    them, in training and in evaluation. Where a block's input is the very output of a ReLU, whose
+    input is the very output of a BatchNorm, and nothing else reads either, the block computes all
+    three, if the model then has the same outputs, gradients and buffers. BatchNorm's and the
+    caller's classes are swapped as well. A call that goes another way computes them one by one, and
+    so does a call under torch.compile, or while any of them has hooks.
+
+    Args:
+        model: any network.
+        example_inputs: a tuple of positional arguments, or one tensor; None: blocks alone.
+
     Returns:
         A report of the blocks that were converted, and of those left alone with the reason.
 
     Raises:
-        TypeError: model is not a Module.
+        TypeError: model is not a Module, or example_inputs neither a tuple nor a Tensor.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert(): model must be a Module, not {type(model).__name__}")
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, (tuple, type(None))):
+        raise TypeError(
+            "convert(): example_inputs must be a tuple of arguments or a Tensor,"
+            f" not {type(example_inputs).__name__}"
+        )
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
     plan = _Plan(paths)
     entries = tuple(plan.visit(model))
-    swapped = []
+    alone: dict[nn.Module, str] = {}
+    swapped: list[tuple[nn.Module, type]] = []
     try:
-        for module, cls in plan.classes.items():
-            swapped.append((module, type(module)))
-            swap.set_class(module, cls)
+        _swap(plan.classes.items(), swapped)
+        if example_inputs is not None:
+            _swap([(m, m._original) for m in model.modules() if _is_around(m)], swapped)
+            classes, alone = example.run(model, example_inputs)
+            _swap(classes, swapped)
     except BaseException:
-        for module, cls in swapped:
+        for module, cls in reversed(swapped):
             swap.set_class(module, cls)
         raise
-    return Report(entries)
+    return Report(tuple(_with_what_is_before(model, entries, alone)))
+
+
+def _swap(classes: Iterable[tuple[nn.Module, type]], swapped: list) -> None:
+    """Give modules other classes; `swapped` gets those that they had."""
+    for module, cls in classes:
+        swapped.append((module, type(module)))
+        swap.set_class(module, cls)
+
+
+def _is_around(module: nn.Module) -> bool:
+    """Whether it was converted for a block's sake."""
+    return prologue.is_owner(module) or prologue.is_norm(module)
+
+
+def _with_what_is_before(
+    model: nn.Module, entries: tuple[Entry, ...], alone: dict[nn.Module, str]
+) -> Iterator[Entry]:
+    """The entries, with what blocks compute besides themselves, or why they don't."""
+    joined = prologue.joined(model)
+    for entry in entries:
+        if entry.status != "left alone":
+            block = model.get_submodule(entry.paths[0])
+            if block in joined:
+                entry = dataclasses.replace(entry, detail=f"batch norm, relu, {entry.detail}")
+            elif block in alone:
+                entry = dataclasses.replace(entry, alone=alone[block])
+        yield entry
 
 
 def revert(model: nn.Module) -> None:
-    """Undo `convert` in place: the blocks get their own classes back, with parameters as they are.
+    """Undo `convert` in place: all modules get their own classes back, with parameters as they are.
 
     Raises:
-        RuntimeError: something changed a converted block's class after `convert` did.
+        RuntimeError: something changed a converted module's class after `convert` did.
     """
-    converted = [(path, m) for path, m in model.named_modules() if swap.is_fused(m)]
+    converted = [
+        (path, m) for path, m in model.named_modules() if swap.is_fused(m) or _is_around(m)
+    ]
     for path, module in converted:
-        if "_recipe" not in vars(type(module)):
+        if "_original" not in vars(type(module)):
             raise RuntimeError(
                 f"revert(): the class of {path or 'the model'} was changed after convert(), to"
                 f" {type(module).__name__}; undo that first"

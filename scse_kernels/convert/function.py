@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..batch_norm.functional import bn_relu_scse
 from ..functional import cse, scse, sse
 from ..ops import ACTIVATION, COMBINE, GATE
 
@@ -37,6 +38,16 @@ class Function(NamedTuple):
             else:
                 y = scse(x, w1, b1, w2, b2, ws, bs, combine=self.combine, **how)
         return y + x if self.plus_x else y
+
+    @property
+    def follows_batch_norm(self) -> bool:
+        """Whether `after_batch_norm` can compute it."""
+        hidden = self.excitation == "sse" or self.activation == "relu"
+        return hidden and self.gate == "sigmoid" and not self.plus_x
+
+    def after_batch_norm(self, u: Tensor, *tensors, **options) -> Tensor:
+        """The same of relu(BatchNorm(u)); arguments as those of `bn_relu_scse`."""
+        return bn_relu_scse(u, *tensors, combine=self.combine, **options)
 
     def __str__(self) -> str:
         parts = [self.excitation]

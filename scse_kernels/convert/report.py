@@ -32,13 +32,16 @@ class Entry:
         paths: where it is in the model ("" for the model itself); several if it is shared.
         module: the name of its class.
         status: "converted", "already fused" or "left alone".
-        detail: what it computes, such as "scse, max", or why it was left alone.
+        detail: what it computes, such as "scse, max" or "batch norm, relu, scse, max", or why it
+            was left alone.
+        alone: with example_inputs, why a converted block doesn't compute a BatchNorm and a ReLU.
     """
 
     paths: tuple[str, ...]
     module: str
     status: str
     detail: str
+    alone: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Report:
             path = entry.paths[0] or "(the model itself)"
             if len(entry.paths) > 1:
                 path += f" (shared, {len(entry.paths)} places)"
-            rows.append((path, entry.module, f"{entry.status}: {entry.detail}"))
+            alone = f"; without BatchNorm: {entry.alone}" if entry.alone else ""
+            rows.append((path, entry.module, f"{entry.status}: {entry.detail}{alone}"))
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
         without = backends.missing_kernels() if len(self.left_alone) < len(self.entries) else None

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import backends
 from . import source
+from .deferred import Deferred
 from .function import Function
 from .probe import Found
 
@@ -75,6 +76,11 @@ class Fused:
         """The original's, which may register classes, is not for this one."""
 
     def forward(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs and type(args[0]) is Deferred:
+            y = self._after_batch_norm(args[0])
+            if y is not None:
+                return y
+            args = (args[0].read(type(self).forward),)
         # Anything that the probe did not see agree is the original's business.
         if len(args) == 1 and not kwargs and type(args[0]) in (Tensor, nn.Parameter, FakeTensor):
             below = _untouched(self)
@@ -87,6 +93,20 @@ class Fused:
             return self._as_original(vars(self)).forward(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
+    def _after_batch_norm(self, x: Deferred) -> Tensor | None:
+        """What it computes of x, together with the BatchNorm and the ReLU that x stands for; None
+        if that must be done one by one."""
+        call, function = x.call, self._recipe.function
+        if not x.rectified or not function.follows_batch_norm or not call.is_ready():
+            return None
+        below = _untouched(self)
+        if below is None:
+            return None
+        layers = [None if i is None else below[i] for i in self._recipe.layers]
+        if not _is_known_call(self, call.u, next(layer for layer in layers if layer is not None)):
+            return None
+        return call.compute_with(function, _parameters(layers))
+
     def _as_original(self, attributes):
         """An object of the original class with these attributes."""
         twin = object.__new__(self._original)
@@ -95,19 +115,36 @@ class Fused:
 
     def __reduce_ex__(self, protocol):
         # As the original does it, with the class swapped once the object is complete.
-        return _converted, (self._as_original(dict(vars(self))), *_plain(self._recipe))
+        return _converted, (as_original(self), *_plain(self._recipe))
 
     def __prepare_scriptable__(self):
-        raise RuntimeError(
-            f"torch.jit.script can't compile {self._original.__name__} as convert() left it:"
-            " revert(model) first"
-        )
+        refuse_to_be_scripted(self)
+
+
+def as_original(module: nn.Module) -> nn.Module:
+    """An object of the class that the module had, with the same attributes."""
+    twin = object.__new__(module._original)
+    twin.__dict__ = dict(vars(module))
+    return twin
+
+
+def refuse_to_be_scripted(module: nn.Module) -> None:
+    """The `__prepare_scriptable__` of all classes made here."""
+    raise RuntimeError(
+        f"torch.jit.script can't compile {module._original.__name__} as convert() left it:"
+        " revert(model) first"
+    )
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module is converted. By name: after a reload of this Python module, `Fused` is
-    another class than that of the blocks which were converted before."""
-    return any((c.__module__, c.__name__) == (__name__, "Fused") for c in type(module).__mro__)
+    """Whether a module is a converted block."""
+    return inherits(module, __name__, "Fused")
+
+
+def inherits(module: nn.Module, home: str, name: str) -> bool:
+    """Whether a module's class was made by `subclass` of the class of that name. By name: after a
+    reload of its Python module it is another class than that of what was converted before."""
+    return any((c.__module__, c.__name__) == (home, name) for c in type(module).__mro__)
 
 
 def _plain(recipe: Recipe) -> tuple:
@@ -127,25 +164,35 @@ _classes: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 def fused_class(original: type[nn.Module], recipe: Recipe) -> type:
     """The class of converted blocks of a class; the same for the same recipe."""
-    cls = _classes.get((original, recipe))
+    kinds = {kind for *_, kind in recipe.tree}
+    namespace = {
+        "_recipe": recipe,
+        "_calls": {axes: least for axes, *least in recipe.calls},
+        "_forwards": tuple((kind, kind.forward) for kind in kinds),
+        "_constants": tuple(
+            (source.scope_of(home, (original, *kinds)) or {}, name, value)
+            for home, name, value in recipe.constants
+        ),
+        "__module__": __name__,
+    }
+    return subclass(original, Fused, recipe, namespace)
+
+
+def subclass(original: type[nn.Module], mixin: type, recipe: Any, namespace: dict) -> type:
+    """A subclass of `mixin` and of the original class; the same for the same recipe.
+
+    Unless the namespace says otherwise it belongs to the original's Python module: tools ask there
+    whether a class is torch's own.
+    """
+    cls = _classes.get((original, mixin, recipe))
     if cls is None:
-        kinds = {kind for *_, kind in recipe.tree}
-        namespace = {
-            "_original": original,
-            "_recipe": recipe,
-            "_calls": {axes: least for axes, *least in recipe.calls},
-            "_forwards": tuple((kind, kind.forward) for kind in kinds),
-            "_constants": tuple(
-                (source.scope_of(home, (original, *kinds)) or {}, name, value)
-                for home, name, value in recipe.constants
-            ),
-            "__module__": __name__,
-        }
+        namespace = {"__module__": original.__module__, **namespace, "_original": original}
         # Past a metaclass of the user's, which may register classes as well.
         metaclass = type(original)
         make = abc.ABCMeta if issubclass(metaclass, abc.ABCMeta) else type
-        cls = make.__new__(metaclass, f"Fused{original.__name__}", (Fused, original), namespace)
-        _classes[original, recipe] = cls
+        name = f"Fused{original.__name__}"
+        cls = make.__new__(metaclass, name, (mixin, original), namespace)
+        _classes[original, mixin, recipe] = cls
     return cls
 
 
@@ -193,7 +240,7 @@ def _is_known_call(block: Fused, x: Tensor, layer: nn.Module) -> bool:
     least = block._calls.get(x.dim())
     if least is None or x.dtype not in _DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
-    if x.numel() == 0 or backends.taken_apart_by():
+    if x.numel() == 0 or x.device.type == "meta" or backends.taken_apart_by():
         return False
     if torch.is_autocast_enabled(x.device.type):
         if not block._recipe.under_autocast:

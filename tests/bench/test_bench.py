@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -342,3 +343,27 @@ def test_ops_without_what_is_compiled(gpu, options, monkeypatch, tmp_path):
         names = {row["provider"] for row in csv.DictReader(file)}
     assert {"clone", "eager"} < names and not names & {"compile", "rewritten"}
     assert not (tmp_path / "ops.png").exists()
+
+
+_FITS = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+_DOES_NOT_FIT = """
+import torch
+torch.library.register_fake("torchvision::nms")(lambda *_: None)
+"""
+
+
+@pytest.mark.parametrize("code", (_FITS, _DOES_NOT_FIT, None), ids=("fits", "doesn't fit", "none"))
+def test_torchvision_is_importable_if_it_is_there(code, tmp_path):
+    if code is not None:
+        (tmp_path / "torchvision.py").write_text(code)
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        + ("" if code else "sys.modules['torchvision'] = None\n")
+        + "from bench import model\nmodel._allow_torchvision()\n"
+        + ("import torchvision\n" if code else "")
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
