@@ -15,8 +15,8 @@ from . import _build_info, _native
 from .literals import Backend
 from .ops import BACKENDS
 
-#: What "auto" tries, by the type of x's device, the first one first. CUDA C++ before Triton, since a
-#: call takes a fraction of the host's time (docs/performance.md), and nothing is compiled when it is
+#: What "auto" tries, by the type of x's device, the first one first. CUDA C++ before Triton: a call
+#: takes a fraction of the host's time (docs/performance.md), and nothing is compiled when it is
 #: first made.
 AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
