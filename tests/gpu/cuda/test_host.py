@@ -163,6 +163,7 @@ def test_attributes_are_set_once(monkeypatch):
             super().__setitem__(key, value)
 
     monkeypatch.setattr(connect(), "attributes", Noting())
+    monkeypatch.setenv("SCSE_CUDA_KERNELS", "general")  # what is put back is not running_on's
     with running_on(FRESH, dry=True):
         for family in ("general", "on_chip"):
             monkeypatch.setenv("SCSE_CUDA_KERNELS", family)
