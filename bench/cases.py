@@ -78,7 +78,11 @@ class Case:
             return torch.randn(shape, generator=generator)
 
         shape_of_y = (self.shape[0], self.y_bytes // self.x_bytes * channels, *self.shape[2:])
-        x, dy = (self.place(normal(*shape) + 0.5) for shape in (self.shape, shape_of_y))
+        # A sum over a large map would overflow float16. (A loss that is a mean has such gradients.)
+        half = self.dtype == torch.float16
+        small = min(1.0, 2**15 / torch.Size(self.shape).numel()) if half else 1.0
+        x = self.place(normal(*self.shape) + 0.5)
+        dy = self.place((normal(*shape_of_y) + 0.5) * small)
         parameters = [
             normal(hidden, channels) / channels**0.5,
             normal(hidden).abs() + 1,  # few hidden channels, or the only one, should not be dead

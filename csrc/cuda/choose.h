@@ -6,11 +6,12 @@
 
 namespace scse::cuda {
 
-// Forward. Timed on an H100 (microseconds, on chip / general, float16, reduction 16, add): 8
-// samples of 1/8 MiB 10 / 18, 1/4 MiB 12 / 18, 1/2 MiB 14 / 18, 1 MiB 19 / 21; 256 of 1/2 MiB 158 /
-// 148. Since then the general excitation has become shorter, by half of its 12 microseconds at a
-// guess, which leaves the smallest maps to the on-chip kernel. A large excitation (512 channels,
-// reduction 2) took 29 on chip, most of it for weights that pass through one cluster.
+// Forward. Timed on an H100 (microseconds, on chip / general, float16, reduction 16, add), before
+// the general kernels became faster: 8 samples of 1/8 MiB 10 / 18, 1/4 MiB 12 / 18, 1/2 MiB 14 /
+// 18, 1 MiB 19 / 21; 256 of 1/2 MiB 158 / 148. After it on an H200: 9.4 / 8.9, 10.9 / 8.6, 13.3 /
+// 9.5, 17.3 / 11.8. So only the smallest maps go on chip, where both are alike. A large excitation
+// (512 channels, reduction 2) takes 29 on chip, most of it for weights that pass through one
+// cluster; general 15.
 //
 // `bytes`: of x. `blocks`: that the on-chip kernel would take, none where a sample doesn't fit.
 inline bool prefer_on_chip_forward(int64_t bytes, int64_t blocks, int64_t channels,

@@ -367,3 +367,10 @@ def test_torchvision_is_importable_if_it_is_there(code, tmp_path):
         + ("import torchvision\n" if code else "")
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("block", ["scse", "bn_relu_scse"])
+def test_no_gradient_of_a_large_map_overflows_float16(block):
+    case = Case((8, 32, 64, 64), torch.float16, "contiguous", 16, "add", CPU, block)
+    for right in ops.expected(case, case.inputs()):
+        assert 0 < right.abs().max() < torch.finfo(torch.float16).max / 8

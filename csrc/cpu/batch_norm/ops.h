@@ -38,7 +38,7 @@ NormForwardResult norm_forward(const Tensor& given_u, const Optional& weight, co
 
   std::vector<int64_t> sizes(u.sizes().begin(), u.sizes().end());
   sizes[1] = p.out_channels;
-  const Tensor y = empty({sizes.data(), sizes.size()}, u.scalar_type(), channels_last);
+  const Tensor y = empty_map({sizes.data(), sizes.size()}, u.scalar_type(), channels_last);
   const int64_t C = p.channels, Cr = p.hidden_channels, channels = w1 ? C : 0;
   const Tensor mean = empty({C}, acc), var = empty({C}, acc);
   const Tensor pooled = empty({p.samples, channels}, acc);
@@ -131,7 +131,7 @@ NormBackwardResult norm_backward(const Tensor& given_dy, const Tensor& given_u,
   Tensor du = empty({0}, u.scalar_type());
   Optional parking;
   if (need_du) {
-    du = empty(u.sizes(), u.scalar_type(), channels_last);
+    du = empty_map(u.sizes(), u.scalar_type(), channels_last);
     p.dx = static_cast<T*>(du.mutable_data_ptr());
     p.stream = streams(p, p.dx, (u.numel() + dy.numel() + du.numel()) * sizeof(T));
     if (ws) parking = set_parking(p, p.dx, C, 2, u.scalar_type());
