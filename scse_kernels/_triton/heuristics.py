@@ -148,7 +148,7 @@ def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excita
     block_c, block_j = power_of_two(channels), power_of_two(hidden)
     columns = min(256, block_c)
     share = itemsize // 4  # of the registers, for one sum
-    rows = 128 if strips > 128 else max(32, min(128, 4096 // columns))
+    rows = 128 if strips > 128 else max(32, min(128, 4096 // columns, 4 * columns))
     terms_strips = min(rows // share, power_of_two(strips))
     tile = columns * max(min((64 if channels > 256 else 32) // share, block_j), terms_strips)
     warps = min(8, max(1, tile * share // 2048))
