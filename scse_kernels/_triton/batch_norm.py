@@ -15,7 +15,15 @@ from torch import Tensor
 from . import heuristics
 from .activation import RELU, SIGMOID
 from .excite import excite_backward_kernel, excite_kernel
-from .launch import Map, _all_registers, _contiguous, _dense, _describe, _in_format
+from .launch import (
+    Map,
+    _all_registers,
+    _contiguous,
+    _dense,
+    _describe,
+    _in_format,
+    gradient_tasks,
+)
 from .norm_backward import norm_apply_backward_kernel, norm_reduce_kernel, norm_sums_kernel
 from .norm_forward import norm_apply_kernel, norm_squeeze_kernel
 from .norm_statistics import norm_merge_kernel, norm_statistics_kernel
@@ -181,8 +189,7 @@ def backward(
     sample_ws, sample_bs = scratch(need_spatial, n, c), scratch(need_spatial, n)
 
     block = heuristics.gradient_block(tile.warps)
-    blocks = triton.cdiv(c, block)
-    tasks = 2 * blocks * triton.cdiv(p.hidden, block) * need_channel + blocks * need_spatial
+    tasks = gradient_tasks(c, p.hidden, block, need_channel, need_spatial)
     maps = [in_u, in_dy, *([out_du] if need_du else [])]
     norm = mean, var, bn_weight, bn_bias
     with torch.cuda.device_of(u):

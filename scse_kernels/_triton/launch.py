@@ -215,6 +215,14 @@ def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
     return [p if p is None or p.is_contiguous() else p.contiguous() for p in parameters]
 
 
+def gradient_tasks(
+    channels: int, hidden: int, block: int, need_channel: bool, need_spatial: bool
+) -> int:
+    """Programs that form the parameters' gradients, see `parameter_gradients`."""
+    blocks = triton.cdiv(channels, block)
+    return 2 * blocks * triton.cdiv(hidden, block) * need_channel + blocks * need_spatial
+
+
 def readable(map: Tensor, memory_format: torch.memory_format) -> Tensor:
     """The map, or a copy of it, in a format that `_in_format` takes as it is."""
     if map.is_contiguous(memory_format=memory_format):
@@ -365,8 +373,7 @@ def _plan_backward(
     sample_ws, sample_bs = scratch(need_spatial, n, c), scratch(need_spatial, n)
 
     block = heuristics.gradient_block(p.tile.warps)
-    blocks = triton.cdiv(c, block)
-    tasks = 2 * blocks * triton.cdiv(p.hidden, block) * need_channel + blocks * need_spatial
+    tasks = gradient_tasks(c, p.hidden, block, need_channel, need_spatial)
     maps = [in_x, in_dy, *([out_dx] if need_dx else [])]
     if n and p.launches == 1:
         read = [in_dy.tensor, *([in_x.tensor] if reads_x(p.combine) else [])]

@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from networks import images, needs_kernels
 from peers import Both, Channel, MonaiSE, Smp, Spatial, TimmSE
 from torch import nn
@@ -460,13 +459,6 @@ def test_tools_of_torch():
     torch.testing.assert_close(batch, y)
     with pytest.raises(RuntimeError, match=r"revert\(model\) first"):
         torch.jit.script(net)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/it", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("default")

@@ -10,7 +10,6 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from exact_blocks import GAB, C, OldStyleSuper
 from networks import needs_kernels
 from peers import Both, Channel, Smp
@@ -294,13 +293,6 @@ def test_a_compiled_gradient_penalty_is_refused(with_the_loss):
     with pytest.raises(Exception, match="has no second derivatives"):
         step(torch.randn(2, 3, 5, 4, requires_grad=True)).backward()
     torch.compiler.reset()
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/it", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("default")
