@@ -1,6 +1,7 @@
 """Fixtures: the usable backends on the devices that are here, and poisoned memory."""
 
 import ctypes
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow others
@@ -29,6 +30,13 @@ def pytest_configure(config):
         config.addinivalue_line(
             "filterwarnings", "ignore:scse_kernels has no kernels for cpu:RuntimeWarning"
         )
+
+
+def pytest_collection_finish():
+    """Lets the collector of garbage leave alone what was imported, and run less often: the
+    emulator makes millions of objects that stay."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
 
 
 def _targets(backends):

@@ -142,6 +142,7 @@ class Instr:
         self.loc = loc
         self.pc = -1
         self.target = None  # branch target (instruction index)
+        self._writes = self._reads = None
 
     @property
     def type(self):
@@ -152,6 +153,18 @@ class Instr:
         return f"PTX line {self.line}: {self.text}{source}"
 
     def writes(self):
+        """Registers that it writes."""
+        if self._writes is None:
+            self._writes = self._written()
+        return self._writes
+
+    def reads(self):
+        """Registers whose values it needs."""
+        if self._reads is None:
+            self._reads = self._needed()
+        return self._reads
+
+    def _written(self):
         if self.op == "barrier" or self.op == "bar":
             return _regs(self.operands[0]) if "red" in self.mods else []
         if self.op in NO_DESTINATION or not self.operands:
@@ -163,7 +176,7 @@ class Instr:
             return []
         return [] if isinstance(self.operands[0], Mem) else _regs(self.operands[0])
 
-    def reads(self):
+    def _needed(self):
         has_dst = bool(self.writes()) or (self.operands and isinstance(self.operands[0], Sink))
         regs = [r for o in (self.operands[1:] if has_dst else self.operands) for r in _regs(o)]
         if self.guard:
@@ -235,6 +248,17 @@ _SPECIALS = re.compile(
 )
 
 
+_SPACE = re.compile(r"\s*")
+_BRACKET = re.compile(r"[\[{(]")
+#: Text without its end, for each set of characters that ends it outside quotes.
+_UNTIL = {ends: re.compile(rf'[^"{ends}]*(?:"[^"]*"[^"{ends}]*)*') for ends in (";", "{}", "{;")}
+_HEX_F32 = re.compile(r"0[fF][0-9a-fA-F]{8}$")
+_HEX_F64 = re.compile(r"0[dD][0-9a-fA-F]{16}$")
+_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$")
+_SYMBOL = re.compile(r"([\w$%.]+)\s*(?:([+-])\s*(\d+))?$")
+_ADDRESS = re.compile(r"(\S+?)\s*(?:\+\s*(-?\s*\w+))?$")
+
+
 def _strip_comments(text):
     def keep_newlines(m):
         return m.group(0) if m.group(0)[0] == '"' else "\n" * m.group(0).count("\n") or " "
@@ -244,6 +268,8 @@ def _strip_comments(text):
 
 def split_operands(text):
     """Split at commas that are not inside brackets."""
+    if not _BRACKET.search(text):
+        return [p for p in map(str.strip, text.split(",")) if p]
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         if c in "[{(":
@@ -279,25 +305,18 @@ class PtxParser:
         self.pos += n
 
     def _skip_space(self):
-        m = re.compile(r"\s*").match(self.text, self.pos)
+        m = _SPACE.match(self.text, self.pos)
         self._advance(m.end() - self.pos)
         return self.pos < len(self.text)
 
     def _take_until(self, chars):
         """Text up to (not including) the first of ``chars`` outside quotes; consumes both."""
-        i, quoted = self.pos, False
-        while i < len(self.text):
-            c = self.text[i]
-            if c == '"':
-                quoted = not quoted
-            elif not quoted and c in chars:
-                break
-            i += 1
-        else:
+        end = _UNTIL[chars].match(self.text, self.pos).end()
+        if end == len(self.text) or self.text[end] == '"':
             raise PtxSyntaxError(f"unterminated statement at line {self.line}")
-        body = self.text[self.pos : i]
-        self._advance(i - self.pos + 1)
-        return body, self.text[i]
+        body = self.text[self.pos : end]
+        self._advance(end - self.pos + 1)
+        return body, self.text[end]
 
     def _skip_braces(self):
         depth = 0
@@ -432,6 +451,8 @@ class PtxParser:
     # ---- function bodies ------------------------------------------------
     def _parse_body(self, kernel):
         scopes, loc, depth = [{}], None, 0
+        # Operands that were met, for each scope; one that declares nothing shares its parent's.
+        known = [{}]
         scope_ids, next_scope, labels, branches = [0], 1, {}, []
         while True:
             if not self._skip_space():
@@ -439,6 +460,7 @@ class PtxParser:
             c = self.text[self.pos]
             if c == "{":
                 scopes.append({})
+                known.append(known[-1])
                 scope_ids.append(next_scope)
                 next_scope += 1
                 depth += 1
@@ -449,6 +471,7 @@ class PtxParser:
                 if depth == 0:
                     break
                 scopes.pop()
+                known.pop()
                 scope_ids.pop()
                 depth -= 1
                 continue
@@ -470,10 +493,12 @@ class PtxParser:
             body = body.strip()
             if body.startswith("."):
                 self._declaration(body, line, kernel, scopes)
+                known[-1] = {}
             elif body:
-                kernel.instrs.append(self._instruction(body, line, loc, kernel, scopes))
-                if kernel.instrs[-1].op == "bra":
-                    branches.append((kernel.instrs[-1], tuple(scope_ids)))
+                ins = self._instruction(body, line, loc, kernel, scopes, known[-1])
+                kernel.instrs.append(ins)
+                if ins.op == "bra":
+                    branches.append((ins, tuple(scope_ids)))
         for ins, path in branches:  # labels are local to their { } scope
             name = ins.operands[0].name
             found = [labels[i, name] for i in reversed(path) if (i, name) in labels]
@@ -491,7 +516,7 @@ class PtxParser:
         self._locs.append(loc)
         return loc
 
-    def _instruction(self, text, line, loc, kernel, scopes):
+    def _instruction(self, text, line, loc, kernel, scopes, known):
         m = _INSTR.match(text)
         if not m:
             raise PtxSyntaxError(f"cannot parse {text!r} at line {line}")
@@ -506,7 +531,11 @@ class PtxParser:
         if op == "call":
             operands = [Sym(s) for s in re.findall(r"[\w$]+", rest)]
         else:
-            operands = [self._operand(o, line, kernel, scopes) for o in split_operands(rest)]
+            operands = []
+            for word in split_operands(rest):
+                if word not in known:
+                    known[word] = self._operand(word, line, kernel, scopes)
+                operands.append(known[word])
         return Instr(clean, line, guard, op, mods, operands, loc)
 
     def _register(self, name, kernel, scopes):
@@ -529,9 +558,9 @@ class PtxParser:
 
     @staticmethod
     def _immediate(s):
-        if re.match(r"0[fF][0-9a-fA-F]{8}$", s):
+        if _HEX_F32.match(s):
             return Imm("f32", int(s[2:], 16))
-        if re.match(r"0[dD][0-9a-fA-F]{16}$", s):
+        if _HEX_F64.match(s):
             return Imm("f64", int(s[2:], 16))
         m = _INT.match(s)
         if m:
@@ -539,7 +568,7 @@ class PtxParser:
             octal = len(digits) > 1 and digits[0] == "0" and digits[1].isdigit()
             value = int(digits, 8) if octal else int(digits, 0)
             return Imm("int", -value if s[0] == "-" else value)
-        if re.match(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$", s):
+        if _FLOAT.match(s):
             return Imm("float", float(s))
         return Imm("int", 32) if s == "WARP_SZ" else None
 
@@ -568,7 +597,7 @@ class PtxParser:
             return imm
         if _SPECIALS.match(s):
             return Special(s[1:])
-        m = re.match(r"([\w$%.]+)\s*(?:([+-])\s*(\d+))?$", s)
+        m = _SYMBOL.match(s)
         if m and not s.startswith("%"):
             offset = int(m.group(3) or 0)
             return Sym(m.group(1), -offset if m.group(2) == "-" else offset)
@@ -576,7 +605,7 @@ class PtxParser:
 
     def _memory(self, s, line, kernel, scopes):
         s = s.partition(",")[0].strip()  # [map, {coordinates}] of tensor copies: not executable
-        m = re.match(r"(\S+?)\s*(?:\+\s*(-?\s*\w+))?$", s)
+        m = _ADDRESS.match(s)
         if not m:
             raise PtxSyntaxError(f"cannot parse address [{s}] at line {line}")
         base = self._operand(m.group(1), line, kernel, scopes)

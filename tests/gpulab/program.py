@@ -1,4 +1,9 @@
-"""A kernel compiled for execution: basic blocks, liveness and one closure per instruction."""
+"""A kernel compiled for execution: basic blocks, liveness and one closure per instruction.
+
+Closures are made when a block is first executed: much of a kernel is not, on a small map.
+"""
+
+from functools import cached_property
 
 from . import ops_arith, ops_async, ops_memory, ops_warp  # noqa: F401  (they register their instructions)
 from .counters import UNCHARGED, classify
@@ -25,15 +30,21 @@ def ends_block(ins):
 class Block:
     """Instructions start..end-1; ``last`` is the terminator instruction or None (fall through)."""
 
-    def __init__(self, index, start, end):
+    def __init__(self, index, instrs, start, end):
         self.index, self.start, self.end = index, start, end
         self.last = None
-        self.code = []
+        self._instrs = instrs
         self.overwritten = frozenset()  # registers that are set here and needed afterwards
         self.converge = None  # first instruction, when it is a warp-level sync
         self.spin = False  # ends with the back edge of a loop that polls memory
         self.polls = []  # ... with these instructions
         self.guard = None
+
+    @cached_property
+    def code(self):
+        """A closure for each instruction but the terminator."""
+        end = self.end if self.last is None else self.end - 1
+        return [_guarded(ins) for ins in self._instrs[self.start : end]]
 
 
 class Program:
@@ -43,7 +54,7 @@ class Program:
         self._make_blocks()
         self._liveness()
         for block in self.blocks:
-            self._compile(block)
+            self._terminator(block)
         self._classify()
         self.kinds = [classify(ins) for ins in self.instrs]
         self.block_issued = [
@@ -69,7 +80,7 @@ class Program:
         self.blocks, self.block_at = [], {}
         for i, start in enumerate(starts):
             end = starts[i + 1] if i + 1 < len(starts) else len(instrs)
-            block = Block(i, start, end)
+            block = Block(i, instrs, start, end)
             if ends_block(instrs[end - 1]):
                 block.last = instrs[end - 1]
             if is_warp_sync(instrs[start]):
@@ -129,15 +140,11 @@ class Program:
                 for r in ins.reads():
                     bits |= 1 << r.slot
 
-    def _compile(self, block):
-        body = self.instrs[block.start : block.end]
-        if block.last is not None:
-            body = body[:-1]
-            if block.last.guard:
-                reg, negated = block.last.guard
-                block.guard = (reg.slot, negated)
-        block.code = [self._guarded(ins) for ins in body]
+    def _terminator(self, block):
         last = block.last
+        if last is not None and last.guard:
+            reg, negated = last.guard
+            block.guard = (reg.slot, negated)
         if last is not None and last.op == "bra" and last.target <= last.pc:
             loop = self.instrs[last.target : last.pc]
             block.polls = [
@@ -146,39 +153,6 @@ class Program:
             block.spin = bool(block.polls)
             if any(i.op == "mbarrier" and {"test_wait", "try_wait"} & set(i.mods) for i in loop):
                 block.polls, block.spin = [], True  # not woken by changes of global memory
-
-    def _guarded(self, ins):
-        try:
-            if ins.op not in OPS:
-                raise unsupported(ins)
-            if OPS[ins.op].__module__ == ops_arith.__name__:
-                ops_arith.check_form(ins)
-            run = OPS[ins.op](ins)
-        except Exception as error:  # raised only if the instruction is reached
-            wrapped = error if isinstance(error, GpuLabError) else unsupported(ins, repr(error))
-
-            def run(g, wrapped=wrapped):
-                raise wrapped.with_traceback(None)
-
-        if not ins.guard:
-            return run
-        slot, negated = ins.guard[0].slot, ins.guard[1]
-
-        def guarded(g):
-            p = g.get(slot)
-            if negated:
-                p = ~p
-            if p.size == 1:
-                if p[0]:
-                    run(g)
-            elif p.all():
-                run(g)
-            elif p.any():
-                g.mask = p
-                run(g)
-                g.mask = None
-
-        return guarded
 
     def _classify(self):
         sizes_shared, sizes_global = {4}, {4}
@@ -196,6 +170,41 @@ class Program:
                     self.communicates = True
             self.uses_envreg |= "%envreg" in ins.text
         self.shared_granule, self.global_granule = min(sizes_shared), min(sizes_global)
+
+
+def _guarded(ins):
+    """What executes an instruction, under its predicate."""
+    try:
+        if ins.op not in OPS:
+            raise unsupported(ins)
+        if OPS[ins.op].__module__ == ops_arith.__name__:
+            ops_arith.check_form(ins)
+        run = OPS[ins.op](ins)
+    except Exception as error:  # raised only if the instruction is reached
+        wrapped = error if isinstance(error, GpuLabError) else unsupported(ins, repr(error))
+
+        def run(g, wrapped=wrapped):
+            raise wrapped.with_traceback(None)
+
+    if not ins.guard:
+        return run
+    slot, negated = ins.guard[0].slot, ins.guard[1]
+
+    def guarded(g):
+        p = g.get(slot)
+        if negated:
+            p = ~p
+        if p.size == 1:
+            if p[0]:
+                run(g)
+        elif p.all():
+            run(g)
+        elif p.any():
+            g.mask = p
+            run(g)
+            g.mask = None
+
+    return guarded
 
 
 def operand_value(operand, g, ins):
