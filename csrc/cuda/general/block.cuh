@@ -67,14 +67,6 @@ SCSE_DEVICE Accesses<T, W> load_accesses(bool whole, const T* p, int64_t pitch, 
   });
   return in;
 }
-// Has them on their way to L2 at least, without a register.
-template <typename T>
-SCSE_DEVICE void prefetch_accesses(const T* p, int64_t pitch, int64_t inside) {
-#pragma unroll
-  for (int u = 0; u < kOuter; ++u) {
-    if (u < inside) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + u * pitch));
-  }
-}
 template <int W, typename T>
 SCSE_DEVICE void store_access(bool whole, T* p, const Bits<T, W>& bits, int64_t across) {
   with_whole<W, T>(whole, [&](auto all) {

@@ -120,7 +120,6 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
     if (F::by_gates) {
       for (int step = 0; step * size < channels; ++step) {
         const int c = step * size + mine;
-        prefetch_accesses(dy + c * dy_pitch + s, dy_pitch, inside(c));
         const Accesses<T, W> in = load_x(step, true);
         float weight[kOuter];
         load_parameters(ws, ws_dtype, c, channels - c, weight);
@@ -267,7 +266,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
     if (F::by_gates) {
       for (int step = 0; step * size < channels; ++step) {
         const int c = step * size + mine;
-        prefetch_accesses(dy + s * dy_pitch + c, dy_pitch, inside(c));
         const Accesses<T, W> in = load_x(step, true);
         float weight[W];
         load_parameters(ws, ws_dtype, c, channels - c, weight);

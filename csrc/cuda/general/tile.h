@@ -15,8 +15,8 @@ namespace scse::cuda {
 // access of the inner axis: four loads on their way per map, and four sums to store together.
 constexpr int kOuter = 4;
 constexpr int kMaxThreads = 256;
-// Of x that waits in shared memory: all of it up to 2048 channels, and one block still fits an SM of
-// 100 KiB, three one of 228 KiB.
+// Of x that waits in shared memory: all of it up to 2048 channels, and one block still fits an SM
+// of 100 KiB, three one of 228 KiB.
 constexpr int64_t kKeptBytes = 64 * 1024;
 
 // Threads of a block: `rows` rows of `lanes` threads along the inner axis. A row is part of one
