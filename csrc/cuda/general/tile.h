@@ -43,8 +43,8 @@ inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width
     // All of a position's channels, as far as a warp has lanes: it then sums alone.
     t.lanes = static_cast<int>(std::min<int64_t>(accesses, 32));
   } else {
-    // All channels in two steps, as each waits for memory once, but rows of 128 bytes where 8
-    // lanes have them, the size of a cache line; wider where channels are few.
+    // At most 8 lanes, 128 bytes of a row, where channels are many: fewer where all channels then
+    // take two steps, each of which waits for memory. More lanes where channels are few.
     const int64_t wanted = kMaxThreads * kOuter / power_of_two(channels);
     const int64_t least = std::clamp<int64_t>(2 * wanted, 2, 8);
     t.lanes = static_cast<int>(std::min(std::clamp<int64_t>(wanted, least, 32), accesses));
