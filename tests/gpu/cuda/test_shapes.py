@@ -55,6 +55,17 @@ def test_a_misaligned_map_of_aligned_size(layout, which):
     assert widths == ({"4"} if which == "x" else {"8", "4"})
 
 
+def test_samples_that_begin_anywhere():
+    """Rows are multiples of an access, and the distance between samples is not."""
+
+    def arrange(t):
+        size = t[0].numel() + 1
+        around = torch.full((t.shape[0] * size,), torch.nan, dtype=t.dtype)
+        return around.as_strided(t.shape, (size, *t.stride()[1:])).copy_(t)
+
+    execute(NO_CLUSTERS, make_case((3, 8, 2, 10), "max", HALF).arranged(arrange, arrange))
+
+
 #: Dtype of the parameters, shape (reduction 2), blocks of a cluster.
 EXCITATIONS = {
     "a block to a sample": (FLOAT, (2, 64, 2, 8), 1),
