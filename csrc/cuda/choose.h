@@ -21,9 +21,8 @@ inline bool prefer_on_chip_forward(int64_t bytes, int64_t blocks, int64_t channe
          channels * hidden_channels <= kWeights;
 }
 
-// Backward: never. Two launches in a row wait for one another there as three do, and few blocks fit
-// an SM: 23 / 25, 26 / 24, 28 / 25, 54 / 32 and 462 / 343 for the maps above, before the general
-// kernels became faster.
-constexpr bool kPreferOnChipBackward = false;
+// Backward: never, unless SCSE_CUDA_KERNELS asks for it. Two launches in a row wait for one another
+// there as three do, and few blocks fit an SM: 23 / 25, 26 / 24, 28 / 25, 54 / 32 and 462 / 343 for
+// the maps above, before the general kernels became faster.
 
 }  // namespace scse::cuda

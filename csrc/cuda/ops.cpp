@@ -205,7 +205,8 @@ BackwardResult cuda_backward(const Tensor& dy, const Tensor& x, const Optional& 
     p.dx = dx.mutable_data_ptr();
   }
 
-  const Launcher& chosen = kernels(p, on_chip_backward_fits, [] { return kPreferOnChipBackward; });
+  // On chip it is never faster, see choose.h.
+  const Launcher& chosen = kernels(p, on_chip_backward_fits, [] { return false; });
   const Tensor memory = scratch(chosen.backward_scratch(p), x);
   chosen.backward(p, static_cast<float*>(memory.mutable_data_ptr()));
   return {dx, dw1, db1, dw2, db2, dws, dbs};

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace scse::cuda {
 
@@ -17,15 +18,12 @@ struct BitsOf<16> {
   using type = uint4;
 };
 template <>
-struct BitsOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct BitsOf<2> {
-  using type = uint16_t;
+struct BitsOf<8> {
+  using type = uint2;
 };
 
-// W elements of type T as one access moves them. W is wide<T> where addresses allow it, else 1.
+// W elements of type T as memory has them, 16 bytes or 8: wide<T> elements where addresses allow
+// accesses of that width, else half as many.
 template <typename T, int W>
 using Bits = typename BitsOf<W * sizeof(T)>::type;
 template <typename T>
@@ -46,6 +44,35 @@ SCSE_DEVICE Bits<T, W> load(const T* p) {
 template <int W, typename T>
 SCSE_DEVICE void store(T* p, const Bits<T, W>& bits) {
   *reinterpret_cast<Bits<T, W>*>(p) = bits;
+}
+
+// The same of the first `inside` elements alone, one by one, at any address of theirs; 0 for the
+// others.
+template <int W, typename T>
+SCSE_DEVICE Bits<T, W> load_singly(const T* p, int inside) {
+  constexpr int n = 4 / sizeof(T);
+  using Element = std::conditional_t<n == 2, uint16_t, uint32_t>;
+  const Element* elements = reinterpret_cast<const Element*>(p);
+  uint32_t words[W / n] = {};
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    const uint32_t element = i < inside ? elements[i] : 0;
+    words[i / n] |= element << i % n * 16;
+  }
+  static_assert(W == 2 * n, "two words");
+  return {words[0], words[1]};
+}
+template <int W, typename T>
+SCSE_DEVICE void store_singly(T* p, const Bits<T, W>& bits, int inside) {
+  constexpr int n = 4 / sizeof(T);
+  using Element = std::conditional_t<n == 2, uint16_t, uint32_t>;
+  static_assert(W == 2 * n, "two words");
+  const uint32_t words[2] = {bits.x, bits.y};
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    const uint32_t element = words[i / n] >> i % n * 16;
+    if (i < inside) reinterpret_cast<Element*>(p)[i] = static_cast<Element>(element);
+  }
 }
 
 // --- between elements and floats, a 32-bit word (one float or two half-type elements) at a time
@@ -72,15 +99,11 @@ SCSE_DEVICE uint32_t narrow_word(const __nv_bfloat16*, const float* f) {
 template <typename T, int W>
 SCSE_DEVICE Floats<W> widen(const Bits<T, W>& bits) {
   constexpr T* type = nullptr;
+  constexpr int n = 4 / sizeof(T);
   Floats<W> f;
+  widen_word(type, bits.x, f.of), widen_word(type, bits.y, f.of + n);
   if constexpr (sizeof bits == 16) {
-    constexpr int n = 4 / sizeof(T);
-    widen_word(type, bits.x, f.of), widen_word(type, bits.y, f.of + n);
     widen_word(type, bits.z, f.of + 2 * n), widen_word(type, bits.w, f.of + 3 * n);
-  } else {
-    float two[2];
-    widen_word(type, bits, two);
-    f[0] = two[0];
   }
   return f;
 }
@@ -89,13 +112,12 @@ SCSE_DEVICE Floats<W> widen(const Bits<T, W>& bits) {
 template <typename T, int W>
 SCSE_DEVICE Bits<T, W> narrow(const Floats<W>& f) {
   constexpr T* type = nullptr;
+  constexpr int n = 4 / sizeof(T);
   if constexpr (W * sizeof(T) == 16) {
-    constexpr int n = 4 / sizeof(T);
     return {narrow_word(type, f.of), narrow_word(type, f.of + n), narrow_word(type, f.of + 2 * n),
             narrow_word(type, f.of + 3 * n)};
   } else {
-    const float two[2] = {f[0], 0.f};
-    return static_cast<Bits<T, W>>(narrow_word(type, two));
+    return {narrow_word(type, f.of), narrow_word(type, f.of + n)};
   }
 }
 

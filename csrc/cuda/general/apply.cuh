@@ -54,8 +54,10 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
   const int64_t row = LAST ? channels : positions;
   const int64_t inside = at.inner < row ? (LAST ? positions : channels) - at.outer : 0;
+  const int64_t across = row - at.inner;
+  const bool whole = is_whole<W>(x, x_sample, x_pitch, row) && is_whole<W>(y, 0, 0, 0);
   x += at.n * x_sample + at.outer * x_pitch + at.inner;
-  const Accesses<T, W> in = load_accesses<W>(x, x_pitch, inside);
+  const Accesses<T, W> in = load_accesses<W>(whole, x, x_pitch, inside, across);
 
   wait_for_previous();
   Along<W, LAST> c;
@@ -75,14 +77,15 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
       Floats<W> second;
 #pragma unroll
       for (int i = 0; i < W; ++i) out[i] = f[i] * c.of(u, i), second[i] = f[i] * s.of(u, i);
-      store<W>(y + channels * (LAST ? 1 : positions) + u * y_pitch, narrow<T, W>(second));
+      store_access<W>(whole, y + channels * (LAST ? 1 : positions) + u * y_pitch,
+                      narrow<T, W>(second), across);
     } else {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         out[i] = Formula<float, K>::value(f[i], c.of(u, i), s.of(u, i));
       }
     }
-    store<W>(y + u * y_pitch, narrow<T, W>(out));
+    store_access<W>(whole, y + u * y_pitch, narrow<T, W>(out), across);
   }
 }
 
@@ -138,14 +141,21 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
   const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
   const int64_t row = LAST ? channels : positions;
   const int64_t inside = at.inner < row ? (LAST ? positions : channels) - at.outer : 0;
+  const int64_t across = row - at.inner;
+  const bool whole = is_whole<W>(dy, dy_sample, dy_pitch, row) && is_whole<W>(dx, 0, 0, 0) &&
+                     (!reads_x || is_whole<W>(x, x_sample, x_pitch, row));
   dy += at.n * dy_sample + at.outer * dy_pitch + at.inner;
-  const Accesses<T, W> d_in = load_accesses<W>(dy, dy_pitch, inside);
-  Accesses<T, W> d2_in{}, in{};
-  if (K == Combine::concat) {
-    d2_in = load_accesses<W>(dy + channels * (LAST ? 1 : dy_pitch), dy_pitch, inside);
-  }
   x += at.n * x_sample + at.outer * x_pitch + at.inner;
-  if (reads_x) in = load_accesses<W>(x, x_pitch, inside);
+  Accesses<T, W> d_in, d2_in{}, in{};
+  with_whole<W, T>(whole, [&](auto all) {
+    constexpr bool WHOLE = decltype(all)::value;
+    d_in = load_accesses<W, WHOLE>(dy, dy_pitch, inside, across);
+    if (K == Combine::concat) {
+      d2_in =
+          load_accesses<W, WHOLE>(dy + channels * (LAST ? 1 : dy_pitch), dy_pitch, inside, across);
+    }
+    if (reads_x) in = load_accesses<W, WHOLE>(x, x_pitch, inside, across);
+  });
   Along<W, LAST> c, mean, weight;
   Along<W, !LAST> s, d;
   if (has_spatial(K)) weight.load(ws, dtype_of(dtypes, Parameter::ws), at, channels);
@@ -172,7 +182,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
       if (has_channel(K)) out[i] += mean.of(u, i);
       if (has_spatial(K)) out[i] += weight.of(u, i) * d.of(u, i);
     }
-    store<W>(dx + u * row, narrow<T, W>(out));
+    store_access<W>(whole, dx + u * row, narrow<T, W>(out), across);
   }
 }
 

@@ -1,6 +1,8 @@
 // What the general kernels share: how a block's threads lie on a map, see tile.h, and its sums.
 #pragma once
 
+#include <type_traits>
+
 #include "../sums.cuh"
 #include "tile.h"
 #include "../vector.cuh"
@@ -20,13 +22,60 @@ struct Accesses {
   Bits<T, W> at[kOuter];
 };
 
-// `inside`: how many of the neighbours are in the map; none or less: no access.
+// Whether each access to a map can be moved as a whole, or only element by element: rows of 14
+// elements of two bytes are multiples of W = 4, rows of 7 are not. Rows, samples and the address of
+// wide<T> elements are such multiples always.
 template <int W, typename T>
-SCSE_DEVICE Accesses<T, W> load_accesses(const T* p, int64_t pitch, int64_t inside) {
+SCSE_DEVICE bool is_whole(const T* p, int64_t sample, int64_t pitch, int64_t row) {
+  const auto elements = reinterpret_cast<uintptr_t>(p) / sizeof(T);
+  return W == wide<T> || (elements | sample | pitch | row) % W == 0;
+}
+
+// Calls body(std::bool_constant<whole>). One branch for all loads of a step, so that all of them
+// are on their way together.
+template <int W, typename T, typename Body>
+SCSE_DEVICE void with_whole(bool whole, const Body& body) {
+  if (W == wide<T> || whole) {
+    body(std::true_type());
+  } else if constexpr (W != wide<T>) {
+    body(std::false_type());
+  }
+}
+
+// `inside`: how many of the neighbours are in the map; none or less: no access. `across`: how many
+// elements are left in the row.
+template <int W, bool WHOLE, typename T>
+SCSE_DEVICE Accesses<T, W> load_accesses(const T* p, int64_t pitch, int64_t inside,
+                                         int64_t across) {
   Accesses<T, W> in;
 #pragma unroll
-  for (int u = 0; u < kOuter; ++u) in.at[u] = u < inside ? load<W>(p + u * pitch) : Bits<T, W>{};
+  for (int u = 0; u < kOuter; ++u) {
+    if constexpr (WHOLE) {
+      in.at[u] = u < inside ? load<W>(p + u * pitch) : Bits<T, W>{};
+    } else {
+      in.at[u] = load_singly<W>(p + u * pitch, u < inside ? static_cast<int>(across) : 0);
+    }
+  }
   return in;
+}
+template <int W, typename T>
+SCSE_DEVICE Accesses<T, W> load_accesses(bool whole, const T* p, int64_t pitch, int64_t inside,
+                                         int64_t across) {
+  Accesses<T, W> in;
+  with_whole<W, T>(whole, [&](auto all) {
+    in = load_accesses<W, decltype(all)::value>(p, pitch, inside, across);
+  });
+  return in;
+}
+template <int W, typename T>
+SCSE_DEVICE void store_access(bool whole, T* p, const Bits<T, W>& bits, int64_t across) {
+  with_whole<W, T>(whole, [&](auto all) {
+    if constexpr (decltype(all)::value) {
+      store<W>(p, bits);
+    } else {
+      store_singly<W>(p, bits, static_cast<int>(across));
+    }
+  });
 }
 
 // --- vectors over a step's inner elements, in shared memory ---
@@ -50,7 +99,8 @@ SCSE_DEVICE int inner_index(int i, int lanes) {
 template <int W>
 SCSE_DEVICE void store_inner(float* shared, int lane, int lanes, const Floats<W>& f) {
   if constexpr (W < 4) {
-    shared[lane] = f[0];
+#pragma unroll
+    for (int i = 0; i < W; ++i) shared[lane * W + i] = f[i];
   } else {
 #pragma unroll
     for (int i = 0; i < W; i += 4) {
@@ -63,7 +113,8 @@ template <int W>
 SCSE_DEVICE Floats<W> load_inner(const float* shared, int lane, int lanes) {
   Floats<W> f;
   if constexpr (W < 4) {
-    f[0] = shared[lane];
+#pragma unroll
+    for (int i = 0; i < W; ++i) f[i] = shared[lane * W + i];
   } else {
 #pragma unroll
     for (int i = 0; i < W; i += 4) {

@@ -37,7 +37,7 @@ Tile tile_for(const Problem& p) {
        {p.x, p.dy, static_cast<const void*>(p.y), static_cast<const void*>(p.dx)}) {
     parts |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(map) / itemsize(p));
   }
-  return tile_of(p.channels, p.positions, itemsize(p), parts % wide == 0 ? wide : 1,
+  return tile_of(p.channels, p.positions, itemsize(p), parts % wide == 0 ? wide : wide / 2,
                  p.channels_last);
 }
 

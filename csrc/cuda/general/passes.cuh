@@ -15,8 +15,8 @@ namespace scse::cuda {
 // Calls body(std::integral_constant<int, W>).
 template <typename T, typename Body>
 void with_width(int width, const Body& body) {
-  width == 1 ? body(std::integral_constant<int, 1>())
-             : body(std::integral_constant<int, wide<T>>());
+  width == wide<T> ? body(std::integral_constant<int, wide<T>>())
+                   : body(std::integral_constant<int, wide<T> / 2>());
 }
 
 template <typename T>

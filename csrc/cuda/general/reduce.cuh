@@ -48,8 +48,9 @@ struct Kept {
     memory = reinterpret_cast<Bits<T, W>*>(dynamic_shared) + threadIdx.x;
   }
   // A step's part of x: the first time from p, and later from where it waits.
-  SCSE_DEVICE Accesses<T, W> load(int step, bool first, const T* p, int64_t pitch,
-                                  int64_t inside) const {
+  template <bool WHOLE>
+  SCSE_DEVICE Accesses<T, W> load(int step, bool first, const T* p, int64_t pitch, int64_t inside,
+                                  int64_t across) const {
     const bool keep = (step + 1) * kOuter <= count;
     Bits<T, W>* at = memory + step * kOuter * blockDim.x;
     Accesses<T, W> in;
@@ -57,7 +58,7 @@ struct Kept {
 #pragma unroll
       for (int u = 0; u < kOuter; ++u) in.at[u] = at[u * blockDim.x];
     } else {
-      in = load_accesses<W>(p, pitch, inside);
+      in = load_accesses<W, WHOLE>(p, pitch, inside, across);
     }
     if (keep && first) {
 #pragma unroll
@@ -82,6 +83,8 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
   const Dtype ws_dtype = dtype_of(dtypes, Parameter::ws);
   float bias = 0, dbs = 0;
   if (bs != nullptr) bias = load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0);
+  const bool whole = is_whole<W>(x, x_sample, x_pitch, positions) &&
+                     is_whole<W>(dy, dy_sample, dy_pitch, positions);
   x += n * x_sample, dy += n * dy_sample, channel_gate += n * channels;
 
   for (int tile = 0; tile < tiles; ++tile) {
@@ -90,6 +93,16 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
     // A step is `me.rows * kOuter` channels.
     const int size = me.rows * kOuter, mine = me.row * kOuter;
     const auto inside = [&](int c) { return s < positions ? channels - c : 0; };
+    const auto load_x_of = [&](auto all, int step, bool first) {
+      const int c = step * size + mine;
+      return xs.template load<decltype(all)::value>(step, first, x + c * x_pitch + s, x_pitch,
+                                                    inside(c), positions - s);
+    };
+    const auto load_x = [&](int step, bool first) {
+      Accesses<T, W> in;
+      with_whole<W, T>(whole, [&](auto all) { in = load_x_of(all, step, first); });
+      return in;
+    };
     Floats<W> gate{}, squeezed{}, d_gate{};
     const auto squeeze = [&](const Floats<W>& f, float weight) {
 #pragma unroll
@@ -107,7 +120,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
     if (F::by_gates) {
       for (int step = 0; step * size < channels; ++step) {
         const int c = step * size + mine;
-        const Accesses<T, W> in = xs.load(step, true, x + c * x_pitch + s, x_pitch, inside(c));
+        const Accesses<T, W> in = load_x(step, true);
         float weight[kOuter];
         load_parameters(ws, ws_dtype, c, channels - c, weight);
 #pragma unroll
@@ -120,14 +133,17 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
 
     for (int step = 0; step * size < channels; ++step) {
       const int c = step * size + mine;
-      const Accesses<T, W> in =
-          xs.load(step, !F::by_gates, x + c * x_pitch + s, x_pitch, inside(c));
       const T* d = dy + c * dy_pitch + s;
-      const Accesses<T, W> d_in = load_accesses<W>(d, dy_pitch, inside(c));
-      Accesses<T, W> d2_in{};
-      if (K == Combine::concat) {
-        d2_in = load_accesses<W>(d + channels * dy_pitch, dy_pitch, inside(c));
-      }
+      Accesses<T, W> in, d_in, d2_in{};
+      with_whole<W, T>(whole, [&](auto all) {
+        constexpr bool WHOLE = decltype(all)::value;
+        in = load_x_of(all, step, !F::by_gates);
+        d_in = load_accesses<W, WHOLE>(d, dy_pitch, inside(c), positions - s);
+        if (K == Combine::concat) {
+          d2_in =
+              load_accesses<W, WHOLE>(d + channels * dy_pitch, dy_pitch, inside(c), positions - s);
+        }
+      });
       float weight[kOuter] = {}, channel[kOuter] = {}, sum[kOuter] = {};
       if (F::by_gates) {
         load_some(channel_gate + c, channels - c, channel);
@@ -170,7 +186,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
         const Floats<W> d = load_inner<W>(dqs, me.lane, lanes);
         for (int step = 0; step * size < channels; ++step) {
           const int c = step * size + mine;
-          const Accesses<T, W> in = xs.load(step, false, x + c * x_pitch + s, x_pitch, inside(c));
+          const Accesses<T, W> in = load_x(step, false);
           float sum[kOuter] = {};
 #pragma unroll
           for (int u = 0; u < kOuter; ++u) {
@@ -203,6 +219,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
   const Dtype ws_dtype = dtype_of(dtypes, Parameter::ws);
   float bias = 0, dbs = 0;
   if (bs != nullptr) bias = load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0);
+  const bool whole =
+      is_whole<W>(x, x_sample, x_pitch, channels) && is_whole<W>(dy, dy_sample, dy_pitch, channels);
   x += n * x_sample, dy += n * dy_sample, channel_gate += n * channels;
 
   Floats<W> sum{}, sum_ws{};
@@ -211,6 +229,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
     // A step is `size` channels.
     const int size = lanes * W, mine = me.lane * W;
     const auto inside = [&](int c) { return c < channels ? positions - s : 0; };
+    const auto load_x_of = [&](auto all, int step, bool first) {
+      const int c = step * size + mine;
+      return xs.template load<decltype(all)::value>(step, first, x + s * x_pitch + c, x_pitch,
+                                                    inside(c), channels - c);
+    };
+    const auto load_x = [&](int step, bool first) {
+      Accesses<T, W> in;
+      with_whole<W, T>(whole, [&](auto all) { in = load_x_of(all, step, first); });
+      return in;
+    };
     // Adds sums over the tile's positions to the strip's, or keeps them for the strip's end.
     const auto flush = [&](Floats<W>& sums, int first, float* p) {
       if (one_step && tile < tiles - 1) return;
@@ -238,7 +266,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
     if (F::by_gates) {
       for (int step = 0; step * size < channels; ++step) {
         const int c = step * size + mine;
-        const Accesses<T, W> in = xs.load(step, true, x + s * x_pitch + c, x_pitch, inside(c));
+        const Accesses<T, W> in = load_x(step, true);
         float weight[W];
         load_parameters(ws, ws_dtype, c, channels - c, weight);
 #pragma unroll
@@ -249,12 +277,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
 
     for (int step = 0; step * size < channels; ++step) {
       const int c = step * size + mine;
-      const Accesses<T, W> in =
-          xs.load(step, !F::by_gates, x + s * x_pitch + c, x_pitch, inside(c));
       const T* d = dy + s * dy_pitch + c;
-      const Accesses<T, W> d_in = load_accesses<W>(d, dy_pitch, inside(c));
-      Accesses<T, W> d2_in{};
-      if (K == Combine::concat) d2_in = load_accesses<W>(d + channels, dy_pitch, inside(c));
+      Accesses<T, W> in, d_in, d2_in{};
+      with_whole<W, T>(whole, [&](auto all) {
+        constexpr bool WHOLE = decltype(all)::value;
+        in = load_x_of(all, step, !F::by_gates);
+        d_in = load_accesses<W, WHOLE>(d, dy_pitch, inside(c), channels - c);
+        if (K == Combine::concat) {
+          d2_in = load_accesses<W, WHOLE>(d + channels, dy_pitch, inside(c), channels - c);
+        }
+      });
       float weight[W] = {}, channel[W] = {};
       if (F::by_gates) {
         load_some(channel_gate + c, channels - c, channel);
@@ -291,8 +323,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
       }
       if (partial_ws != nullptr) {
         for (int step = 0; step * size < channels; ++step) {
-          const int c = step * size + mine;
-          const Accesses<T, W> in = xs.load(step, false, x + s * x_pitch + c, x_pitch, inside(c));
+          const Accesses<T, W> in = load_x(step, false);
 #pragma unroll
           for (int u = 0; u < kOuter; ++u) {
             const Floats<W> f = widen<T, W>(in.at[u]);

@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_AR
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
   const Place me(lanes);
+  const bool whole = is_whole<W>(x, x_sample, x_pitch, positions);
   x += blockIdx.x / strips * x_sample;
   spatial_gate += blockIdx.x / strips * positions;
   partial += int64_t(blockIdx.x) * channels;
@@ -38,8 +39,8 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_AR
     Floats<W> squeezed{};
     for (int first = 0; first < channels; first += me.rows * kOuter) {
       const int c = first + me.row * kOuter;
-      const Accesses<T, W> in =
-          load_accesses<W>(x + c * x_pitch + s, x_pitch, s < positions ? channels - c : 0);
+      const Accesses<T, W> in = load_accesses<W>(whole, x + c * x_pitch + s, x_pitch,
+                                                 s < positions ? channels - c : 0, positions - s);
       float weight[kOuter], sum[kOuter] = {};
       if (SPATIAL) {
         load_parameters(ws, dtype_of(dtypes, Parameter::ws), c, channels - c, weight);
@@ -70,6 +71,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQU
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
   const Place me(lanes);
+  const bool whole = is_whole<W>(x, x_sample, x_pitch, channels);
   x += blockIdx.x / strips * x_sample;
   spatial_gate += blockIdx.x / strips * positions;
   partial += int64_t(blockIdx.x) * channels;
@@ -84,8 +86,8 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQU
     float squeezed[kOuter] = {};
     for (int first = 0; first < channels; first += lanes * W) {
       const int c = first + me.lane * W;
-      const Accesses<T, W> in =
-          load_accesses<W>(x + s * x_pitch + c, x_pitch, c < channels ? positions - s : 0);
+      const Accesses<T, W> in = load_accesses<W>(whole, x + s * x_pitch + c, x_pitch,
+                                                 c < channels ? positions - s : 0, channels - c);
       float weight[W];
       if (SPATIAL) {
         load_parameters(ws, dtype_of(dtypes, Parameter::ws), c, channels - c, weight);

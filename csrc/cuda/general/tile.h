@@ -15,14 +15,14 @@ namespace scse::cuda {
 // access of the inner axis: four loads on their way per map, and four sums to store together.
 constexpr int kOuter = 4;
 constexpr int kMaxThreads = 256;
-// Of x that waits in shared memory: all of it up to 512 channels, and one block still fits an SM of
-// 100 KiB, three one of 228 KiB.
+// Of x that waits in shared memory: all of it up to 2048 channels, and one block still fits an SM
+// of 100 KiB, three one of 228 KiB.
 constexpr int64_t kKeptBytes = 64 * 1024;
 
 // Threads of a block: `rows` rows of `lanes` threads along the inner axis. A row is part of one
 // warp, so that warps sum over the inner axis alone.
 struct Tile {
-  int width;                         // elements to an access, W
+  int width;                         // elements to an access, W: 16 bytes or 8
   int lanes, rows;                   // powers of two
   int inner, outer;                  // elements of a step of the block
   int tiles;                         // of a strip, one after the other
@@ -43,9 +43,10 @@ inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width
     // All of a position's channels, as far as a warp has lanes: it then sums alone.
     t.lanes = static_cast<int>(std::min<int64_t>(accesses, 32));
   } else {
-    // Rows of 128 bytes at least, the size of a cache line; wider where channels are few.
-    const int64_t least = width == 1 ? 32 : 8;
+    // At most 8 lanes, 128 bytes of a row, where channels are many: fewer where all channels then
+    // take two steps, each of which waits for memory. More lanes where channels are few.
     const int64_t wanted = kMaxThreads * kOuter / power_of_two(channels);
+    const int64_t least = std::clamp<int64_t>(2 * wanted, 2, 8);
     t.lanes = static_cast<int>(std::min(std::clamp<int64_t>(wanted, least, 32), accesses));
   }
   const int64_t rows = power_of_two(ceil_div(outer, kOuter));

@@ -102,10 +102,10 @@ def _calls():
     for machine, variant, dtype, layout, access in product(
         MACHINES, VARIANTS, DTYPES, LAYOUTS, SIZES
     ):
-        # On chip alone it is an access of its own; the general kernels go by single elements.
+        # On chip alone it is an access of its own; the general kernels take fours of elements.
         if access == "4 bytes" and draw.random() < (0.5 if machine == "on chip" else 0.8):
             continue
-        # A misaligned map has the general kernels go by single elements.
+        # A misaligned map has the general kernels take fours of single elements.
         wide = access == "16 bytes" and machine != "on chip"
         ways = ("dense", "samples apart") if wide else ("dense", *ARRANGED)
         yield Call(

@@ -20,10 +20,12 @@ GENERAL = {
     "... channels in several steps": (LAST, "concat", FLOAT, (2, 37, 1, 531)),
     "... wide, channels in one step": (LAST, "max", BFLOAT, (1, 72, 1, 1090)),
     "channels in several steps, wide": (LAST, "max", HALF, (2, 264, 3, 7)),
-    "x does not all stay on chip": (PLANES, "max", HALF, (1, 648, 4, 8)),
-    "... of narrow rows": (PLANES, "add", FLOAT, (1, 545, 1, 9)),
-    "... channels last": (LAST, "max", FLOAT, (1, 648, 1, 5)),
-    "... channels last, the sum": (LAST, "add", FLOAT, (1, 648, 1, 5)),
+    "x does not all stay on chip": (PLANES, "max", HALF, (1, 2056, 1, 16)),
+    "... of narrow rows": (PLANES, "sse", FLOAT, (1, 4100, 1, 3)),
+    "... channels last": (LAST, "max", FLOAT, (1, 648, 1, 29)),
+    "... channels last, the sum": (LAST, "add", FLOAT, (1, 648, 1, 29)),
+    "rows of 8 bytes": (PLANES, "max", HALF, (2, 68, 2, 10)),
+    "rows of single elements, many channels": (PLANES, "add", HALF, (2, 520, 7, 7)),
     "the largest excitation": (PLANES, "cse", HALF, (3, 264, 1, 8)),
     "one element": (PLANES, "add", FLOAT, (1, 1, 1, 1)),
     "one channel": (LAST, "max", HALF, (2, 1, 3, 5)),
@@ -50,7 +52,18 @@ def test_a_misaligned_map_of_aligned_size(layout, which):
     case = case.arranged(**{which: partial(ARRANGED["misaligned"], layout)})
     lab = execute(NO_CLUSTERS, case)
     widths = {kernel.split(", ")[1] for kernel in lab.launched if "excite" not in kernel}
-    assert widths == ({"1"} if which == "x" else {"8", "1"})
+    assert widths == ({"4"} if which == "x" else {"8", "4"})
+
+
+def test_samples_that_begin_anywhere():
+    """Rows are multiples of an access, and the distance between samples is not."""
+
+    def arrange(t):
+        size = t[0].numel() + 1
+        around = torch.full((t.shape[0] * size,), torch.nan, dtype=t.dtype)
+        return around.as_strided(t.shape, (size, *t.stride()[1:])).copy_(t)
+
+    execute(NO_CLUSTERS, make_case((3, 8, 2, 10), "max", HALF).arranged(arrange, arrange))
 
 
 #: Dtype of the parameters, shape (reduction 2), blocks of a cluster.
