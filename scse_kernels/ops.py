@@ -88,16 +88,20 @@ def gradient_memory(parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
 
+def _check_residual(w1, ws, combine, residual):
+    if residual and w1 is not None and ws is not None and combine == COMBINE["concat"]:
+        raise RuntimeError(
+            "scse_kernels: residual can't be added to concat, which has twice x's channels"
+        )
+
+
 def _fake_forward(
     x, w1, b1, w2, b2, ws, bs, combine, activation=0, slope=0.0, gate=0, residual=False
 ):
+    _check_residual(w1, ws, combine, residual)
     n, c, *positions = x.shape
     channels_last = memory_format(x)
     if w1 is not None and ws is not None and combine == COMBINE["concat"]:
-        if residual:
-            raise RuntimeError(
-                "scse_kernels: residual can't be added to concat, which has twice x's channels"
-            )
         shape = (n, 2 * c, *positions)
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=channels_last)
     else:
@@ -126,6 +130,8 @@ def _fake_backward(
     gate=0,
     residual=False,
 ):
+    _check_residual(w1, ws, combine, residual)
+
     def grad(parameter, needed):
         if parameter is None or not needed:
             return x.new_empty((0,))

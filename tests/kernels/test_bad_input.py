@@ -185,7 +185,7 @@ def test_type_of_residual(target, residual):
 
 def test_no_residual_of_a_concatenation(target):
     options = {"combine": "concat", "residual": True, "backend": target.backend}
-    message = rf"scse\(\): residual ({MUST_BE}) False.*'concat'.*channels"
+    message = rf"scse\(\): residual ({MUST_BE}).*False.*'concat'.*channels"
     _raises(ValueError, message, scse_kernels.scse, **_arguments(target.device), **options)
 
 
