@@ -183,9 +183,9 @@ struct ChannelsLast {
         const V cv = kChannel ? load(gate + c, extent) : V{};
         const V dyv = load(dy + c, extent);
         V d = F::direct(load(x + c, extent), dyv, dyv2, cv, sv);
-        if (!kConcat && residual) d += dyv;
         if (kChannel) d += load(mean + c, extent);
         if (kSpatial) d += dqv * load(p.ws + c, extent);
+        if (!kConcat && residual) d += dyv;
         if (!kStream) prefetch_for_writing(dx + c + kAhead);
         put<kStream>(dx + c, d, extent);
       });

@@ -176,9 +176,9 @@ struct Planes {
         const V sv = kSpatial ? load_raw<V>(s + i) : V{};
         const V xv = load(x + i, extent), dyv = load(dy + i, extent);
         V d = F::direct(xv, dyv, dyv2, gate, sv);
-        if (!kConcat && residual) d += dyv;
         if (kChannel) d += mean;
         if (kSpatial) d += w * load_raw<V>(dq + i);
+        if (!kConcat && residual) d += dyv;
         put<kStream>(dx + i, d, extent);
         if (kWeighLater) sum += xv * load(dq + i, extent);
       });
