@@ -12,6 +12,8 @@
 #include <tuple>
 #include <type_traits>
 
+#include "combine.h"
+
 namespace scse {
 
 using torch::headeronly::MemoryFormat;
@@ -156,10 +158,12 @@ inline void check_code(const char* name, int64_t code, int64_t last) {
 
 // What every operator asks of its arguments before it looks at their elements.
 inline void check_arguments(const Tensor& x, const Optional& w1, const Optional& w2,
-                            const Optional& ws, int64_t combine) {
+                            const Optional& ws, int64_t combine, bool residual) {
   STD_TORCH_CHECK(w1 || ws, "scse_kernels: w1 and ws are both missing, expected at least one");
   STD_TORCH_CHECK(!w1 == !w2, "scse_kernels: w1 and w2 must both be given or both be missing");
   check_code("combine", combine, 3);
+  STD_TORCH_CHECK(!(residual && w1 && ws && combine == static_cast<int64_t>(Combine::concat)),
+                  "scse_kernels: residual can't be added to concat, which has twice x's channels");
   STD_TORCH_CHECK(x.size(1) > 0 && positions_of(x) > 0,
                   "scse_kernels: x must have channels and positions, got ", x.size(1), " and ",
                   positions_of(x));

@@ -37,6 +37,7 @@ def scse(
     activation: Activation = "relu",
     slope: float | None = None,
     gate: Gate = "sigmoid",
+    residual: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """Concurrent spatial and channel squeeze & excitation (arXiv:1803.02579, arXiv:1808.08127).
@@ -45,7 +46,7 @@ def scse(
 
         channel_gate = gate(activation(mean_s(x) @ w1.T + b1) @ w2.T + b2)
         spatial_gate = gate(sum_c ws[c] * x[:, c] + bs)
-        y = combine(x * channel_gate, x * spatial_gate)
+        y = combine(x * channel_gate, x * spatial_gate)  # + x, where residual
 
     Args:
         x: feature map [N, C, *S] with one to three spatial axes; float32, float64, float16 or
@@ -60,6 +61,8 @@ def scse(
             activations have none.
         gate: what closes both branches: "sigmoid" as in the articles or "hard_sigmoid",
             relu6(v + 3) / 6 as in MobileNetV3 (arXiv:1905.02244).
+        residual: whether x is added: y = scSE(x) + x, in the passes that y takes anyway and with
+            one rounding to x's dtype. Not for "concat", which has twice x's channels.
         backend: "auto", "eager", "cpu", "cuda" or "triton". A named backend is used or raises;
             "auto" takes the fastest one for x's device, and "eager" under torch.export,
             torch.jit.trace, torch.func and forward-mode differentiation, which need ordinary
@@ -73,18 +76,20 @@ def scse(
         not, and contiguous otherwise.
 
     Raises:
-        TypeError: an argument is not a tensor or has no real floating-point dtype.
-        ValueError: shapes don't fit together, combine, activation, gate or backend is unknown, or
-            slope is given to an activation that has none.
+        TypeError: an argument is not a tensor or has no real floating-point dtype, or residual is
+            no bool.
+        ValueError: shapes don't fit together, combine, activation, gate or backend is unknown,
+            slope is given to an activation that has none, or residual to "concat".
         RuntimeError: tensors are on several devices, or the named backend can't be used.
     """
     _check_name("scse", "combine", combine, COMBINE)
     excitation = _check_excitation("scse", activation, slope, gate)
+    _check_residual("scse", residual, combine)
     if not _get_tracing_state():  # sizes are tensors there, and comparing them warns
         _check_x("scse", x)
         _check_channel("scse", x, w1, b1, w2, b2)
         _check_spatial("scse", x, ws, bs)
-    return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, excitation, backend)
+    return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, excitation, residual, backend)
 
 
 def cse(
@@ -97,31 +102,41 @@ def cse(
     activation: Activation = "relu",
     slope: float | None = None,
     gate: Gate = "sigmoid",
+    residual: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Spatial squeeze and channel excitation alone (cSE): x * channel_gate.
+    """Spatial squeeze and channel excitation alone (cSE): x * channel_gate, + x where residual.
 
     Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
     """
     excitation = _check_excitation("cse", activation, slope, gate)
+    _check_residual("cse", residual)
     if not _get_tracing_state():
         _check_x("cse", x)
         _check_channel("cse", x, w1, b1, w2, b2)
-    return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", excitation, backend)
+    return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", excitation, residual, backend)
 
 
 def sse(
-    x: Tensor, ws: Tensor, bs: Tensor | None, *, gate: Gate = "sigmoid", backend: Backend = "auto"
+    x: Tensor,
+    ws: Tensor,
+    bs: Tensor | None,
+    *,
+    gate: Gate = "sigmoid",
+    residual: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Channel squeeze and spatial excitation alone (sSE): x * spatial_gate.
+    """Channel squeeze and spatial excitation alone (sSE): x * spatial_gate, + x where residual.
 
     Arguments, dtypes and errors as in :func:`scse`; returns [N, C, *S].
     """
     excitation = _check_excitation("sse", "relu", None, gate)
+    _check_residual("sse", residual)
     if not _get_tracing_state():
         _check_x("sse", x)
         _check_spatial("sse", x, ws, bs)
-    return _dispatch("sse", x, None, None, None, None, ws, bs, "add", excitation, backend)
+    none = (None,) * 4
+    return _dispatch("sse", x, *none, ws, bs, "add", excitation, residual, backend)
 
 
 def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
@@ -132,16 +147,16 @@ def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
     return sse(x, weights.mean(0).flatten(), None)
 
 
-def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, excitation, backend):
+def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, excitation, residual, backend):
     backend = backends.choose(name, backend, x)
     if backend in ("operations", "eager"):
-        y = reference.scse(x, w1, b1, w2, b2, ws, bs, combine, *excitation)
+        y = reference.scse(x, w1, b1, w2, b2, ws, bs, combine, *excitation, residual=residual)
         return y if backend == "operations" else y.contiguous(memory_format=memory_format(x))
     if torch.is_grad_enabled():
         if compiler.is_dynamo_compiling():
             x, w1, b1, w2, b2, ws, bs = once_differentiable(x, w1, b1, w2, b2, ws, bs)
-        return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, excitation, backend)
-    return forward(backend, x, w1, b1, w2, b2, ws, bs, *codes(combine, excitation))[0]
+        return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, excitation, residual, backend)
+    return forward(backend, x, w1, b1, w2, b2, ws, bs, *codes(combine, excitation, residual))[0]
 
 
 def _check_name(function, argument, value, known):
@@ -165,6 +180,18 @@ def _check_excitation(function, activation, slope, gate):
     elif isinstance(slope, bool) or not isinstance(slope, (int, float)):
         raise TypeError(f"{function}(): slope must be a float, not {type(slope).__name__}")
     return activation, float(slope), gate
+
+
+def _check_residual(function, residual, combine="add"):
+    if residual is False:
+        return
+    if residual is not True:
+        raise TypeError(f"{function}(): residual must be a bool, not {type(residual).__name__}")
+    if combine == "concat":
+        raise ValueError(
+            f"{function}(): residual must be False for combine 'concat', which has twice x's"
+            " channels"
+        )
 
 
 def _check_tensor(function, argument, value):

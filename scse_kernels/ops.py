@@ -33,7 +33,7 @@ BACKENDS = ("cpu", "cuda", "triton")
 
 _FORWARD = (
     "(Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
-    " int combine, int activation=0, float slope=0., int gate=0)"
+    " int combine, int activation=0, float slope=0., int gate=0, bool residual=False)"
     " -> (Tensor y, Tensor pooled, Tensor hidden, Tensor channel_gate)"
 )
 # hidden [2, N, Cr]: the activation's value and its derivative, which is all that the backward needs
@@ -42,18 +42,20 @@ _FORWARD = (
 _BACKWARD = (
     "(Tensor dy, Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
     " Tensor pooled, Tensor hidden, Tensor channel_gate, int combine, bool need_dx,"
-    " bool need_channel, bool need_spatial, int gate=0)"
+    " bool need_channel, bool need_spatial, int gate=0, bool residual=False)"
     " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dws, Tensor dbs)"
 )
 
 
-def codes(combine: str, excitation: tuple[str, float, str] | tuple[()]) -> tuple:
-    """What operators take for `combine` and for activation, slope and gate; () stands for ReLU and
-    sigmoid, which are their defaults."""
-    if not excitation:
+def codes(
+    combine: str, excitation: tuple[str, float, str] | tuple[()], residual: bool = False
+) -> tuple:
+    """What operators take for `combine`, for activation, slope and gate, and for `residual`; ()
+    stands for ReLU and sigmoid, which are their defaults."""
+    if not (excitation or residual):
         return (COMBINE[combine],)
-    activation, slope, gate = excitation
-    return COMBINE[combine], ACTIVATION[activation], slope, GATE[gate]
+    activation, slope, gate = excitation or ("relu", 0.0, "sigmoid")
+    return COMBINE[combine], ACTIVATION[activation], slope, GATE[gate], residual
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -86,7 +88,17 @@ def gradient_memory(parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
 
-def _fake_forward(x, w1, b1, w2, b2, ws, bs, combine, activation=0, slope=0.0, gate=0):
+def _check_residual(w1, ws, combine, residual):
+    if residual and w1 is not None and ws is not None and combine == COMBINE["concat"]:
+        raise RuntimeError(
+            "scse_kernels: residual can't be added to concat, which has twice x's channels"
+        )
+
+
+def _fake_forward(
+    x, w1, b1, w2, b2, ws, bs, combine, activation=0, slope=0.0, gate=0, residual=False
+):
+    _check_residual(w1, ws, combine, residual)
     n, c, *positions = x.shape
     channels_last = memory_format(x)
     if w1 is not None and ws is not None and combine == COMBINE["concat"]:
@@ -116,7 +128,10 @@ def _fake_backward(
     need_channel,
     need_spatial,
     gate=0,
+    residual=False,
 ):
+    _check_residual(w1, ws, combine, residual)
+
     def grad(parameter, needed):
         if parameter is None or not needed:
             return x.new_empty((0,))

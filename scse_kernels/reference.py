@@ -20,7 +20,9 @@ for the pooled value, a() for the activation and gate() for what closes a branch
     dt[s] = gate'(t[s]) sum_c by_q[c, s]
     dx[c, s] = direct[c, s] + dm[c] + ws[c] dt[s]
 
-and summed over the samples dW2 = dz a(h)^T, db2 = dz, dW1 = dh m^T, db1 = dh,
+With `residual`, y has x added and dx has dy; no other gradient changes.
+
+Summed over the samples dW2 = dz a(h)^T, db2 = dz, dW1 = dh m^T, db1 = dh,
 dws[c] = sum_s dt[s] x[c, s], dbs = sum_s dt[s]. So one pass over x and dy gives all sums
 (*reduce*), the two small layers follow, and a second pass gives dx (*apply*); it needs x again only
 where `direct` does. Kernels say d_excited for dz, d_hidden for dh, d_mean for dm, dq for dt.
@@ -93,18 +95,19 @@ def scse(
     activation: str = "relu",
     slope: float = 0.0,
     gate: str = "sigmoid",
+    residual: bool = False,
 ) -> Tensor:
     """Recalibrate x [N, C, *S] by both gates; without `w1` by the spatial one alone, without `ws`
     by the channel one alone.
 
     w1 [Cr, C], w2 [C, Cr], ws [C] or [1, C], with trailing axes of size one allowed. `activation`
     is the hidden layer's (slope: leaky_relu's negative one, elu's alpha), `gate` closes both
-    branches. Computes in
-    float32 (float64 for float64 x) whatever the dtypes of x and of the parameters. Returns x's
-    dtype, [N, C, *S]; [N, 2 * C, *S] for combine="concat".
+    branches, `residual` adds x (not for combine="concat"). Computes in float32 (float64 for float64
+    x) whatever the dtypes of x and of the parameters. Returns x's dtype, [N, C, *S];
+    [N, 2 * C, *S] for combine="concat".
     """
     with out_of_autocast(x):
-        return _scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate)
+        return _scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, residual)
 
 
 def out_of_autocast(x: Tensor) -> AbstractContextManager:
@@ -116,7 +119,7 @@ def out_of_autocast(x: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
-def _scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate):
+def _scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, residual):
     dtype = accumulation_dtype(x.dtype)
     xa = x.to(dtype)
     by_channel = by_position = None
@@ -140,4 +143,6 @@ def _scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate):
         y = by_channel * by_position
     else:
         y = torch.cat([by_channel, by_position], 1)
+    if residual:
+        y = y + xa
     return y.to(x.dtype)

@@ -44,7 +44,7 @@ class Case:
     x: Tensor
     parameters: tuple[Tensor | None, ...]
     dy: Tensor
-    #: activation, slope and gate, where they aren't the usual ones
+    #: activation, slope, gate and residual, where they aren't the usual ones
     excitation: dict = field(default_factory=dict)
     names: ClassVar[tuple[str, ...]] = NAMES
 
@@ -183,8 +183,9 @@ def _gate(v, gate) -> Tensor:
 
 
 def formulas(
-    variant, x, w1, b1, w2, b2, ws, bs, activation="relu", slope=None, gate="sigmoid"
-) -> Tensor:
+    variant, x, w1, b1, w2, b2, ws, bs, activation="relu", slope=None, gate="sigmoid",
+    residual=False,
+) -> Tensor:  # fmt: skip
     """scSE as the article writes it, in the dtype of its arguments."""
     flat = x.reshape(*x.shape[:2], -1)
     by_channel = by_position = None
@@ -199,7 +200,8 @@ def formulas(
         squeezed = (flat * ws.reshape(1, -1, 1)).sum(1, keepdim=True)
         s = _gate(squeezed if bs is None else squeezed + bs, gate)
         by_position = (flat * s).reshape(x.shape)
-    return _combined(variant, by_channel, by_position)
+    y = _combined(variant, by_channel, by_position)
+    return y + x if residual else y
 
 
 def _plain_activation(v, activation, slope) -> Tensor:
@@ -216,8 +218,9 @@ def _plain_activation(v, activation, slope) -> Tensor:
 
 
 def plain_module(
-    variant, x, w1, b1, w2, b2, ws, bs, activation="relu", slope=None, gate="sigmoid"
-) -> Tensor:
+    variant, x, w1, b1, w2, b2, ws, bs, activation="relu", slope=None, gate="sigmoid",
+    residual=False,
+) -> Tensor:  # fmt: skip
     """What an eager module does today: pooling, linear layers, a 1x1 convolution, products."""
     w1, b1, w2, b2, ws, bs = (
         None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2, ws, bs)
@@ -235,7 +238,8 @@ def plain_module(
         conv = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
         squeezed = conv(x, ws.reshape(1, -1, *(1,) * axes), None if bs is None else bs.flatten())
         by_position = x * close(squeezed)
-    return _combined(variant, by_channel, by_position)
+    y = _combined(variant, by_channel, by_position)
+    return y + x if residual else y
 
 
 def moved(t: Tensor, device: str) -> Tensor:

@@ -59,6 +59,7 @@ struct ChannelsLast {
     const Strip strip(p, n, index);
     alignas(64) A s[kStripBuffer];
     if (kSpatial) unpark(p, strip, 0, s);
+    const bool residual = p.residual;
     const T* x = x_of(p, strip);
     T* y = p.y + (n * p.positions + strip.begin) * p.out_channels;
     const A* gate = p.channel_gate + n * p.channels;
@@ -71,7 +72,9 @@ struct ChannelsLast {
           put<kStream>(y + p.channels + c, xv * sv, extent);
         } else {
           if (!kStream) prefetch_for_writing(y + c + kAhead);
-          put<kStream>(y + c, F::value(xv, cv, sv), extent);
+          V value = F::value(xv, cv, sv);
+          if (residual) value += xv;
+          put<kStream>(y + c, value, extent);
         }
       });
     }
@@ -166,6 +169,7 @@ struct ChannelsLast {
       unpark(p, strip, 0, s);
       unpark(p, strip, 1, dq);
     }
+    const bool residual = p.residual;
     const T* x = x_of(p, strip);
     const T* dy = dy_of(p, strip);
     T* dx = p.dx + (n * p.positions + strip.begin) * p.channels;
@@ -177,9 +181,11 @@ struct ChannelsLast {
       sweep<A>(p.channels, [&](int64_t c, auto extent) {
         const V dyv2 = kConcat ? load(dy + p.channels + c, extent) : V{};
         const V cv = kChannel ? load(gate + c, extent) : V{};
-        V d = F::direct(load(x + c, extent), load(dy + c, extent), dyv2, cv, sv);
+        const V dyv = load(dy + c, extent);
+        V d = F::direct(load(x + c, extent), dyv, dyv2, cv, sv);
         if (kChannel) d += load(mean + c, extent);
         if (kSpatial) d += dqv * load(p.ws + c, extent);
+        if (!kConcat && residual) d += dyv;
         if (!kStream) prefetch_for_writing(dx + c + kAhead);
         put<kStream>(dx + c, d, extent);
       });

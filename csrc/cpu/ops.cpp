@@ -200,8 +200,9 @@ class Scratch {
 
 template <typename T>
 Problem<T> describe(const Tensor& x, const Map& map, const Optional& w1, const Optional& w2,
-                    const Optional& ws, int64_t combine, int64_t gate, bool channels_last) {
-  check_arguments(x, w1, w2, ws, combine);
+                    const Optional& ws, int64_t combine, int64_t gate, bool residual,
+                    bool channels_last) {
+  check_arguments(x, w1, w2, ws, combine, residual);
   check_code("gate", gate, 1);
   Problem<T> p{};
   p.samples = x.size(0);
@@ -210,6 +211,7 @@ Problem<T> describe(const Tensor& x, const Map& map, const Optional& w1, const O
   p.positions = positions_of(x);
   p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
   p.gate = static_cast<Gate>(gate);
+  p.residual = residual;
   p.channels_last = channels_last;
   p.out_channels = p.combine == Combine::concat ? 2 * p.channels : p.channels;
   p.x = static_cast<const T*>(map.tensor.const_data_ptr());
@@ -273,12 +275,12 @@ bool streams(const Problem<T>& p, const T* map, int64_t bytes) {
 template <typename T>
 ForwardResult forward(const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
                       const Optional& b2, const Optional& ws, const Optional& bs, int64_t combine,
-                      int64_t activation, double slope, int64_t gate) {
+                      int64_t activation, double slope, int64_t gate, bool residual) {
   using A = Accumulator<T>;
   constexpr ScalarType acc = kAccumulator<T>;
   const bool channels_last = is_channels_last(x);
   const Map x_map = map_of(x, channels_last);
-  Problem<T> p = describe<T>(x, x_map, w1, w2, ws, combine, gate, channels_last);
+  Problem<T> p = describe<T>(x, x_map, w1, w2, ws, combine, gate, residual, channels_last);
   check_code("activation", activation, 6);
   p.activation = static_cast<Activation>(activation);
   p.activation_parameter = static_cast<A>(slope);
@@ -320,12 +322,12 @@ BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, c
                         const Optional& w2, const Optional& b2, const Optional& ws,
                         const Optional& bs, const Tensor& pooled, const Tensor& hidden,
                         const Tensor& channel_gate, int64_t combine, bool need_dx,
-                        bool need_channel, bool need_spatial, int64_t gate) {
+                        bool need_channel, bool need_spatial, int64_t gate, bool residual) {
   using A = Accumulator<T>;
   constexpr ScalarType acc = kAccumulator<T>;
   const bool channels_last = is_channels_last(x);
   const Map x_map = map_of(x, channels_last);
-  Problem<T> p = describe<T>(x, x_map, w1, w2, ws, combine, gate, channels_last);
+  Problem<T> p = describe<T>(x, x_map, w1, w2, ws, combine, gate, residual, channels_last);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
                       dy.numel() == p.samples * p.out_channels * p.positions,
                   "scse_kernels: dy must have y's shape and dtype");
@@ -396,17 +398,18 @@ BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, c
 ForwardResult cpu_forward(const Tensor& x, const Optional& w1, const Optional& b1,
                           const Optional& w2, const Optional& b2, const Optional& ws,
                           const Optional& bs, int64_t combine, int64_t activation, double slope,
-                          int64_t gate) {
-  SCSE_DISPATCH(x, forward, x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate);
+                          int64_t gate, bool residual) {
+  SCSE_DISPATCH(x, forward, x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, residual);
 }
 
 BackwardResult cpu_backward(const Tensor& dy, const Tensor& x, const Optional& w1,
                             const Optional& b1, const Optional& w2, const Optional& b2,
                             const Optional& ws, const Optional& bs, const Tensor& pooled,
                             const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
-                            bool need_dx, bool need_channel, bool need_spatial, int64_t gate) {
+                            bool need_dx, bool need_channel, bool need_spatial, int64_t gate,
+                            bool residual) {
   SCSE_DISPATCH(x, backward, dy, x, w1, b1, w2, b2, ws, bs, pooled, hidden, channel_gate, combine,
-                need_dx, need_channel, need_spatial, gate);
+                need_dx, need_channel, need_spatial, gate, residual);
 }
 
 #include "batch_norm/ops.h"

@@ -52,6 +52,7 @@ struct Planes {
     const Strip strip(p, n, index);
     alignas(64) A s[kStripBuffer];
     if (kSpatial) unpark(p, strip, 0, s);
+    const bool residual = p.residual;
     for (int64_t c = 0; c < p.channels; ++c) {
       const T* x = p.x + n * p.x_sample + c * p.x_pitch + strip.begin;
       T* y = p.y + (n * p.out_channels + c) * p.positions + strip.begin;
@@ -64,7 +65,9 @@ struct Planes {
           put<kStream>(y + i, xv * gate, extent);
           put<kStream>(y2 + i, xv * sv, extent);
         } else {
-          put<kStream>(y + i, F::value(xv, gate, sv), extent);
+          V value = F::value(xv, gate, sv);
+          if (residual) value += xv;
+          put<kStream>(y + i, value, extent);
         }
       });
     }
@@ -157,6 +160,7 @@ struct Planes {
       unpark(p, strip, 0, s);
       unpark(p, strip, 1, dq);
     }
+    const bool residual = p.residual;
     for (int64_t c = 0; c < p.channels; ++c) {
       const T* x = p.x + n * p.x_sample + c * p.x_pitch + strip.begin;
       const T* dy = p.dy + n * p.dy_sample + c * p.dy_pitch + strip.begin;
@@ -170,10 +174,11 @@ struct Planes {
         if (!kStream) prefetch_for_writing(dx + p.positions + i);
         const V dyv2 = kConcat ? load(dy2 + i, extent) : V{};
         const V sv = kSpatial ? load_raw<V>(s + i) : V{};
-        const V xv = load(x + i, extent);
-        V d = F::direct(xv, load(dy + i, extent), dyv2, gate, sv);
+        const V xv = load(x + i, extent), dyv = load(dy + i, extent);
+        V d = F::direct(xv, dyv, dyv2, gate, sv);
         if (kChannel) d += mean;
         if (kSpatial) d += w * load_raw<V>(dq + i);
+        if (!kConcat && residual) d += dyv;
         put<kStream>(dx + i, d, extent);
         if (kWeighLater) sum += xv * load(dq + i, extent);
       });

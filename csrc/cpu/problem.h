@@ -103,6 +103,7 @@ struct Problem {
   Activation activation;
   A activation_parameter;
   Gate gate;
+  bool residual;  // y has x added, and so dx has dy
   bool channels_last;
   int64_t width, strips;  // positions per strip, strips per sample
   bool stream;            // the second pass stores past the caches; rows begin on cache lines

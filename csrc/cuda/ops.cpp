@@ -67,8 +67,9 @@ Tensor gradient(const Optional& parameter, bool needed, const Tensor& x, void*& 
 
 // What forward and backward have in common, without the parameters.
 Problem describe(const Tensor& x, const Map& map, const Optional& w1, const Optional& w2,
-                 const Optional& ws, int64_t combine, int64_t gate, bool channels_last) {
-  check_arguments(x, w1, w2, ws, combine);
+                 const Optional& ws, int64_t combine, int64_t gate, bool residual,
+                 bool channels_last) {
+  check_arguments(x, w1, w2, ws, combine, residual);
   check_code("gate", gate, 1);
   Problem p{};
   p.dtype = dtype_of(x);
@@ -87,6 +88,7 @@ Problem describe(const Tensor& x, const Map& map, const Optional& w1, const Opti
   p.positions = positions_of(x);
   p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
   p.gate = static_cast<Gate>(gate);
+  p.residual = residual;
   p.channels_last = channels_last;
   p.x = map.tensor.const_data_ptr();
   p.x_sample = map.sample, p.x_pitch = map.pitch;
@@ -126,11 +128,11 @@ Tensor scratch(int64_t floats, const Tensor& x) { return empty({floats}, ScalarT
 ForwardResult cuda_forward(const Tensor& x, const Optional& w1, const Optional& b1,
                            const Optional& w2, const Optional& b2, const Optional& ws,
                            const Optional& bs, int64_t combine, int64_t activation, double slope,
-                           int64_t gate) {
+                           int64_t gate, bool residual) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   const bool channels_last = is_channels_last(x);
   const Map x_map = map_of(x, channels_last);
-  Problem p = describe(x, x_map, w1, w2, ws, combine, gate, channels_last);
+  Problem p = describe(x, x_map, w1, w2, ws, combine, gate, residual, channels_last);
   check_code("activation", activation, 6);
   p.activation = static_cast<Activation>(activation);
   p.activation_parameter = static_cast<float>(slope);
@@ -169,11 +171,12 @@ BackwardResult cuda_backward(const Tensor& dy, const Tensor& x, const Optional& 
                              const Optional& b1, const Optional& w2, const Optional& b2,
                              const Optional& ws, const Optional& bs, const Tensor& pooled,
                              const Tensor& hidden, const Tensor& channel_gate, int64_t combine,
-                             bool need_dx, bool need_channel, bool need_spatial, int64_t gate) {
+                             bool need_dx, bool need_channel, bool need_spatial, int64_t gate,
+                             bool residual) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   const bool channels_last = is_channels_last(x);
   const Map x_map = map_of(x, channels_last);
-  Problem p = describe(x, x_map, w1, w2, ws, combine, gate, channels_last);
+  Problem p = describe(x, x_map, w1, w2, ws, combine, gate, residual, channels_last);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
                       dy.numel() == p.samples * p.out_channels() * p.positions,
                   "scse_kernels: dy must have y's shape and dtype");

@@ -19,6 +19,7 @@ struct Problem {
   Activation activation;
   float activation_parameter;
   Gate gate;
+  bool residual;  // y has x added, and so dx has dy
   bool channels_last;
   int device;
   int architecture;  // see architecture_of

@@ -23,6 +23,7 @@ def apply_kernel(
     pitch_y,
     half_y,  # CONCAT: elements from the first to the second half of a sample
     COMBINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -33,8 +34,8 @@ def apply_kernel(
 ):
     """A program for each tile, or this one does `tile`. Reads x and the gates once, writes y.
 
-    From the last tile to the first, as the end of x is what the squeeze left in L2. POLICY: the
-    caches' for x and y.
+    From the last tile to the first, as the end of x is what the squeeze left in L2. RESIDUAL: y
+    has x added. POLICY: the caches' for x and y.
     """
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
     if tile is None:
@@ -59,7 +60,10 @@ def apply_kernel(
         store(y_ptr + at, x * channel_gate, mask, POLICY)
         store(y_ptr + shown(half_y, ALIGN) + at, x * spatial_gate, mask, POLICY)
     else:
-        store(y_ptr + at, value(x, channel_gate, spatial_gate, COMBINE), mask, POLICY)
+        y = value(x, channel_gate, spatial_gate, COMBINE)
+        if RESIDUAL:
+            y += x
+        store(y_ptr + at, y, mask, POLICY)
 
 
 @triton.jit
@@ -98,6 +102,7 @@ def apply_backward_kernel(
     stride_dxn,
     pitch_dx,
     COMBINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -111,7 +116,7 @@ def apply_backward_kernel(
 ):
     """A program for each tile of dx, or this one does `tile`. Reads dy and the small tensors once,
     and x where the formula needs it; writes dx. Programs of their own form the parameters'
-    gradients meanwhile. POLICY: the caches' for the maps."""
+    gradients meanwhile. RESIDUAL: dx has dy added. POLICY: the caches' for the maps."""
     if tile is None:
         tile = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `apply_kernel`
     if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
@@ -160,6 +165,8 @@ def apply_backward_kernel(
         if COMBINE != CHANNEL:
             spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
         dx = direct(x, dy, dy2, channel_gate, spatial_gate, COMBINE)
+        if RESIDUAL:
+            dx += dy
         if COMBINE != SPATIAL:
             dx += load(d_mean_ptr + n * C + c, c < C, ACC)[:, None]
         if COMBINE != CHANNEL:

@@ -244,6 +244,7 @@ def forward(
     activation: int = 0,
     slope: float = 0.0,
     gate: int = 0,
+    residual: bool = False,
 ) -> None:
     """Fills y, pooled, hidden, channel_gate: three launches (two without the channel branch), or
     one."""
@@ -251,12 +252,13 @@ def forward(
         return
     x = readable(x, memory_format)
     parameters = _contiguous(w1, b1, w2, b2, ws, bs)
-    choices = memory_format, w1 is not None and w1.shape[0], combine, activation, slope, gate
+    hidden = w1 is not None and w1.shape[0]
+    choices = memory_format, hidden, combine, activation, slope, gate, residual
     run_plan(_plan_forward, choices, (x,), parameters, results)
 
 
 def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None) -> None:
-    memory_format, _, combine, activation, slope, gate = choices
+    memory_format, _, combine, activation, slope, gate, residual = choices
     w1, ws, y = others[0], others[4], others[6]
     p = _describe(memory_format, x, w1, ws, combine)
     in_x, out_y = _in_format(x, memory_format), _dense(y, p.channels_last)
@@ -276,7 +278,7 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
             pooled, hidden, channel_gate, y, plan.zeros(1 + n),
             n, c, p.hidden, s, p.strips, lag,
             in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
-            HOLD=p.tile.hold, TILES=p.tile.tiles, **excitation,
+            RESIDUAL=residual, HOLD=p.tile.hold, TILES=p.tile.tiles, **excitation,
             **p.constants(in_x, out_y), **p.excitation_within(sums),
         )  # fmt: skip
         return
@@ -299,7 +301,7 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
         x, channel_gate, spatial_gate, y,
         c, s, strips,
         in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
-        **p.constants(in_x, out_y),
+        RESIDUAL=residual, **p.constants(in_x, out_y),
     )  # fmt: skip
 
 
@@ -322,6 +324,7 @@ def backward(
     need_channel: bool,
     need_spatial: bool,
     gate: int = 0,
+    residual: bool = False,
 ) -> None:
     """Fills dx and the gradients of the six parameters, except those not needed: three launches,
     or one."""
@@ -337,14 +340,14 @@ def backward(
             )
         ),
     )
-    choices = memory_format, w1 is not None and w1.shape[0], combine, gate
+    choices = memory_format, w1 is not None and w1.shape[0], combine, gate, residual
     run_plan(_plan_backward, choices, (x, dy), parameters, (pooled, hidden, channel_gate, *results))
 
 
 def _plan_backward(
     plan: Plan, choices: tuple, x: Tensor, dy: Tensor, *others: Tensor | None
 ) -> None:
-    memory_format, _, combine, gate = choices
+    memory_format, _, combine, gate, residual = choices
     w1, ws, dx, dw1, dws = others[0], others[4], others[9], others[10], others[14]
     p = _describe(memory_format, x, w1, ws, combine)
     need_dx, need_channel, need_spatial = dx is not None, dw1 is not None, dws is not None
@@ -390,8 +393,8 @@ def _plan_backward(
             out_dx.sample, out_dx.pitch,
             SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
             STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
-            BLOCK=block, GATE=gate, **p.constants(*maps), **p.excitation_within(sums),
-            **_all_registers(),
+            BLOCK=block, GATE=gate, RESIDUAL=residual, **p.constants(*maps),
+            **p.excitation_within(sums), **_all_registers(),
         )  # fmt: skip
         return
     if n:
@@ -422,6 +425,6 @@ def _plan_backward(
             n, c, p.hidden, s, row_strips, tiles,
             in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
             out_dx.sample, out_dx.pitch,
-            NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=block,
+            RESIDUAL=residual, NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=block,
             **p.constants(*maps),
         )  # fmt: skip

@@ -97,6 +97,7 @@ def forward_kernel(
     pitch_y,
     half_y,
     COMBINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -150,7 +151,7 @@ def forward_kernel(
                 apply_kernel(
                     x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
                     C, S, rows, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
-                    COMBINE, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, LAST, tile,
+                    COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, LAST, tile,
                 )  # fmt: skip
         ticket = draw(counters_ptr)
 
@@ -199,6 +200,7 @@ def backward_kernel(
     stride_dxn,
     pitch_dx,
     COMBINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -271,7 +273,7 @@ def backward_kernel(
                         ws_ptr, dx_ptr, None, None, None, None, None, None,
                         None, None, None, None, None, None,
                         N, C, Cr, S, rows, 0, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x,
-                        stride_dxn, pitch_dx, COMBINE, CHANNELS_LAST, ALIGN, WIDE, True, False,
-                        BLOCK_C, BLOCK_S, BLOCK, LAST, tile,
+                        stride_dxn, pitch_dx, COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, True,
+                        False, BLOCK_C, BLOCK_S, BLOCK, LAST, tile,
                     )  # fmt: skip
         ticket = draw(counters_ptr)

@@ -21,29 +21,22 @@ class Function(NamedTuple):
     activation: str = "relu"
     slope: float | None = None
     gate: str = "sigmoid"
-    plus_x: bool = False
+    residual: bool = False
 
     def __call__(self, x: Tensor, w1, b1, w2, b2, ws, bs, backend: str = "auto") -> Tensor:
+        how = {"gate": self.gate, "residual": self.residual, "backend": backend}
         if self.excitation == "sse":
-            y = sse(x, ws, bs, gate=self.gate, backend=backend)
-        else:
-            how = {
-                "activation": self.activation,
-                "slope": self.slope,
-                "gate": self.gate,
-                "backend": backend,
-            }
-            if self.excitation == "cse":
-                y = cse(x, w1, b1, w2, b2, **how)
-            else:
-                y = scse(x, w1, b1, w2, b2, ws, bs, combine=self.combine, **how)
-        return y + x if self.plus_x else y
+            return sse(x, ws, bs, **how)
+        how |= {"activation": self.activation, "slope": self.slope}
+        if self.excitation == "cse":
+            return cse(x, w1, b1, w2, b2, **how)
+        return scse(x, w1, b1, w2, b2, ws, bs, combine=self.combine, **how)
 
     @property
     def follows_batch_norm(self) -> bool:
         """Whether `after_batch_norm` can compute it."""
         hidden = self.excitation == "sse" or self.activation == "relu"
-        return hidden and self.gate == "sigmoid" and not self.plus_x
+        return hidden and self.gate == "sigmoid" and not self.residual
 
     def after_batch_norm(self, u: Tensor, *tensors, **options) -> Tensor:
         """The same of relu(BatchNorm(u)); arguments as those of `bn_relu_scse`."""
@@ -53,7 +46,7 @@ class Function(NamedTuple):
         parts = [self.excitation]
         if self.excitation == "scse":
             parts.append(self.combine)
-        if self.plus_x:
+        if self.residual:
             parts[-1] += " + x"
         if self.excitation != "sse" and self.activation != "relu":
             slope = "" if self.slope is None else f"({self.slope:g})"
@@ -75,6 +68,6 @@ def possible(excitation: str, slopes: dict[str, list[float]]) -> Iterator[Functi
     for gate in GATE:
         for activation, slope in activations:
             for combine in COMBINE if excitation == "scse" else ("add",):
-                for plus_x in (False, True):
-                    if not (plus_x and combine == "concat"):
-                        yield Function(excitation, combine, activation, slope, gate, plus_x)
+                for residual in (False, True):
+                    if not (residual and combine == "concat"):
+                        yield Function(excitation, combine, activation, slope, gate, residual)

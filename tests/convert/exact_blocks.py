@@ -495,6 +495,15 @@ class Factored(nn.Module):
         return (self.cse(x) + self.sse(x)) * x
 
 
+class PlusX(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return torch.add(self.block(x), x)
+
+
 class MaximumOfSums(nn.Module):
     """scSE, with x added as a residual connection."""
 
@@ -633,6 +642,9 @@ BLOCKS = {
     "shared activation": (SharedActivation, 2, "scse, add"),
     "gates added": (Factored, 2, "scse, add"),
     "x + scse(x)": (MaximumOfSums, 2, "scse, max + x"),
+    "scse(x) + x, add": (lambda: PlusX(TwoBranches("add")), 2, "scse, add + x"),
+    "scse(x) + x, mul": (lambda: PlusX(TwoBranches("mul")), 2, "scse, mul + x"),
+    "sse(x) + x": (lambda: PlusX(SpatialAttention2d()), 2, "sse + x"),
     "functional": (FunctionalLinear, 2, "cse"),
     "SiLU": (lambda: Activated(nn.SiLU(inplace=True)), 2, "cse, silu"),
     "Swish of its own": (lambda: Activated(Swish()), 2, "cse, silu"),

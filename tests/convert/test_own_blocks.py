@@ -9,7 +9,9 @@ import other_blocks
 import pytest
 import torch
 from budget import make_case
+from networks import needs_kernels
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scse_kernels import convert
 
@@ -85,6 +87,32 @@ def test_an_exact_block_is_fused_whole(name):
                 _assert_same(ours, _outcome(original, x))
     # Blocks that squeeze() everything keep their own forward where that would take an axis more.
     assert fused >= (6 if name == "squeezed entirely" else 4 * len(SIZES[axes]))
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "name", [name for name in exact_blocks.BLOCKS if exact_blocks.BLOCKS[name][2].endswith("+ x")]
+)
+def test_x_is_added_by_the_kernels(name):
+    block, _ = _pair(exact_blocks.BLOCKS[name][0])
+    convert(block)
+    x = _map(2, exact_blocks.C, 9, 7).requires_grad_()
+    with _Operations() as operations:
+        y = block(x)
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    own = [name for name in operations.names if not name.startswith("aten::ones")]
+    assert [name for name in own if "aten" in name] == []
+    assert [name.split("_")[-1] for name in own] == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("name", exact_blocks.BLOCKS)

@@ -173,6 +173,22 @@ def test_type_of_slope(target, slope):
     _raises(TypeError, message, scse_kernels.scse, **_arguments(target.device), **options)
 
 
+@pytest.mark.parametrize("residual", (1, 0.0, None, "x", torch.ones(())), ids=repr)
+def test_type_of_residual(target, residual):
+    for function, names in _functions("x"):
+        arguments = {n: t for n, t in _arguments(target.device).items() if n in names}
+        options = {"residual": residual, "backend": target.backend}
+        kind = type(residual).__name__
+        message = rf"{function.__name__}\(\): residual ({MUST_BE}).*bool.*{kind}"
+        _raises(TypeError, message, function, **arguments, **options)
+
+
+def test_no_residual_of_a_concatenation(target):
+    options = {"combine": "concat", "residual": True, "backend": target.backend}
+    message = rf"scse\(\): residual ({MUST_BE}).*False.*'concat'.*channels"
+    _raises(ValueError, message, scse_kernels.scse, **_arguments(target.device), **options)
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors.*")
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")

@@ -64,7 +64,8 @@ def channels_last(case: Case) -> Case:
 def test_odd_sizes(variant):
     dtype = (torch.float32, torch.float16, torch.float64)[VARIANTS.index(variant) % 3]
     check(make_case((2, 19, 5, 7), variant, dtype), TRITON)
-    check(channels_last(make_case((3, 5, 3, 4, 3), variant, dtype)), TRITON)
+    case = make_case((3, 5, 3, 4, 3), variant, dtype, residual=variant != "concat")
+    check(channels_last(case), TRITON)
 
 
 @interpreted

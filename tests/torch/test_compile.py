@@ -32,7 +32,7 @@ def _gradients(function, case, device):
 
 def _compare(target, variant, case, backend, dynamic=None):
     def function(**tensors):
-        return call(variant, **tensors, backend=target.backend)
+        return call(variant, **tensors, **case.excitation, backend=target.backend)
 
     compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
     expected = _gradients(function, case, target.device)
@@ -55,6 +55,11 @@ def test_channels_last(target, variant):
 
     case = make_case((2, 6, 5, 7), variant)
     _compare(target, variant, case.arranged(arrange, arrange), "aot_eager")
+
+
+@pytest.mark.parametrize("variant", ("cse", "max"))
+def test_residual(target, variant):
+    _compare(target, variant, make_case((2, 6, 5, 7), variant, residual=True), "aot_eager")
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)

@@ -32,18 +32,37 @@ def _operators(backend):
     )
 
 
-def _check(target, variant, needs=(True, True, True), **kw):
+def _check(target, variant, needs=(True, True, True), residual=False, **kw):
     x, parameters, dy, combine = _arguments(target.device, variant, **kw)
     forward, backward = _operators(target.backend)
-    torch.library.opcheck(forward, (x, *parameters, combine))
-    _, *small = forward(x, *parameters, combine)
-    torch.library.opcheck(backward, (dy, x, *parameters, *small, combine, *needs))
+    how = {"residual": True} if residual else {}
+    torch.library.opcheck(forward, (x, *parameters, combine), how)
+    _, *small = forward(x, *parameters, combine, **how)
+    torch.library.opcheck(backward, (dy, x, *parameters, *small, combine, *needs), how)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_variants_and_layouts(fused, variant, layout):
     _check(fused, variant, layout=layout)
+
+
+@pytest.mark.parametrize("variant", ("cse", "sse", "mul"))
+def test_residual(fused, variant):
+    _check(fused, variant, residual=True)
+
+
+def test_no_residual_of_a_concatenation(fused):
+    x, parameters, dy, combine = _arguments(fused.device, "concat")
+    forward, backward = _operators(fused.backend)
+    _, *small = forward(x, *parameters, combine)
+    for device in (fused.device, "meta"):
+        given = [None if t is None else t.to(device) for t in (x, *parameters)]
+        with pytest.raises(RuntimeError, match="residual can't be added to concat"):
+            forward(*given, combine, residual=True)
+        saved = [t.to(device) for t in small]
+        with pytest.raises(RuntimeError, match="residual can't be added to concat"):
+            backward(dy.to(device), *given, *saved, combine, True, True, True, residual=True)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16), ids=str)

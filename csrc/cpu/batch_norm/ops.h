@@ -9,8 +9,9 @@ template <typename T>
 NormProblem<T> describe_norm(const Tensor& u, const Optional& w1, const Optional& w2,
                              const Optional& ws, double eps, int64_t combine, bool channels_last) {
   NormProblem<T> p{};
-  static_cast<Problem<T>&>(p) = describe<T>(u, map_of(u, channels_last), w1, w2, ws, combine,
-                                            static_cast<int64_t>(Gate::sigmoid), channels_last);
+  static_cast<Problem<T>&>(p) =
+      describe<T>(u, map_of(u, channels_last), w1, w2, ws, combine,
+                  static_cast<int64_t>(Gate::sigmoid), false, channels_last);
   p.activation = Activation::relu;
   p.eps = eps;
   if (!channels_last) {  // the backward uses a strip of u and of dy twice: both should stay in L2

@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
           T* __restrict__ y,          // as x; concat: with 2 * C channels
           int64_t x_sample,           // from one sample to the next
           int64_t x_pitch,            // from one row to the next
+          bool residual,              // y has x added
           int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles) {
   let_next_start();
   const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
@@ -83,6 +84,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         out[i] = Formula<float, K>::value(f[i], c.of(u, i), s.of(u, i));
+        if (residual) out[i] += f[i];
       }
     }
     store_access<W>(whole, y + u * y_pitch, narrow<T, W>(out), across);
@@ -108,6 +110,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
                    int dtypes,                 // of the parameters, see dtypes.h
                    T* __restrict__ dx,         // as x
                    int64_t dy_sample, int64_t dy_pitch, int64_t x_sample, int64_t x_pitch,
+                   bool residual,  // dx has dy added
                    int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles,
                    int tasks,  // blocks for the parameters' gradients
                    // From here on: see ParameterGradients.
@@ -181,6 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
       out[i] = F::direct(f[i], g[i], g2[i], c.of(u, i), s.of(u, i));
       if (has_channel(K)) out[i] += mean.of(u, i);
       if (has_spatial(K)) out[i] += weight.of(u, i) * d.of(u, i);
+      if (K != Combine::concat && residual) out[i] += g[i];
     }
     store_access<W>(whole, dx + u * row, narrow<T, W>(out), across);
   }

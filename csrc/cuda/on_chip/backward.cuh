@@ -31,7 +31,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                     float* d_hidden,            // [N, Cr]: gradient before the activation
                     float* sample_ws,           // [N, C]: the sample's part of dws, or null
                     float* sample_bs,           // [N]: the sample's part of dbs, or null
-                    Gate gating, int dtypes, int C, int Cr, int S, int slice, int64_t dy_sample,
+                    Gate gating,
+                    bool residual,  // dx has dy added
+                    int dtypes, int C, int Cr, int S, int slice, int64_t dy_sample,
                     int64_t dy_pitch,                   // elements to the next sample, row
                     int64_t x_sample, int64_t x_pitch,  // the same of x
                     int dy_bytes, int x_bytes,          // that can be read at once
@@ -234,6 +236,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
           dxs[i] = F::direct(xs[i], dys[i], dys2[i], gc, gs);
           if (by_channel) dxs[i] += m.at(row, i);
           if (by_position) dxs[i] += w.at(row, i) * d.at(row, i);
+          if (halves == 1 && residual) dxs[i] += dys[i];
         }
         put(0, dxs);
       };

@@ -21,8 +21,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                    float* hidden,        // [N, Cr]
                    float* hidden_slope,  // [N, Cr]: the activation's derivative
                    float* channel_gate,  // [N, C]
-                   Activation activation, float activation_parameter, Gate gating, int dtypes,
-                   int C, int Cr, int S, int slice,
+                   Activation activation, float activation_parameter, Gate gating,
+                   bool residual,  // y has x added
+                   int dtypes, int C, int Cr, int S, int slice,
                    int64_t x_sample,  // elements from one sample to the next
                    int64_t x_pitch,   // and from one row to the next
                    int x_bytes,       // that can be read at once
@@ -155,7 +156,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         put(half, ys);
       } else {
 #pragma unroll
-        for (int i = 0; i < W; ++i) ys[i] = F::value(xs[i], c.at(row, i), s.at(row, i));
+        for (int i = 0; i < W; ++i) {
+          ys[i] = F::value(xs[i], c.at(row, i), s.at(row, i));
+          if (residual) ys[i] += xs[i];
+        }
         put(0, ys);
       }
     };

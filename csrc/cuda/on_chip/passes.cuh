@@ -46,8 +46,8 @@ void Kernels<T>::forward(const Problem& p, const Plan& plan) {
     const auto kernel = forward_kernel<T, decltype(combine)::value, decltype(channels_last)::value>;
     launch(name, kernel, grid_of(p, plan), p, static_cast<const T*>(p.x), p.w1, p.b1, p.w2, p.b2,
            p.ws, p.bs, static_cast<T*>(p.y), p.pooled, p.hidden, p.hidden_slope, p.channel_gate,
-           p.activation, p.activation_parameter, p.gate, p.dtypes, p.channels, p.hidden_channels,
-           p.positions, plan.slice, p.x_sample, p.x_pitch,
+           p.activation, p.activation_parameter, p.gate, p.residual, p.dtypes, p.channels,
+           p.hidden_channels, p.positions, plan.slice, p.x_sample, p.x_pitch,
            access_bytes(p, p.x, p.x_sample, p.x_pitch), store_bytes(p, p.y));
   });
 }
@@ -61,8 +61,9 @@ void Kernels<T>::backward(const Problem& p, const Plan& plan, const PerSample& s
     launch(name, kernel, grid_of(p, plan), p, static_cast<const T*>(p.dy),
            static_cast<const T*>(p.x), p.w1, p.w2, p.ws, p.bs, p.hidden_slope, p.channel_gate,
            static_cast<T*>(p.dx), sums.d_excited, sums.d_hidden, sums.sample_ws, sums.sample_bs,
-           p.gate, p.dtypes, p.channels, p.hidden_channels, p.positions, plan.slice, p.dy_sample,
-           p.dy_pitch, p.x_sample, p.x_pitch, access_bytes(p, p.dy, p.dy_sample, p.dy_pitch),
+           p.gate, p.residual, p.dtypes, p.channels, p.hidden_channels, p.positions, plan.slice,
+           p.dy_sample, p.dy_pitch, p.x_sample, p.x_pitch,
+           access_bytes(p, p.dy, p.dy_sample, p.dy_pitch),
            access_bytes(p, p.x, p.x_sample, p.x_pitch), store_bytes(p, p.dx));
   });
 }

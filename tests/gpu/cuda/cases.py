@@ -67,6 +67,7 @@ class Call:
     parameters: object
     biases: bool
     reduction: int
+    residual: bool
     x: str
     dy: str
 
@@ -79,6 +80,7 @@ class Call:
             self.reduction,
             self.biases,
             parameter_dtype=self.parameters if isinstance(self.parameters, torch.dtype) else None,
+            residual=self.residual,
         )
         if self.parameters == "mixed":
             mixed = zip(case.parameters, MIXED, strict=True)
@@ -90,8 +92,11 @@ class Call:
         )
 
     def __str__(self):
+        values = vars(self) | {"residual": "+ x" if self.residual else ""}
         return " ".join(
-            str(value).removeprefix("torch.") for value in vars(self).values() if value != "dense"
+            str(value).removeprefix("torch.")
+            for value in values.values()
+            if value not in ("dense", "")
         )
 
 
@@ -119,6 +124,7 @@ def _calls():
             parameters=draw.choice(PARAMETERS),
             biases=draw.random() < 0.6,
             reduction=draw.choice((2, 3, 16)),
+            residual=variant != "concat" and draw.random() < 0.5,
             # Of channels_last maps whose samples lie apart the operators make contiguous ones.
             x=draw.choice([w for w in ways if (layout, w) != ("channels_last", "samples apart")]),
             dy=draw.choice(ways),
