@@ -191,7 +191,8 @@ def _measure(
     for backward in (False, True):
         direction = "forward + backward" if backward else "forward"
         x = inputs.x
-        calls = {providers.CLONE: x.detach().clone}
+        calls = {timing.FIXED: timing.fixed_clone(case.device)}
+        calls[providers.CLONE] = x.detach().clone
         for name, module in modules.items():
             calls[name] = both(module, inputs) if backward else _forward(module, x)
         for way in timing.ways(case.device):
@@ -212,6 +213,7 @@ def _measure(
                 way,
                 lambda: tell(f"{direction}, round {next(done)} of {rounds}"),  # noqa: B023
             )
+            noise = timings.pop(timing.FIXED).spread
             for name, value in timings.items():
                 clone = name == providers.CLONE
                 measurements.append(
@@ -223,6 +225,7 @@ def _measure(
                         timing=value,
                         least_bytes=2 * case.x_bytes if clone else case.least_bytes(backward),
                         peak_bytes=peaks.get(name) if backward else None,
+                        noise=noise,
                     )
                 )
     return measurements, errors
