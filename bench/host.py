@@ -95,10 +95,7 @@ def _measure(case: Case, names: list[str], direction: str, rounds: int) -> dict[
     inputs = case.inputs()
     calls = {timing.FIXED: timing.fixed_clone(case.device)}
     for name in names:
-        module = providers.build(
-            name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2
-        ).to(case.device, case.dtype)
-        providers.load(module, inputs.parameters)
+        module = ops.module_of(name, case, inputs)
         calls[name] = ops.both(module, inputs) if direction != "forward" else _infer(module, inputs)
     for call in calls.values():
         for _ in range(3):  # compiles, and sets up what is set up once
