@@ -29,15 +29,26 @@ PROOF := $(VENV)/proof
 PURE := $(VENV)/pure
 WHEEL := $(VENV)/wheel
 SDIST := $(VENV)/sdist
+DIST := $(VENV)/dist
 # $(call share,ENVIRONMENT): gives it the packages of .venv by a path file; through that the editable
 # install isn't seen.
 share = $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
     > $$(echo $(1)/lib/python3.*/site-packages)/venv.pth
+# $(call installed,ENVIRONMENT,WHAT): a new environment into which pip installs it, with the
+# self-check. From tests/, since in the checkout's own folder `import scse_kernels` finds that one.
+define installed
+rm -rf $(1)
+$(BIN)/python -m venv --without-pip $(1)
+$(call share,$(1))
+SCSE_BUILD=cpu $(BIN)/pip --disable-pip-version-check --python $(1)/bin/python \
+    install --quiet --no-deps $(2)
+cd tests && ../$(1)/bin/python -m scse_kernels
+endef
 
 # Busy-waiting threads of two processes slow each other tenfold on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test lint test-pure test-wheel gpu-proof check-cuda bench wheel clean
+.PHONY: test lint test-pure test-wheel gpu-proof check-cuda bench dist clean
 .DELETE_ON_ERROR:
 # Two of the steps build the package in the same folder.
 .NOTPARALLEL:
@@ -48,6 +59,7 @@ test: lint test-pure $(KERNELS) $(PEERS) $(TRITONS) $(NVCC)
 lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.*h')
 
 # From tests/, since in the checkout's own folder `import scse_kernels` finds the checkout. Without
 # the tests of kernels, where the eager backend is tested too, and those of the code around them.
@@ -65,14 +77,10 @@ gpu-proof: $(TOOLS) $(TRITONS) $(NVCC)
 # As users install it, in a fresh environment and with pip's own way of building; from the sdist, so
 # that it shows what the sdist lacks. The checkout needs the same kernels, and one compilation will do.
 test-wheel: $(TOOLS)
-	rm -rf dist $(WHEEL) $(SDIST)
+	rm -rf dist $(SDIST)
 	$(BIN)/python -m build --no-isolation --sdist
 	mkdir $(SDIST) && tar xzf dist/*.tar.gz -C $(SDIST) --strip-components 1
-	$(BIN)/python -m venv --without-pip $(WHEEL)
-	$(call share,$(WHEEL))
-	SCSE_BUILD=cpu $(BIN)/pip --disable-pip-version-check --python $(WHEEL)/bin/python \
-	    install --quiet --no-deps ./$(SDIST)
-	cd tests && ../$(WHEEL)/bin/python -m scse_kernels
+	$(call installed,$(WHEEL),./$(SDIST))
 	cd $(WHEEL)/lib/python3.*/site-packages/scse_kernels && cp _C.*so _build_info.json \
 	    $(CURDIR)/scse_kernels
 	mkdir -p build && cp -r $(SDIST)/build/temp* build && touch $(KERNELS)
@@ -98,9 +106,18 @@ bench: $(KERNELS)
 gpu:
 	$(PYTHON) -m bench gpu
 
-wheel: $(TOOLS)
-	rm -rf dist
-	SCSE_BUILD=cpu $(BIN)/python -m build --no-isolation
+# What a release consists of, each installed and checked: the sdist, and from it a wheel without
+# kernels and one with the CPU's, for every Linux with a C library as new as its name says. torch's
+# libraries are those of the torch that is there. See docs/releasing.md.
+dist: test-wheel
+	rm -rf $(SDIST)/build/lib* $(DIST)
+	SCSE_BUILD=none $(BIN)/python -m build --no-isolation --wheel --outdir dist $(SDIST)
+	SCSE_BUILD=cpu $(BIN)/python -m build --no-isolation --wheel --outdir $(DIST) $(SDIST)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude libc10.so \
+	    --exclude libtorch_cpu.so --wheel-dir dist $(DIST)/*.whl
+	$(call installed,$(DIST)/pure,dist/*-none-any.whl)
+	$(call installed,$(DIST)/cpu,dist/*-manylinux*.whl)
+	$(BIN)/python tests/build/release_files.py dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info scse_kernels/*.so scse_kernels/_build_info.json

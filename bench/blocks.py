@@ -1,57 +1,87 @@
-"""The recalibration blocks inside a network: what they see, and what they take by themselves."""
+"""What the recalibration blocks take inside of their network's steps."""
 
-import functools
-from collections.abc import Iterable, Mapping
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import timing
+from .timing import Timing
 
 
-def shapes_seen(net: nn.Module, blocks: list[nn.Module], image: Tensor) -> list[list[torch.Size]]:
-    """For each of the blocks, the shapes that it sees when the network sees `image`."""
-    shapes = {block: [] for block in blocks}
-    hooks = [
-        block.register_forward_hook(lambda block, args, _: shapes[block].append(args[0].shape))
-        for block in blocks
-    ]
-    mode = net.training
-    net.eval()  # leaves the running statistics alone
-    with torch.no_grad():
-        net(image)
-    net.train(mode)
-    for hook in hooks:
-        hook.remove()
-    return [shapes[block] for block in blocks]
+class InStep:
+    """A step of training in which the network's blocks are timed, by hooks around their forward and
+    their backward. What it takes as a whole is of the same step: the share that the blocks have in
+    it holds on a busy machine, too.
 
+    Args:
+        step: the step, forward and backward.
+        blocks: modules of the network that it trains.
+    """
 
-def seconds(
-    blocks: Mapping[str, list[nn.Module]],
-    shapes: Iterable[list[torch.Size]],
-    device: torch.device,
-    autocast: torch.dtype | None = None,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> dict[str, float]:
-    """Seconds that each network's blocks take in a step, forward and backward, timed by themselves
-    on the shapes that they see; all networks have as many blocks."""
-    calls = {}
-    for i, seen in enumerate(shapes):
-        for shape in seen:
-            x, dy = (
-                torch.randn(shape, device=device, dtype=autocast).to(memory_format=memory_format)
-                for _ in range(2)
-            )
-            for name, own in blocks.items():
-                key = name, i, len(calls)
-                calls[key] = functools.partial(_step, own[i], x.requires_grad_(), dy, autocast)
-    for call in calls.values():
-        call()
-    timings = timing.interleaved(calls, device, rounds=9)
-    return {name: sum(t.median for key, t in timings.items() if key[0] == name) for name in blocks}
+    def __init__(
+        self, step: Callable[..., object], blocks: Sequence[nn.Module], device: torch.device
+    ) -> None:
+        self._step, self._blocks, self._device = step, blocks, device
+        #: When each step, and each forward or backward of a block in it, began and ended.
+        self._steps: list[tuple[object, object, list[tuple[object, object]]]] = []
 
+    def __call__(self, *arguments: object) -> None:
+        with self._noting() as inside:
+            begin = self._now()
+            self._step(*arguments)
+            self._steps.append((begin, self._now(), inside))
 
-def _step(block: nn.Module, x: Tensor, dy: Tensor, autocast: torch.dtype | None) -> None:
-    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-        y = block(x)
-    torch.autograd.grad(y, [x, *block.parameters()], dy.to(y.dtype))
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[list[tuple[object, object]]]:
+        inside, begun = [], {}
+
+        def begin(block: nn.Module, *_: object) -> None:
+            begun[block] = self._now()
+
+        def end(block: nn.Module, *_: object) -> None:
+            inside.append((begun.pop(block), self._now()))
+
+        hooks = []
+        for block in self._blocks:
+            hooks += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
+            hooks += [
+                block.register_full_backward_pre_hook(begin),
+                block.register_full_backward_hook(end),
+            ]
+        try:
+            yield inside
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _now(self) -> object:
+        """A point of the device's own time, for it runs behind the host."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: object, end: object) -> float:
+        if self._device.type != "cuda":
+            return end - begin
+        end.synchronize()
+        return 1e-3 * begin.elapsed_time(end)
+
+    def summary(self, without: int = 0) -> tuple[Timing, Timing, float]:
+        """What a step takes, what the blocks take of it, and their share (the median of the steps'
+        shares), `without` the first steps."""
+        steps = self._steps[without:]
+        whole = [self._between(begin, end) for begin, end, _ in steps]
+        parts = [sum(self._between(*ends) for ends in inside) for *_, inside in steps]
+        share = statistics.median(part / all_ for part, all_ in zip(parts, whole, strict=True))
+        return timing.summarize(whole), timing.summarize(parts), share
+
+    @property
+    def calls(self) -> int:
+        """How often blocks are called in a step."""
+        return len(self._steps[-1][2]) // 2

@@ -6,25 +6,25 @@ else to do. Without one, the processor time of a single thread on tensors of the
 compute as well, which at such a map is little; Triton's kernels are compiled, and their launches
 replaced by nothing.
 
-All in turn, round by round: figures of one run can be compared, whatever else the machine does.
+All in turn, round by round, and a clone of a fixed map with them, which shows how noisy the machine
+was.
 Written: host.csv.
 """
 
 import argparse
 import contextlib
 import csv
-import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from scse_kernels import backends
 
-from . import ops, options, providers, report
+from . import ops, options, providers, report, timing
 from .cases import LAYOUTS, Case
+from .timing import Timing
 
 #: Calls to a sample: short against a disturbance, and fewer kernels than a launch queue holds.
 _CALLS = 20
@@ -60,43 +60,53 @@ def run(args: argparse.Namespace) -> int:
             except ImportError as error:
                 report.console.print(f"[yellow]no Triton: {error}")
         found = {
-            (name, direction): seconds
+            (name, direction): taken
             for direction in DIRECTIONS
-            for name, seconds in _measure(case, names, direction, args.rounds).items()
+            for name, taken in _measure(case, names, direction, args.rounds).items()
         }
-    table = Table("microseconds per call", *DIRECTIONS, title=str(case))
+    noise = {direction: found.pop((timing.FIXED, direction)).spread for direction in DIRECTIONS}
+    table = report.table(f"{case}, microseconds per call")
+    table.add_column("")
+    for direction in DIRECTIONS:
+        table.add_column(direction, justify="right")
+        table.add_column("x eager", justify="right")
     for name in names:
-        table.add_row(name, *(f"{found[name, direction] * 1e6:.1f}" for direction in DIRECTIONS))
+        cells = []
+        for direction in DIRECTIONS:
+            own, eager = found[name, direction], found["eager", direction]
+            ratio = report.ratio(eager, own, noise[direction]) if name != "eager" else ""
+            cells += [f"{own.median * 1e6:.1f}", ratio]
+        table.add_row(name, *cells)
     report.console.print(table)
+    report.print_noise(noise)
     path = args.output / "host.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["provider", "direction", "seconds", "case", *environment])
-        for (name, direction), seconds in found.items():
-            writer.writerow([name, direction, seconds, case, *environment.values()])
+        writer.writerow(["provider", "direction", "seconds", "noise", "case", *environment])
+        for (name, direction), taken in found.items():
+            row = [name, direction, taken.median, noise[direction], case]
+            writer.writerow([*row, *environment.values()])
     report.console.print(f"Written: {path}")
     return 0
 
 
-def _measure(case: Case, names: list[str], direction: str, rounds: int) -> dict[str, float]:
-    """Seconds per call: the median over the rounds."""
+def _measure(case: Case, names: list[str], direction: str, rounds: int) -> dict[str, Timing]:
+    """What a call takes, by provider, and what the fixed clone does."""
     inputs = case.inputs()
-    calls = {}
+    calls = {timing.FIXED: timing.fixed_clone(case.device)}
     for name in names:
-        module = providers.build(
-            name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2
-        ).to(case.device, case.dtype)
-        providers.load(module, inputs.parameters)
+        module = ops.module_of(name, case, inputs)
         calls[name] = ops.both(module, inputs) if direction != "forward" else _infer(module, inputs)
     for call in calls.values():
         for _ in range(3):  # compiles, and sets up what is set up once
             call()
-    samples = {name: [] for name in names}
+    samples = {name: [] for name in calls}
+    order = list(calls)
     for i in range(rounds):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
+        shift = i % len(order)
+        for name in order[shift:] + order[:shift]:
             samples[name].append(_sample(calls[name], case.device))
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return {name: timing.summarize(values, _CALLS) for name, values in samples.items()}
 
 
 def _infer(module: nn.Module, inputs) -> Callable[[], object]:

@@ -9,6 +9,28 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
+def too_large(needed: int, device: torch.device) -> str | None:
+    """None if so many bytes are free, or if nothing says how many are; else how many are."""
+    free = _free(device)
+    if free is None or needed <= free:
+        return None
+    return f"it needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+
+
+def _free(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:  # not Linux
+        return None
+    free = int(told["MemAvailable"].split()[0]) << 10
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (most := limit.read_text().strip()) != "max":  # a container's
+        free = min(free, int(most) - int(used.read_text()))
+    return free
+
+
 def peak(call: Callable[[], object], device: torch.device) -> int:
     """The most bytes that `call`, already warmed up, has allocated at one time.
 

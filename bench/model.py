@@ -9,10 +9,11 @@
 
 Each network is built once and copied; the copy is converted, and a second one is converted together
 with the BatchNorms and ReLUs that only a block reads ("with batch norm"). A step is forward, loss,
-backward and optimizer. All are timed round by round in turn, then their blocks alone, on the shapes
-that they see, which shows how much of a step can be won at all. Before that, loss, output and
-gradients of all are compared with the original's in float64; if conversion takes them further away,
-the exit status is 1. (With --autocast they are as far away as its dtype takes them.)
+backward and optimizer. All are timed round by round in turn. Steps in which the blocks are timed
+too, by hooks, take turns with them; they show how much of a step can be won at all. Before that,
+loss, output and gradients of all are compared with the original's in float64; if conversion takes
+them further away, the exit status is 1. (With --autocast they are as far away as its dtype takes
+them.)
 --compile times original and converted under torch.compile as well, and says how many seconds their
 first step took: nearly all of it is compiling.
 A network whose library can't be imported is left out, with the reason.
@@ -163,8 +164,6 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
     nets = {ORIGINAL: original, CONVERTED: copy.deepcopy(original)}
     converted = convert(nets[CONVERTED])
     paths = [entry.paths[0] for entry in converted.converted]
-    blocks_of = {which: [net.get_submodule(p) for p in paths] for which, net in nets.items()}
-    seen = blocks.shapes_seen(original, blocks_of[ORIGINAL], image)
     nets[WITH_NORM] = copy.deepcopy(original)
     with_norm = convert(nets[WITH_NORM], (image[:2],))
     norms = sum(entry.alone is None for entry in with_norm.converted)
@@ -187,17 +186,22 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
             steps[f"{which}, compiled"] = _Step(net, image, autocast)
     first = {which: _seconds(step) for which, step in steps.items()}
     peaks = {which: memory.peak(step, device) for which, step in steps.items()}
+    inside = {}
+    for which in (ORIGINAL, CONVERTED):
+        own = [nets[which].get_submodule(path) for path in paths]
+        inside[which] = blocks.InStep(steps[which], own, device)
+    calls = {timing.FIXED: timing.fixed_clone(device), **steps}
+    calls |= {f"{which}, blocks timed": step for which, step in inside.items()}
     done = iter(range(args.rounds))
     with report.progress() as progress:
         task = progress.add_task(f"timing {name}", total=args.rounds)
         times = timing.interleaved(
-            steps, device, args.rounds, on_round=lambda: progress.update(task, completed=next(done))
+            calls, device, args.rounds, on_round=lambda: progress.update(task, completed=next(done))
         )
-    alone = blocks.seconds(blocks_of, seen, device, autocast, memory_format)
+    noise = times[timing.FIXED].spread
 
-    calls = sum(map(len, seen))
     table = report.table(
-        f"{name}: a training step, {calls} calls of {len(paths)} blocks in it,"
+        f"{name}: a training step, {inside[ORIGINAL].calls} calls of {len(paths)} blocks in it,"
         f" {norms} of them with batch norm"
     )
     table.add_column("")
@@ -207,25 +211,26 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
         "speedup",
         "peak MiB",
         "first step, s",
-        "blocks alone, ms",
+        "blocks in it, ms",
         "share",
     ):
         table.add_column(column, justify="right")
-    for which, timed in times.items():
+    for which in steps:
+        timed, cells = times[which], ("", "")
+        if which in inside:
+            _, part, share = inside[which].summary()
+            cells = f"{part.median * 1e3:.1f}", f"{share:.0%}"
         table.add_row(
             which,
             f"{timed.median * 1e3:.1f}",
             f"{timed.iqr * 1e3:.1f}",
-            f"{times[ORIGINAL].median / timed.median:.2f}",
+            report.ratio(times[ORIGINAL], timed, noise) if which != ORIGINAL else "",
             f"{peaks[which] / 2**20:.0f}",
             f"{first[which]:.1f}",
-            *(
-                (f"{alone[which] * 1e3:.1f}", f"{alone[which] / timed.median:.0%}")
-                if which in alone
-                else ("", "")
-            ),
+            *cells,
         )
     console.print(table)
+    report.print_noise({"": noise})
     right = bool(paths) and all(
         error <= _TIMES_AS_FAR * own  # False for NaN
         for which in nets

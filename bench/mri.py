@@ -5,7 +5,7 @@ matter apart in axial slices of the ICBM152 T1 template, which nilearn ships (no
 downloaded), corrupted by noise and a bias field. It is trained three times at once, step by step in
 turn, from the same weights on the same batches: with the eager scSE that people have, with the
 fused one, and with BatchNorm, ReLU and scSE as one operator ("BatchNorm + scSE"). Loss curves and
-Dice must agree, else the exit status is 1.
+Dice must agree, else the exit status is 1. The blocks are timed inside of the steps, by hooks.
 
 This is one averaged brain: a check of parity and sanity, not a benchmark of accuracy.
 Written: mri.png.
@@ -14,7 +14,6 @@ Written: mri.png.
 import argparse
 import copy
 import functools
-import time
 from pathlib import Path
 
 import torch
@@ -68,18 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Training:
-    """One network on its way: weights, optimizer, losses and seconds by step."""
+    """One network on its way: weights, optimizer, losses and, with its blocks, the steps' times."""
 
-    def __init__(self, net: UNet, steps: int) -> None:
+    def __init__(self, net: UNet, steps: int, own: list[nn.Module], device: torch.device) -> None:
         self.net = net
         self.optimizer = torch.optim.SGD(net.parameters(), _LEARNING_RATE, _MOMENTUM, nesterov=True)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
         self.losses: list[float] = []
-        self.seconds: list[float] = []
+        self.step = blocks.InStep(self._step, own, device)
 
-    def step(self, image: Tensor, label: Tensor) -> None:
-        _synchronize(image.device)
-        start = time.perf_counter()
+    def _step(self, image: Tensor, label: Tensor) -> None:
         loss = _loss(self.net(image), label)
         self.optimizer.zero_grad()
         loss.backward()
@@ -87,19 +84,12 @@ class _Training:
         self.optimizer.step()
         self.schedule.step()
         self.losses.append(loss.item())
-        _synchronize(image.device)
-        self.seconds.append(time.perf_counter() - start)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
         """The tissue at every voxel of image [n, 1, H, W], as [n, H, W]."""
         self.net.eval()
         return torch.cat([self.net(batch).argmax(1) for batch in image.split(_BATCH)])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _loss(logits: Tensor, label: Tensor) -> Tensor:
@@ -160,13 +150,16 @@ def run(args: argparse.Namespace) -> int:
     if providers.usable(device, "bn_relu_scse"):
         nets[_WITH_NORM] = _with_batch_norm(nets["eager"], train.image[:2])
         names = (*names, _WITH_NORM)
-    trainings = {name: _Training(net, args.steps) for name, net in nets.items()}
     middle = slice(len(train.label) // 2, len(train.label) // 2 + _BATCH)
     first = _first_gradients(nets, train.image[middle], train.label[middle])
-    # By itself, a block of the third network is one of this package's, too.
-    blocks_of = {name: net.recalibrations() for name, net in nets.items() if name != _WITH_NORM}
-    seen = blocks.shapes_seen(nets["eager"], blocks_of["eager"], train.image[middle])
-    _train(trainings, train, args.steps)
+    # A block of the third network computes BatchNorm and ReLU as well: another part of a step.
+    blocks_of = {
+        name: net.recalibrations() if name != _WITH_NORM else [] for name, net in nets.items()
+    }
+    trainings = {
+        name: _Training(net, args.steps, blocks_of[name], device) for name, net in nets.items()
+    }
+    noise = _train(trainings, train, args.steps)
     predicted = {name: training.predict(test.image) for name, training in trainings.items()}
     for name in names:
         scores[f"U-Net, {name} scSE"] = mri_data.dice(predicted[name], test.label)
@@ -180,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(name, *(f"{value:.4f}" for value in (*values, mean)))
     console.print(table)
 
-    _print_times(trainings, blocks.seconds(blocks_of, seen, device), len(seen))
+    _print_times(trainings, noise)
     picture = args.output / "mri.png"
     _picture(picture, test, predicted, trainings, environment)
     console.print(
@@ -190,7 +183,9 @@ def run(args: argparse.Namespace) -> int:
     return _verdict(names, first, trainings, [scores[f"U-Net, {name} scSE"] for name in names])
 
 
-def _train(trainings: dict[str, _Training], train: Slices, steps: int) -> None:
+def _train(trainings: dict[str, _Training], train: Slices, steps: int) -> float:
+    """Train all in turn; the spread of the fixed clone."""
+    yardstick = timing.Yardstick(train.label.device)
     generator = torch.Generator().manual_seed(_SEED)
     with report.progress() as progress:
         task = progress.add_task("training", total=steps)
@@ -201,32 +196,35 @@ def _train(trainings: dict[str, _Training], train: Slices, steps: int) -> None:
             turns = list(trainings.values())
             for training in turns if i % 2 else reversed(turns):
                 training.step(image, label)
+            yardstick.sample()
             losses = ", ".join(f"{n} {t.losses[-1]:.4f}" for n, t in trainings.items())
             progress.update(task, advance=1, description=f"loss: {losses}")
+    return yardstick.timing().spread
 
 
-def _print_times(
-    trainings: dict[str, _Training], seconds_of_blocks: dict[str, float], count: int
-) -> None:
+def _print_times(trainings: dict[str, _Training], noise: float) -> None:
     report.console.print(
-        f"Seconds of a training step, and of its {count} scSE blocks timed alone, forward and"
-        " backward, on the shapes they see"
+        f"Seconds of a training step, and of its {trainings['eager'].step.calls} scSE blocks,"
+        " forward and backward, in the same steps"
     )
     table = report.table("Training step")
     table.add_column("")
-    for name in ("median", "IQR", "steps / s", "of which scSE", "share"):
+    for name in ("median", "IQR", "x eager", "of which scSE", "share"):
         table.add_column(name, justify="right")
-    for name, training in trainings.items():
-        warm = training.seconds[len(training.seconds) // 10 :]
-        step, scse = timing.summarize(warm), seconds_of_blocks.get(name)
+    found = {
+        name: training.step.summary(without=len(training.losses) // 10)
+        for name, training in trainings.items()
+    }
+    for name, (step, scse, share) in found.items():
         table.add_row(
             f"{name} scSE",
             f"{step.median:.4f} s",
             f"{step.iqr:.4f} s",
-            f"{1 / step.median:.2f}",
-            *((f"{scse:.4f} s", f"{scse / step.median:.0%}") if scse is not None else ("", "")),
+            report.ratio(found["eager"][0], step, noise) if name != "eager" else "",
+            *((f"{scse.median:.4f} s", f"{share:.0%}") if name != _WITH_NORM else ("", "")),
         )
     report.console.print(table)
+    report.print_noise({"": noise})
 
 
 def _first_gradients(

@@ -19,6 +19,10 @@ beyond x, y, dy and dx, in units of x. On a GPU everything is timed with a warm 
 without the time in which the GPU waits for the host, which is a column of its own; maps up to
 16 MiB, where launches weigh most, also as CUDA graphs (with a warm L2).
 Written: ops.csv, ops.png.
+
+--sweep times something else: forward + backward from 2**12 to 2**27 elements, microseconds against
+size, for clone, eager, rewritten and scse_kernels; and 2**31 elements of float16 once, where 9 GB
+of memory are free. Written: sweep.csv, sweep.md, sweep.png.
 """
 
 import argparse
@@ -98,6 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out the providers that torch.compile makes",
     )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="time against size, without --shape; one reduction (16) and combine (add)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     competitors = providers.competitors(args.block)
     known = [*competitors, *providers.usable(args.device, args.block)]
     chosen = args.providers or [
-        *competitors,
+        *(("eager", "rewritten") if args.sweep else competitors),
         *providers.fused(args.device, "`--providers eager reference`", block=args.block),
     ]
     for name in chosen:
@@ -119,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         for name in dict.fromkeys(chosen)
         if not (args.without_compile and name in providers.COMPILED)
     ]
+    if args.sweep:
+        return _sweep(args, chosen)
     fused = [name for name in chosen if name not in providers.COMPETITORS]
     reductions = args.reduction or ([16] if args.quick else [16, 2])
     combines = args.combine or (["add"] if args.quick else ["add", "max"])
@@ -165,6 +176,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _sweep(args: argparse.Namespace, names: list[str]) -> int:
+    from . import sweep  # it computes and checks by the functions below
+
+    reductions, combines = args.reduction or [16], args.combine or ["add"]
+    if args.shape is not SHAPES or args.block != "scse" or len(reductions) + len(combines) > 2:
+        raise SystemExit("--sweep takes one reduction and combine, no --shape, no --block")
+    return sweep.run(args, names, reductions[0], combines[0])
+
+
 def _measure(
     case: Case, names: list[str], rounds: int, tell: Callable[[str], None]
 ) -> tuple[list[Measurement], list[str]]:
@@ -175,11 +195,7 @@ def _measure(
     modules, errors = {}, []
     for name in names:
         tell(f"compiling {name}" if name in providers.COMPILED else f"checking {name}")
-        module = providers.build(
-            name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2, case.block
-        ).to(case.device, case.dtype)
-        providers.load(module, inputs.parameters)
-        module = providers.compiled(name, module)
+        module = module_of(name, case, inputs)
         if error := disagreement(case, module, inputs, right):
             errors.append(f"{name}, {case}: {error}")
         else:
@@ -191,7 +207,8 @@ def _measure(
     for backward in (False, True):
         direction = "forward + backward" if backward else "forward"
         x = inputs.x
-        calls = {providers.CLONE: x.detach().clone}
+        calls = {timing.FIXED: timing.fixed_clone(case.device)}
+        calls[providers.CLONE] = x.detach().clone
         for name, module in modules.items():
             calls[name] = both(module, inputs) if backward else _forward(module, x)
         for way in timing.ways(case.device):
@@ -212,6 +229,7 @@ def _measure(
                 way,
                 lambda: tell(f"{direction}, round {next(done)} of {rounds}"),  # noqa: B023
             )
+            noise = timings.pop(timing.FIXED).spread
             for name, value in timings.items():
                 clone = name == providers.CLONE
                 measurements.append(
@@ -223,9 +241,19 @@ def _measure(
                         timing=value,
                         least_bytes=2 * case.x_bytes if clone else case.least_bytes(backward),
                         peak_bytes=peaks.get(name) if backward else None,
+                        noise=noise,
                     )
                 )
     return measurements, errors
+
+
+def module_of(name: str, case: Case, inputs: Inputs) -> nn.Module:
+    """The provider's module for the case, with the parameters of the inputs."""
+    module = providers.build(
+        name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2, case.block
+    ).to(case.device, case.dtype)
+    providers.load(module, inputs.parameters)
+    return providers.compiled(name, module)
 
 
 def _forward(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -295,7 +323,14 @@ def disagreement(
     norm = ("d_bn_weight", "d_bn_bias") if case.block == "bn_relu_scse" else ()
     names = ("y", "dx", *norm, "dw1", "db1", "dw2", "db2", "dws", "dbs")
     for name, actual, right in zip(names, got, expected, strict=True):
-        error, norm = (actual.double().view_as(right) - right).norm(), right.norm()
-        if not error <= _TOLERANCE[case.dtype] * norm:  # NaN is an error, too
-            return f"{name} is off by {error / norm:.1e} of its norm"
+        if error := too_far(case.dtype, actual, right):
+            return f"{name} {error}"
     return None
+
+
+def too_far(dtype: torch.dtype, actual: Tensor, right: Tensor) -> str | None:
+    """None if it is as near to what is right as a dtype allows, else how far it is."""
+    error, norm = (actual.double().view_as(right) - right).norm(), right.norm()
+    if error <= _TOLERANCE[dtype] * norm:  # NaN is an error, too
+        return None
+    return f"is off by {error / norm:.1e} of its norm"

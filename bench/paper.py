@@ -34,6 +34,11 @@ _LEARNING_RATE, _WEIGHT_DECAY = 3e-3, 1e-4
 #: What --quick stands for: a few minutes on two cores.
 _QUICK = {"networks": ["U-Net"], "seeds": 1, "width": 8, "steps": 150}
 
+_DOUBT = (
+    "Milliseconds and the blocks' share are of the same steps, of the seed with the quickest ones."
+    " ?: the machine was busy, or nothing is known of it."
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench paper`."""
@@ -105,10 +110,9 @@ class _Results:
             file.write(json.dumps(self.lines[-1]) + "\n")
 
     def of(self, network: str, pattern: str, what: str) -> np.ndarray:
-        """A value of all seeds: [seeds, ...]."""
-        return np.array(
-            [x[what] for x in self.lines if (x["network"], x["pattern"]) == (network, pattern)]
-        )
+        """A value of all seeds: [seeds, ...]; NaN where a training didn't note it."""
+        lines = [x for x in self.lines if (x["network"], x["pattern"]) == (network, pattern)]
+        return np.array([x.get(what, np.nan) for x in lines])
 
 
 def _trained(
@@ -187,7 +191,7 @@ def _seconds(
     net: nn.Module, image: Tensor, label: Tensor, weight: Tensor, device: torch.device
 ) -> dict[str, float]:
     """Median seconds of a forward and backward, with eager and with fused blocks, and of the
-    blocks in it, timed by themselves; in turn, on copies of the network."""
+    blocks in it; in turn, on copies of the network. And how noisy the machine was."""
     nets = {"eager": copy.deepcopy(net), "fused": copy.deepcopy(net)}
     convert(nets["fused"])
 
@@ -195,17 +199,17 @@ def _seconds(
         net.zero_grad()
         loss(net(image), label, weight).backward()
 
-    calls = {name: functools.partial(step, own) for name, own in nets.items()}
-    for call in calls.values():
-        call()
-    steps = timing.interleaved(calls, device, rounds=5)
-    found = {f"{name}_step_s": t.median for name, t in steps.items()}
-    own = {name: list(n.recalibrations) for name, n in nets.items()}
-    if any(True for block in own["eager"] for _ in block.parameters()):
-        alone = blocks.seconds(own, blocks.shapes_seen(nets["eager"], own["eager"], image), device)
-    else:
-        alone = dict.fromkeys(nets, 0.0)
-    return found | {f"{name}_blocks_s": seconds for name, seconds in alone.items()}
+    steps = {}
+    for name, own in nets.items():
+        with_parameters = [b for b in own.recalibrations if any(True for _ in b.parameters())]
+        steps[name] = blocks.InStep(functools.partial(step, own), with_parameters, device)
+        steps[name]()
+    calls = {timing.FIXED: timing.fixed_clone(device), **steps}
+    found = {"noise": timing.interleaved(calls, device, rounds=5)[timing.FIXED].spread}
+    for name, timed in steps.items():
+        whole, part, _ = timed.summary(without=1)
+        found |= {f"{name}_step_s": whole.median, f"{name}_blocks_s": part.median}
+    return found
 
 
 def _print(results: _Results, args: argparse.Namespace) -> None:
@@ -226,16 +230,20 @@ def _print(results: _Results, args: argparse.Namespace) -> None:
     for network, pattern in itertools.product(args.networks, networks.PATTERNS):
         scores = results.of(network, pattern, "dice")  # [seeds, people, structures]
         by_seed = scores.mean((1, 2))
-        step = {w: results.of(network, pattern, f"{w}_step_s").min() for w in ("eager", "fused")}
-        own = {w: results.of(network, pattern, f"{w}_blocks_s").min() for w in step}
+        quietest = results.of(network, pattern, "eager_step_s").argmin()
+        doubt = report.doubt(results.of(network, pattern, "noise")[quietest])
+        step, own = (
+            [results.of(network, pattern, f"{w}_{what}_s")[quietest] for w in ("eager", "fused")]
+            for what in ("step", "blocks")
+        )
         rows.append(
             (
                 network if pattern == "none" else "",
                 pattern,
                 f"{by_seed.mean():.3f}",
                 f"{by_seed.min():.3f} to {by_seed.max():.3f}",
-                *(f"{1e3 * seconds:.0f}" for seconds in step.values()),
-                *(f"{own[w] / step[w]:.0%}" for w in step),
+                *(f"{1e3 * seconds:.0f}{doubt}" for seconds in step),
+                *(f"{part / whole:.0%}" for part, whole in zip(own, step, strict=True)),
                 *(f"{both.mean():.2f}" for both in _pairs(scores)),
             )
         )
@@ -250,11 +258,11 @@ def _print(results: _Results, args: argparse.Namespace) -> None:
     lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     environment = report.environment(args.device)
     (args.output / "paper.md").write_text(
-        "\n".join((title + "; " + report.caption(environment), "", *lines)) + "\n"
+        "\n".join((title + "; " + report.caption(environment), "", *lines, "", _DOUBT)) + "\n"
     )
     _picture(args.output / "paper.png", results, args, names, report.caption(environment))
     report.console.print(
-        "Intensities are synthetic and six people are few.\n"
+        f"{_DOUBT}\nIntensities are synthetic and six people are few.\n"
         f"Written: {args.output}/paper.jsonl, paper.md, paper.png"
     )
 

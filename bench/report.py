@@ -27,6 +27,8 @@ if not console.is_terminal:  # rich assumes 80 columns, and the tables are wider
     console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 120)))
 
 _YARDSTICKS = (*COMPETITORS, CLONE)
+#: From this spread of the fixed clone on, a machine was too busy for any ratio.
+_BUSY = 0.1
 _COLORS = ("tab:red", "tab:orange", "tab:purple", "tab:blue", "tab:green", "tab:cyan", "tab:pink")
 
 
@@ -41,6 +43,8 @@ class Measurement:
     timing: Timing
     least_bytes: int
     peak_bytes: int | None
+    #: The spread of the fixed clone in the same rounds.
+    noise: float
 
     @property
     def bandwidth(self) -> float:
@@ -99,16 +103,46 @@ def caption(environment: dict[str, str]) -> str:
     return ", ".join((environment["device"], threads, *versions, *cuda, environment["date"]))
 
 
+def print_noise(spreads: dict[str, float]) -> None:
+    """How noisy the machine was: the spread of the fixed clone in the rounds of each of several
+    measurements, and which of them were too noisy."""
+    found = ", ".join(f"{name} {spread:.0%}".strip() for name, spread in spreads.items())
+    console.print(
+        "Noise: the interquartile range over the median of a clone of a fixed map, timed in the"
+        f" same rounds: {found}"
+    )
+    if busy := [name for name, spread in spreads.items() if doubt(spread)]:
+        where = f" of {', '.join(busy)}" if any(busy) else ""
+        console.print(
+            f"[yellow]The machine was busy: above {_BUSY:.0%} no ratio{where} can be trusted."
+            " Run it again when nothing else runs."
+        )
+
+
+def doubt(noise: float) -> str:
+    """The mark of figures that can't be trusted, if the fixed clone spread so much. NaN: nothing is
+    known of it."""
+    return "" if noise <= _BUSY else "?"
+
+
+def ratio(over: Timing, under: Timing, noise: float) -> str:
+    """How many times as long `over` takes as `under`; with a question mark where that can't be
+    trusted: the machine was busy, or the rounds' middle halves overlap."""
+    apart = abs(over.median - under.median)
+    overlap = apart <= (over.iqr + under.iqr) / 2
+    return f"{over.median / under.median:.2f}{'?' if overlap else doubt(noise)}"
+
+
 def _key(m: Measurement) -> tuple:
     return m.case, m.direction, m.way
 
 
-def _medians(measurements: Iterable[Measurement]) -> dict[tuple, dict[str, float]]:
-    """Median seconds by provider, for each case, direction and way."""
-    medians: dict[tuple, dict[str, float]] = {}
+def _timings(measurements: Iterable[Measurement]) -> dict[tuple, dict[str, Timing]]:
+    """By provider, for each case, direction and way."""
+    timings: dict[tuple, dict[str, Timing]] = {}
     for m in measurements:
-        medians.setdefault(_key(m), {})[m.provider] = m.timing.median
-    return medians
+        timings.setdefault(_key(m), {})[m.provider] = m.timing
+    return timings
 
 
 def _competitors(measurements: list[Measurement]) -> list[str]:
@@ -127,6 +161,8 @@ LEGEND = (
     " fast as NAME. clones: time in units of x.clone(). GB/s: least bytes over the median. of copy:"
     " that over the bandwidth of x.clone(). peak: of forward + backward beyond x, y, dy, dx, in"
     " units of x. host: milliseconds to queue the work on a GPU, which other columns are without."
+    " ?: a ratio that can't be trusted, since the machine was busy or the two differ by less than"
+    " their rounds do."
 )
 
 
@@ -141,16 +177,16 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
         grid.add_column(name, justify="right")
     for name in ("GB/s", "of copy", "peak", *(["host"] if several else [])):
         grid.add_column(name, justify="right")
-    medians, copy = _medians(measurements), _copy_bandwidth(measurements)
+    timings, copy = _timings(measurements), _copy_bandwidth(measurements)
     previous = None
     for m in measurements:
-        here = medians[_key(m)]
+        here = timings[_key(m)]
         first = _key(m) != previous
         if first and previous is not None:
             grid.add_section()
         previous = _key(m)
         ratios = (
-            f"{here[name] / m.timing.median:.2f}" if name in here and m.provider != CLONE else ""
+            ratio(here[name], m.timing, m.noise) if name in here and m.provider != CLONE else ""
             for name in competitors
         )
         peak = "" if m.peak_bytes is None else f"{m.peak_bytes / case.x_bytes:.3f}"
@@ -160,13 +196,14 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
             f"{m.timing.median * 1e3:.3f}",
             f"{m.timing.iqr * 1e3:.3f}",
             *ratios,
-            f"{m.timing.median / here[CLONE]:.2f}",
+            ratio(m.timing, here[CLONE], m.noise) if m.provider != CLONE else "1.00",
             f"{m.bandwidth / 1e9:.1f}",
             f"{m.bandwidth / copy[_key(m)]:.0%}",
             peak,
             *([] if m.timing.host is None else [f"{m.timing.host * 1e3:.3f}"]),
         )
     console.print(grid)
+    print_noise({_label(m.direction, m.way, several): m.noise for m in measurements})
 
 
 def table(title: str) -> Table:
@@ -181,7 +218,8 @@ def _label(direction: str, way: str, several: bool) -> str:
 def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
     """Over all cases of a combine: the geometric mean and the worst of how each fused backend
     stands against the others. Against clone it is the time's multiple: less is better."""
-    medians = _medians(measurements)
+    timings = _timings(measurements)
+    noise = {_key(m): m.noise for m in measurements}
     several = len({m.way for m in measurements}) > 1
     grid = table("Over all shapes and reductions: geometric mean (worst)")
     for name in ("backend", "combine", "pass"):
@@ -192,19 +230,20 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
     groups = dict.fromkeys((m.case.combine, m.direction, m.way) for m in measurements)
     for backend in fused:
         for combine, direction, way in groups:
-            rows = [
-                here
-                for (case, *key), here in medians.items()
-                if [case.combine, *key] == [combine, direction, way] and backend in here
-            ]
+            rows = {
+                key: {name: timing.median for name, timing in here.items()}
+                for key, here in timings.items()
+                if (key[0].combine, *key[1:]) == (combine, direction, way) and backend in here
+            }
+            mark = max((doubt(noise[key]) for key in rows), default="")
             cells = []
             for name in (*competitors, CLONE):
-                ratios = [here[name] / here[backend] for here in rows if name in here]
+                ratios = [here[name] / here[backend] for here in rows.values() if name in here]
                 if name == CLONE:
                     ratios = [1 / ratio for ratio in ratios]
                 worst: Callable = max if name == CLONE else min
                 cells.append(
-                    f"{statistics.geometric_mean(ratios):.2f} ({worst(ratios):.2f})"
+                    f"{statistics.geometric_mean(ratios):.2f} ({worst(ratios):.2f}){mark}"
                     if ratios
                     else ""
                 )
@@ -214,11 +253,11 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
 
 def write_csv(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
     """One row per measurement; seconds, bytes and ratios."""
-    medians, copy = _medians(measurements), _copy_bandwidth(measurements)
+    timings, copy = _timings(measurements), _copy_bandwidth(measurements)
     with path.open("w", newline="") as file:
         writer = None
         for m in measurements:
-            case, here = m.case, medians[_key(m)]
+            case, here = m.case, timings[_key(m)]
             row = {
                 "block": case.block,
                 "shape": case.shape_name,
@@ -233,9 +272,10 @@ def write_csv(path: Path, measurements: list[Measurement], environment: dict[str
                 "iqr_s": f"{m.timing.iqr:.4e}",
                 "rounds": m.timing.rounds,
                 "calls_per_round": m.timing.calls,
+                "noise": f"{m.noise:.3g}",
                 "host_s": "" if m.timing.host is None else f"{m.timing.host:.4e}",
                 **{
-                    f"{name}_over_this": f"{here[name] / m.timing.median:.4g}"
+                    f"{name}_over_this": f"{here[name].median / m.timing.median:.4g}"
                     if name in here
                     else ""
                     for name in _YARDSTICKS

@@ -29,12 +29,46 @@ class Timing:
     calls: int
     host: float | None = None
 
+    @property
+    def spread(self) -> float:
+        """The interquartile range in units of the median."""
+        return self.iqr / self.median
+
 
 def summarize(samples: list[float], calls: int = 1, host: float | None = None) -> Timing:
     """Median and spread of samples (seconds per call), each of them the mean of `calls` calls."""
     spread = samples if len(samples) > 1 else 2 * samples  # quantiles() wants two
     low, middle, high = statistics.quantiles(spread, n=4, method="inclusive")
     return Timing(middle, high - low, len(samples), calls, host)
+
+
+#: The name under which every benchmark times a `fixed_clone` along with its own calls. That clone
+#: does the same in every run: how much its time varies is how noisy the machine was.
+FIXED = "fixed clone"
+#: Its elements, of float32: in the caches of a CPU, beyond those of a GPU.
+_FIXED = {"cpu": 1 << 20, "cuda": 1 << 24}
+
+
+def fixed_clone(device: torch.device) -> Callable[[], object]:
+    """A call that clones a map which is the same in every benchmark."""
+    return torch.ones(_FIXED[device.type], device=device).clone
+
+
+class Yardstick:
+    """The fixed clone, for a benchmark that has rounds of its own: `sample` it once a round."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._clock, self._call = _clock(device, WARM), fixed_clone(device)
+        self._repeats = self._clock.prepare(FIXED, self._call)
+        self._samples: list[float] = []
+
+    def sample(self) -> None:
+        """Time it."""
+        self._samples.append(self._clock.sample(FIXED, self._call, self._repeats))
+
+    def timing(self) -> Timing:
+        """What it took."""
+        return summarize(self._samples, self._repeats)
 
 
 def ways(device: torch.device) -> tuple[str, ...]:
@@ -73,7 +107,7 @@ def interleaved(
 
     Whatever disturbs the machine for a while disturbs all of them alike.
     """
-    clock = _CudaClock(device, way == COLD) if device.type == "cuda" else _CpuClock()
+    clock = _clock(device, way)
     names = list(calls)
     repeats = {name: clock.prepare(name, calls[name]) for name in names}
     samples = {name: [] for name in names}
@@ -86,6 +120,10 @@ def interleaved(
         name: summarize(samples[name], repeats[name], clock.host_seconds.get(name))
         for name in names
     }
+
+
+def _clock(device: torch.device, way: str):
+    return _CudaClock(device, way == COLD) if device.type == "cuda" else _CpuClock()
 
 
 def _repeats(seconds: float, kind: str) -> int:

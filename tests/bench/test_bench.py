@@ -188,7 +188,9 @@ def test_ops_times_all_ways(gpu, options, monkeypatch, tmp_path, capsys):
         if way != timing.GRAPH or shape != large
         for provider in providers
     ]
-    assert gpu.log.count("capture") == gpu.log.count("replay") == 2 * len(providers)
+    calls = len(providers) + 1  # and the fixed clone
+    assert gpu.log.count("capture") == gpu.log.count("replay") == 2 * calls
+    assert {row["noise"] for row in rows} == {"0"}
     assert all(float(row["host_s"]) == 1e-5 for row in rows)
     assert (tmp_path / "ops.png").exists()
     out = capsys.readouterr().out
@@ -220,7 +222,7 @@ def test_every_size_has_a_tick(tmp_path):
     measurements = [
         report.Measurement(
             Case(shape, torch.float32, "contiguous", 2, "add", CPU),
-            "forward", timing.WARM, name, timing.summarize([1e-3], 1, None), 1000, None,
+            "forward", timing.WARM, name, timing.summarize([1e-3], 1, None), 1000, None, 0.0,
         )
         for shape in shapes
         for name in ("clone", "eager")
@@ -304,7 +306,8 @@ def test_host_times_each_provider_and_leaves_triton_as_it_was(options, tmp_path,
     ]
     assert all(float(row["seconds"]) > 0 for row in rows)
     printed = capsys.readouterr().out
-    assert all(f"│ {name} " in printed for name in usable)
+    assert all(f"\n {name} " in printed for name in usable)
+    assert "x eager" in printed and "Noise:" in printed
 
 
 def test_host_on_a_gpu_starts_when_the_gpu_is_done(gpu, monkeypatch):

@@ -250,7 +250,14 @@ def write_ops(path):
     milliseconds = {"clone": 1.0, "eager": 6.0, "rewritten": 3.0, "cuda": 1.5, "triton": 2.0}
     found = [
         report.Measurement(
-            case, "forward", way, name, timing.summarize([1e-3 * value]), 2 * case.x_bytes, None
+            case,
+            "forward",
+            way,
+            name,
+            timing.summarize([1e-3 * value]),
+            2 * case.x_bytes,
+            None,
+            0.0,
         )
         for way in (timing.WARM, timing.COLD)
         for name, value in milliseconds.items()
