@@ -1,10 +1,13 @@
 """The host's time for a call at a tiny map, where a GPU waits for the host.
 
 Microseconds per call, forward and forward + backward, for the eager operators and for each backend
-that can be used. On a GPU: how long the host takes to queue the call, while the GPU has nothing
-else to do. Without one, the processor time of a single thread on tensors of the host: eager and cpu
-compute as well, which at such a map is little; Triton's kernels are compiled, and their launches
-replaced by nothing.
+that can be used; and the same with BatchNorm and ReLU before the block, as one operator, beside
+torch's two followed by the block of this package (unfused).
+
+On a GPU: how long the host takes to queue the call, while the GPU has nothing else to do. Without
+one, the processor time of a single thread on tensors of the host: eager and cpu compute as well,
+which at such a map is little; Triton's kernels are compiled, and their launches replaced by
+nothing.
 
 All in turn, round by round: figures of one run can be compared, whatever else the machine does.
 Written: host.csv.
@@ -44,59 +47,76 @@ def run(args: argparse.Namespace) -> int:
     """Print and write the table."""
     device = args.device
     dtype = getattr(torch, args.dtype)
-    case = Case(args.shape, dtype, args.layout, args.reduction, "add", device)
+    cases = {
+        block: Case(args.shape, dtype, args.layout, args.reduction, "add", device, block)
+        for block in providers.BLOCKS
+    }
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         environment = report.environment(device)
         report.print_header(environment, providers.missing(device))
-        names = ["eager", *providers.usable(device)]
-        if device.type == "cpu" and "triton" not in names:  # it is there where interpreted
+        names = {
+            block: [
+                *[c for c in providers.competitors(block) if c not in providers.COMPILED],
+                *providers.usable(device, block),
+            ]
+            for block in cases
+        }
+        if device.type == "cpu" and "triton" not in names["scse"]:  # it is there where interpreted
             try:
                 stack.enter_context(without_launches())
-                names.append("triton")
+                for own in names.values():
+                    own.append("triton")
                 report.console.print("triton: its launches are replaced by nothing")
             except ImportError as error:
                 report.console.print(f"[yellow]no Triton: {error}")
+        rows = [(block, name) for block, own in names.items() for name in own]
         found = {
-            (name, direction): seconds
+            (*row, direction): seconds
             for direction in DIRECTIONS
-            for name, seconds in _measure(case, names, direction, args.rounds).items()
+            for row, seconds in _measure(cases, rows, direction, args.rounds).items()
         }
-    table = Table("microseconds per call", *DIRECTIONS, title=str(case))
-    for name in names:
-        table.add_row(name, *(f"{found[name, direction] * 1e6:.1f}" for direction in DIRECTIONS))
-    report.console.print(table)
+    for block, own in names.items():
+        table = Table("microseconds per call", *DIRECTIONS, title=str(cases[block]))
+        for name in own:
+            cells = (f"{found[block, name, direction] * 1e6:.1f}" for direction in DIRECTIONS)
+            table.add_row(name, *cells)
+        report.console.print(table)
     path = args.output / "host.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["provider", "direction", "seconds", "case", *environment])
-        for (name, direction), seconds in found.items():
-            writer.writerow([name, direction, seconds, case, *environment.values()])
+        for (block, name, direction), seconds in found.items():
+            writer.writerow([name, direction, seconds, cases[block], *environment.values()])
     report.console.print(f"Written: {path}")
     return 0
 
 
-def _measure(case: Case, names: list[str], direction: str, rounds: int) -> dict[str, float]:
-    """Seconds per call: the median over the rounds."""
-    inputs = case.inputs()
+def _measure(
+    cases: dict[str, Case], rows: list[tuple[str, str]], direction: str, rounds: int
+) -> dict[tuple[str, str], float]:
+    """Seconds per call of each block and provider: the median over the rounds."""
+    inputs = {block: case.inputs() for block, case in cases.items()}
     calls = {}
-    for name in names:
+    for block, name in rows:
+        case, own = cases[block], inputs[block]
         module = providers.build(
-            name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2
+            name, case.shape[1], case.reduction, case.combine, len(case.shape) - 2, block
         ).to(case.device, case.dtype)
-        providers.load(module, inputs.parameters)
-        calls[name] = ops.both(module, inputs) if direction != "forward" else _infer(module, inputs)
+        providers.load(module, own.parameters)
+        both = direction != "forward"
+        calls[block, name] = ops.both(module, own) if both else _infer(module, own)
     for call in calls.values():
         for _ in range(3):  # compiles, and sets up what is set up once
             call()
-    samples = {name: [] for name in names}
+    samples = {row: [] for row in rows}
     for i in range(rounds):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
-            samples[name].append(_sample(calls[name], case.device))
-    return {name: statistics.median(values) for name, values in samples.items()}
+        shift = i % len(rows)
+        for row in rows[shift:] + rows[:shift]:
+            samples[row].append(_sample(calls[row], cases[row[0]].device))
+    return {row: statistics.median(values) for row, values in samples.items()}
 
 
 def _infer(module: nn.Module, inputs) -> Callable[[], object]:
