@@ -88,6 +88,9 @@ CASES = {
     "not affine": ("max", F32, (2, 12, 6, 5), True, True, 90, {"affine": False, "biases": False}),
     # Triton has numbers, and no tensors, for arguments that are 1.
     "one strip": ("add", F16, (1, 9, 5, 3), True, True, 90, {}),
+    "evaluation of more channels than a tile": (
+        *("add", F16, (2, 1100, 3, 5), False, False, 90, {"reduction": 50}),
+    ),
     "more channels than a tile": ("add", F16, (2, 1100, 3, 5), False, True, 90, {"reduction": 50}),
 }
 

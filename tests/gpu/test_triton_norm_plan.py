@@ -170,6 +170,18 @@ def test_known_kinds_go_past_tritons_binder(gpu, monkeypatch):
         both(changed("running_var", lambda t: moved(t, 1)))
 
 
+def test_each_kernel_has_its_own_epsilon(gpu):
+    keys = [
+        {launched[0]: launched[1] for launched in check(gpu, make_case(SHAPE), eps=eps)}
+        for eps in (1e-3, 1e-2)
+    ]
+    differ = {name for name, key in keys[0].items() if keys[1][name] != key}
+    assert differ == {
+        *("norm_squeeze_kernel", "norm_apply_kernel", "norm_reduce_kernel", "norm_sums_kernel"),
+        "norm_apply_backward_kernel",
+    }
+
+
 def numbers(log):
     """The floats that kernels were given."""
     return [
