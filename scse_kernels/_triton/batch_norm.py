@@ -13,10 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference import accumulation_dtype
 from . import heuristics
 from .activation import RELU, SIGMOID
-from .excite import excite_backward_kernel, excite_kernel
 from .launch import (
     Map,
     _all_registers,
@@ -25,6 +23,8 @@ from .launch import (
     _describe,
     _in_format,
     gradient_tasks,
+    plan_excitation,
+    plan_excitation_backward,
     readable,
 )
 from .norm_backward import norm_apply_backward_kernel, norm_reduce_kernel, norm_sums_kernel
@@ -117,11 +117,9 @@ def _plan_forward(plan: Plan, choices: tuple, u: Tensor, *others: Tensor | None)
         EPS=eps, HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(in_u),
     )  # fmt: skip
     if p.has_channel:
-        plan.launch(
-            excite_kernel, (n,),
-            partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
-            c, p.hidden, s, p.strips,
-            **_EXCITATION, **p.excitation(accumulation_dtype(in_u.tensor.dtype)),
+        plan_excitation(
+            plan, p, in_u.tensor, partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
+            **_EXCITATION,
         )  # fmt: skip
     strips = triton.cdiv(s, p.tile.block_s)
     plan.launch(
@@ -215,7 +213,6 @@ def _plan_backward(
     in_u, in_dy = _in_format(u, memory_format), _in_format(dy, memory_format)
     need_du = du is not None
     out_du = _dense(du, p.channels_last) if need_du else Map(u, 0, 0)
-    acc = accumulation_dtype(u.dtype)
     (
         u, dy, bn_weight, bn_bias, w1, _, w2, _, ws, bs,
         mean, var, pooled, hidden, channel_gate,
@@ -261,12 +258,10 @@ def _plan_backward(
             **r.constants(in_u, in_dy), **_all_registers(),
         )  # fmt: skip
         if sum_channel or need_spatial:
-            plan.launch(
-                excite_backward_kernel, (n, sum_channel + need_spatial),
-                partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
-                d_excited, d_hidden, d_mean, sample_ws, sample_bs,
-                c, p.hidden, s, strips,
-                GATE=_EXCITATION["GATE"], **r.excitation(acc),
+            plan_excitation_backward(
+                plan, r, in_u.tensor, partial, partial_ws, partial_bs, w1, w2, hidden,
+                channel_gate, d_excited, d_hidden, d_mean, sample_ws, sample_bs,
+                _EXCITATION["GATE"],
             )  # fmt: skip
     if need_sums:
         plan.launch(
