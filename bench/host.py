@@ -1,10 +1,13 @@
 """The host's time for a call at a tiny map, where a GPU waits for the host.
 
 Microseconds per call, forward and forward + backward, for the eager operators and for each backend
-that can be used. On a GPU: how long the host takes to queue the call, while the GPU has nothing
-else to do. Without one, the processor time of a single thread on tensors of the host: eager and cpu
-compute as well, which at such a map is little; Triton's kernels are compiled, and their launches
-replaced by nothing.
+that can be used; and the same with BatchNorm and ReLU before the block, as one operator, beside
+torch's two followed by the block of this package (unfused).
+
+On a GPU: how long the host takes to queue the call, while the GPU has nothing else to do. Without
+one, the processor time of a single thread on tensors of the host: eager and cpu compute as well,
+which at such a map is little; Triton's kernels are compiled, and their launches replaced by
+nothing.
 
 All in turn, round by round, and a clone of a fixed map with them, which shows how noisy the machine
 was.
@@ -29,6 +32,8 @@ from .timing import Timing
 #: Calls to a sample: short against a disturbance, and fewer kernels than a launch queue holds.
 _CALLS = 20
 DIRECTIONS = ("forward", "forward + backward")
+#: Stands for block and provider where the fixed clone is timed.
+_NOISE = ("", timing.FIXED)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,69 +49,85 @@ def run(args: argparse.Namespace) -> int:
     """Print and write the table."""
     device = args.device
     dtype = getattr(torch, args.dtype)
-    case = Case(args.shape, dtype, args.layout, args.reduction, "add", device)
+    cases = {
+        block: Case(args.shape, dtype, args.layout, args.reduction, "add", device, block)
+        for block in providers.BLOCKS
+    }
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         environment = report.environment(device)
         report.print_header(environment, providers.missing(device))
-        names = ["eager", *providers.usable(device)]
-        if device.type == "cpu" and "triton" not in names:  # it is there where interpreted
+        names = {
+            block: [
+                *[c for c in providers.competitors(block) if c not in providers.COMPILED],
+                *providers.usable(device, block),
+            ]
+            for block in cases
+        }
+        if device.type == "cpu" and "triton" not in names["scse"]:  # it is there where interpreted
             try:
                 stack.enter_context(without_launches())
-                names.append("triton")
+                for own in names.values():
+                    own.append("triton")
                 report.console.print("triton: its launches are replaced by nothing")
             except ImportError as error:
                 report.console.print(f"[yellow]no Triton: {error}")
+        rows = [(block, name) for block, own in names.items() for name in own]
         found = {
-            (name, direction): taken
+            (*row, direction): taken
             for direction in DIRECTIONS
-            for name, taken in _measure(case, names, direction, args.rounds).items()
+            for row, taken in _measure(cases, rows, direction, args.rounds).items()
         }
-    noise = {direction: found.pop((timing.FIXED, direction)).spread for direction in DIRECTIONS}
-    table = report.table(f"{case}, microseconds per call")
-    table.add_column("")
-    for direction in DIRECTIONS:
-        table.add_column(direction, justify="right")
-        table.add_column("x eager", justify="right")
-    for name in names:
-        cells = []
+    noise = {direction: found.pop((*_NOISE, direction)).spread for direction in DIRECTIONS}
+    for block, own in names.items():
+        table = report.table(f"{cases[block]}, microseconds per call")
+        table.add_column("")
         for direction in DIRECTIONS:
-            own, eager = found[name, direction], found["eager", direction]
-            ratio = report.ratio(eager, own, noise[direction]) if name != "eager" else ""
-            cells += [f"{own.median * 1e6:.1f}", ratio]
-        table.add_row(name, *cells)
-    report.console.print(table)
+            table.add_column(direction, justify="right")
+            table.add_column("x eager", justify="right")
+        for name in own:
+            cells = []
+            for direction in DIRECTIONS:
+                taken, eager = found[block, name, direction], found[block, "eager", direction]
+                ratio = report.ratio(eager, taken, noise[direction]) if name != "eager" else ""
+                cells += [f"{taken.median * 1e6:.1f}", ratio]
+            table.add_row(name, *cells)
+        report.console.print(table)
     report.print_noise(noise)
     path = args.output / "host.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["provider", "direction", "seconds", "noise", "case", *environment])
-        for (name, direction), taken in found.items():
-            row = [name, direction, taken.median, noise[direction], case]
+        for (block, name, direction), taken in found.items():
+            row = [name, direction, taken.median, noise[direction], cases[block]]
             writer.writerow([*row, *environment.values()])
     report.console.print(f"Written: {path}")
     return 0
 
 
-def _measure(case: Case, names: list[str], direction: str, rounds: int) -> dict[str, Timing]:
-    """What a call takes, by provider, and what the fixed clone does."""
-    inputs = case.inputs()
-    calls = {timing.FIXED: timing.fixed_clone(case.device)}
-    for name in names:
-        module = ops.module_of(name, case, inputs)
-        calls[name] = ops.both(module, inputs) if direction != "forward" else _infer(module, inputs)
+def _measure(
+    cases: dict[str, Case], rows: list[tuple[str, str]], direction: str, rounds: int
+) -> dict[tuple[str, str], Timing]:
+    """What a call of each block and provider takes, and what the fixed clone does."""
+    inputs = {block: case.inputs() for block, case in cases.items()}
+    device = next(iter(cases.values())).device
+    calls = {_NOISE: timing.fixed_clone(device)}
+    for block, name in rows:
+        module, own = ops.module_of(name, cases[block], inputs[block]), inputs[block]
+        both = direction != "forward"
+        calls[block, name] = ops.both(module, own) if both else _infer(module, own)
     for call in calls.values():
         for _ in range(3):  # compiles, and sets up what is set up once
             call()
-    samples = {name: [] for name in calls}
+    samples = {row: [] for row in calls}
     order = list(calls)
     for i in range(rounds):
         shift = i % len(order)
-        for name in order[shift:] + order[:shift]:
-            samples[name].append(_sample(calls[name], case.device))
-    return {name: timing.summarize(values, _CALLS) for name, values in samples.items()}
+        for row in order[shift:] + order[:shift]:
+            samples[row].append(_sample(calls[row], device))
+    return {row: timing.summarize(values, _CALLS) for row, values in samples.items()}
 
 
 def _infer(module: nn.Module, inputs) -> Callable[[], object]:

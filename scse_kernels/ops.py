@@ -190,19 +190,19 @@ for _key in ("CUDA", "CPU"):
 def forward(backend: str, *arguments) -> tuple[Tensor, ...]:
     """What `FORWARD[backend]` gives. Where nobody looks on, by Triton's launcher itself: the way
     through the dispatcher takes as long as all it does."""
-    if backend == "triton" and _unseen(arguments[:7]):
+    if backend == "triton" and unseen(arguments[:7]):
         return _triton_forward(*arguments)
     return FORWARD[backend](*arguments)
 
 
 def backward(backend: str, *arguments) -> tuple[Tensor | None, ...]:
     """The same for `BACKWARD[backend]`; what is not needed may be None."""
-    if backend == "triton" and _unseen(arguments[:11]):
+    if backend == "triton" and unseen(arguments[:11]):
         return _triton_backward(*arguments)
     return BACKWARD[backend](*arguments)
 
 
-def _unseen(tensors: tuple[Tensor | None, ...]) -> bool:
+def unseen(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether an operator on the tensors would go straight to its kernel: no compiler, transform,
     mode or profiler is there to see it, and no tensor is of a kind that stands for another."""
     if (

@@ -3,7 +3,8 @@
 
 Launches in training: forward five (statistics, their merge, squeeze, excite, apply), backward four
 (reduce, excite, sums over all strips, apply); with running statistics three each way, and one more
-backward where BatchNorm's weight or bias has a gradient.
+backward where BatchNorm's weight or bias has a gradient. The merge moves the running statistics,
+and where they are what is used, the squeeze writes down what they were.
 """
 
 from dataclasses import replace
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from . import heuristics
 from .activation import RELU, SIGMOID
-from .excite import excite_backward_kernel, excite_kernel
 from .launch import (
     Map,
     _all_registers,
@@ -23,10 +23,14 @@ from .launch import (
     _describe,
     _in_format,
     gradient_tasks,
+    plan_excitation,
+    plan_excitation_backward,
+    readable,
 )
 from .norm_backward import norm_apply_backward_kernel, norm_reduce_kernel, norm_sums_kernel
 from .norm_forward import norm_apply_kernel, norm_squeeze_kernel
 from .norm_statistics import norm_merge_kernel, norm_statistics_kernel
+from .plan import Plan, Pointer, run_plan
 
 _EXCITATION = {"ACTIVATION": RELU.value, "SLOPE": 0.0, "GATE": SIGMOID.value}
 # Channels to a program where all strips' rows are added up (a sector), and rows at a time.
@@ -47,24 +51,6 @@ def _tiles(p, u: Tensor) -> tuple[heuristics.Tile, heuristics.Tile]:
     )  # fmt: skip
 
 
-def _statistics(p, in_u: Map, mean: Tensor, var: Tensor) -> None:
-    """Fills mean and var: two launches."""
-    u = in_u.tensor
-    processors = heuristics.multiprocessors(u.device)
-    n, c, s = p.samples, p.channels, p.positions
-    tile = heuristics.statistics_tile(n, c, s, u.element_size(), p.channels_last, processors)
-    q = replace(p, tile=tile)
-    own = mean.new_empty((2, n, q.strips, c))
-    constants = {k: v for k, v in q.constants(in_u).items() if k != "COMBINE"}
-    norm_statistics_kernel[(n * q.strips * triton.cdiv(c, tile.block_c),)](
-        u, own[0], own[1], c, s, q.strips, in_u.sample, in_u.pitch, **constants,
-    )  # fmt: skip
-    norm_merge_kernel[(triton.cdiv(c, _COLUMNS),)](
-        own[0], own[1], mean, var, c, s, n * q.strips, q.strips,
-        STRIP=tile.block_s, **_columns(q),
-    )  # fmt: skip
-
-
 def forward(
     memory_format: torch.memory_format,
     results: tuple[Tensor, ...],
@@ -81,45 +67,97 @@ def forward(
     bs: Tensor | None,
     eps: float,
     combine: int,
+    moving: tuple[Tensor, Tensor, float] | None = None,
 ) -> None:
-    """Fills y, mean, var, pooled, hidden, channel_gate."""
-    p = _describe(memory_format, u, w1, ws, combine)
-    y, mean, var, pooled, hidden, channel_gate = results
-    if running_mean is not None:
-        mean.copy_(running_mean), var.copy_(running_var)
-    elif p.samples == 0:
-        mean.zero_(), var.zero_()
-    if p.samples == 0:
+    """Fills y, mean, var, pooled, hidden, channel_gate.
+
+    moving: running statistics, contiguous, and the momentum by which they are moved towards those
+    of u, which are used. u is not float64 there: Triton takes numbers in float32.
+    """
+    of_batch = running_mean is None
+    if u.shape[0] == 0:
+        _, mean, var, *_ = results
+        if of_batch:
+            mean.zero_(), var.zero_()
+        else:
+            mean.copy_(running_mean), var.copy_(running_var)
         return
+    u = readable(u, memory_format)
+    numbers = ()
+    if moving is not None:
+        running_mean, running_var, momentum = moving
+        numbers = (float(momentum),)
+    parameters = _contiguous(bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, ws, bs)
+    choices = memory_format, w1 is not None and w1.shape[0], combine, eps, of_batch
+    run_plan(_plan_forward, choices, (u,), parameters, results, numbers)
+
+
+def _plan_forward(plan: Plan, choices: tuple, u: Tensor, *others: Tensor | None) -> None:
+    memory_format, _, combine, eps, of_batch = choices
+    w1, ws, y = others[4], others[8], others[10]
+    p = _describe(memory_format, u, w1, ws, combine)
     p = replace(p, tile=_tiles(p, u)[0])
     in_u, out_y = _in_format(u, memory_format), _dense(y, p.channels_last)
-    u = in_u.tensor
-    bn_weight, bn_bias = _contiguous(bn_weight, bn_bias)
-    w1, b1, w2, b2, ws, bs = _contiguous(w1, b1, w2, b2, ws, bs)
+    (
+        u, bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, ws, bs,
+        y, mean, var, pooled, hidden, channel_gate,
+    ) = plan.given  # fmt: skip
 
     n, c, s = p.samples, p.channels, p.positions
-    partial = pooled.new_empty((n, p.strips, c)) if p.has_channel else None
-    spatial_gate = pooled.new_empty((n, s)) if p.has_spatial else None
-    with torch.cuda.device_of(u):
-        if running_mean is None:
-            _statistics(p, in_u, mean, var)
-        norm_squeeze_kernel[(n * p.strips,)](
-            u, mean, var, bn_weight, bn_bias, ws, bs, partial, spatial_gate,
-            c, s, p.strips, in_u.sample, in_u.pitch,
-            EPS=eps, HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(in_u),
+    partial = plan.scratch(n, p.strips, c) if p.has_channel else None
+    spatial_gate = plan.scratch(n, s) if p.has_spatial else None
+    used, kept = (running_mean, running_var), (mean, var)
+    if of_batch:
+        _plan_statistics(plan, p, in_u, running_mean, running_var, mean, var)
+        used, kept = (mean, var), (None, None)
+    plan.launch(
+        norm_squeeze_kernel, (n * p.strips,),
+        u, *used, bn_weight, bn_bias, ws, bs, partial, spatial_gate, *kept,
+        c, s, p.strips, in_u.sample, in_u.pitch,
+        EPS=eps, HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(in_u),
+    )  # fmt: skip
+    if p.has_channel:
+        plan_excitation(
+            plan, p, in_u.tensor, partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
+            **_EXCITATION,
         )  # fmt: skip
-        if p.has_channel:
-            excite_kernel[(n,)](
-                partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
-                c, p.hidden, s, p.strips,
-                **_EXCITATION, **p.excitation(pooled.dtype),
-            )  # fmt: skip
-        strips = triton.cdiv(s, p.tile.block_s)
-        norm_apply_kernel[(n * strips * triton.cdiv(c, p.tile.block_c),)](
-            u, mean, var, bn_weight, bn_bias, channel_gate, spatial_gate, y,
-            c, s, strips, in_u.sample, in_u.pitch, out_y.sample, out_y.pitch, p.half(out_y),
-            EPS=eps, **p.constants(in_u, out_y),
-        )  # fmt: skip
+    strips = triton.cdiv(s, p.tile.block_s)
+    plan.launch(
+        norm_apply_kernel, (n * strips * triton.cdiv(c, p.tile.block_c),),
+        u, mean, var, bn_weight, bn_bias, channel_gate, spatial_gate, y,
+        c, s, strips, in_u.sample, in_u.pitch, out_y.sample, out_y.pitch, p.half(out_y),
+        EPS=eps, **p.constants(in_u, out_y),
+    )  # fmt: skip
+
+
+def _plan_statistics(
+    plan: Plan,
+    p,
+    in_u: Map,
+    running_mean: Pointer | None,
+    running_var: Pointer | None,
+    mean: Pointer,
+    var: Pointer,
+) -> None:
+    """Fills mean and var, and moves the running ones: two launches."""
+    u = in_u.tensor
+    processors = heuristics.multiprocessors(u.device)
+    n, c, s = p.samples, p.channels, p.positions
+    tile = heuristics.statistics_tile(n, c, s, u.element_size(), p.channels_last, processors)
+    q = replace(p, tile=tile)
+    means, squares = plan.scratch(n, q.strips, c), plan.scratch(n, q.strips, c)
+    constants = {k: v for k, v in q.constants(in_u).items() if k != "COMBINE"}
+    plan.launch(
+        norm_statistics_kernel, (n * q.strips * triton.cdiv(c, tile.block_c),),
+        plan.given[0], means, squares, c, s, q.strips, in_u.sample, in_u.pitch, **constants,
+    )  # fmt: skip
+    momentum = plan.numbers[0] if plan.numbers else 0.0
+    plan.launch(
+        norm_merge_kernel, (triton.cdiv(c, _COLUMNS),),
+        means, squares, mean, var, running_mean, running_var, momentum, n * s / max(n * s - 1, 1),
+        c, s, n * q.strips, q.strips,
+        STRIP=tile.block_s, **_columns(q),
+    )  # fmt: skip
 
 
 def backward(
@@ -149,14 +187,37 @@ def backward(
     need_spatial: bool,
 ) -> None:
     """Fills du and the gradients of the eight parameters, except those not needed."""
-    du = results[0]
+    u, dy = readable(u, memory_format), readable(dy, memory_format)
+    parameters = _contiguous(bn_weight, bn_bias, w1, b1, w2, b2, ws, bs)
+    du, *gradients = results
     needed = (need_affine,) * 2 + (need_channel,) * 4 + (need_spatial,) * 2
-    given = (bn_weight, bn_bias, w1, b1, w2, b2, ws, bs)
-    d_bn_weight, d_bn_bias, dw1, db1, dw2, db2, dws, dbs = (
-        None if parameter is None or not wanted else gradient
-        for parameter, wanted, gradient in zip(given, needed, results[1:], strict=True)
+    results = (
+        du if need_du else None,
+        *(
+            None if parameter is None or not wanted else gradient
+            for parameter, wanted, gradient in zip(parameters, needed, gradients, strict=True)
+        ),
     )
+    choices = memory_format, w1 is not None and w1.shape[0], combine, eps, of_batch
+    saved = mean, var, pooled, hidden, channel_gate
+    run_plan(_plan_backward, choices, (u, dy), parameters, (*saved, *results))
+
+
+def _plan_backward(
+    plan: Plan, choices: tuple, u: Tensor, dy: Tensor, *others: Tensor | None
+) -> None:
+    memory_format, _, combine, eps, of_batch = choices
+    w1, ws, du = others[2], others[6], others[13]
     p = _describe(memory_format, u, w1, ws, combine)
+    r = replace(p, tile=_tiles(p, u)[1])
+    in_u, in_dy = _in_format(u, memory_format), _in_format(dy, memory_format)
+    need_du = du is not None
+    out_du = _dense(du, p.channels_last) if need_du else Map(u, 0, 0)
+    (
+        u, dy, bn_weight, bn_bias, w1, _, w2, _, ws, bs,
+        mean, var, pooled, hidden, channel_gate,
+        du, d_bn_weight, d_bn_bias, dw1, db1, dw2, db2, dws, dbs,
+    ) = plan.given  # fmt: skip
     need_affine = d_bn_weight is not None or d_bn_bias is not None
     need_channel, need_spatial = dw1 is not None, dws is not None
     need_sums = need_affine or (need_du and of_batch)
@@ -165,17 +226,10 @@ def backward(
     if not (sum_channel or sum_spatial):
         return
 
-    in_u, in_dy = _in_format(u, memory_format), _in_format(dy, memory_format)
-    out_du = _dense(du, p.channels_last) if need_du else Map(du, 0, 0)
-    u, dy = in_u.tensor, in_dy.tensor
-    bn_weight, bn_bias, w1, w2, ws, bs = _contiguous(bn_weight, bn_bias, w1, w2, ws, bs)
-    n, c, s = p.samples, p.channels, p.positions
-    tile = _tiles(p, u)[1]
-    r = replace(p, tile=tile)
-    strips = r.strips
+    n, c, s, strips = p.samples, p.channels, p.positions, r.strips
 
-    def scratch(needed: bool, *shape: int) -> Tensor | None:
-        return mean.new_empty(shape) if needed else None
+    def scratch(needed: bool, *shape: int) -> Pointer | None:
+        return plan.scratch(*shape) if needed else None
 
     partial = scratch(sum_channel, n, strips, c)
     partial_ws = scratch(need_spatial, n, strips, c)
@@ -188,45 +242,45 @@ def backward(
     d_mean = scratch(sum_channel and (need_du or need_affine), n, c)
     sample_ws, sample_bs = scratch(need_spatial, n, c), scratch(need_spatial, n)
 
-    block = heuristics.gradient_block(tile.warps)
+    block = heuristics.gradient_block(r.tile.warps)
     tasks = gradient_tasks(c, p.hidden, block, need_channel, need_spatial)
     maps = [in_u, in_dy, *([out_du] if need_du else [])]
     norm = mean, var, bn_weight, bn_bias
-    with torch.cuda.device_of(u):
-        if n:
-            norm_reduce_kernel[(n * strips,)](
-                dy, u, *norm, ws, bs, channel_gate, partial, partial_ws, partial_bs, sums,
-                spatial_gate, dq,
-                c, s, strips, n * strips * c,
-                in_dy.sample, in_dy.pitch, p.half(in_dy), in_u.sample, in_u.pitch,
-                EPS=eps, SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
-                SUM_NORM=need_sums, STORE_GATES=store_gates, HOLD=r.tile.hold, TILES=r.tile.tiles,
-                **r.constants(in_u, in_dy), **_all_registers(),
+    if n:
+        plan.launch(
+            norm_reduce_kernel, (n * strips,),
+            dy, u, *norm, ws, bs, channel_gate, partial, partial_ws, partial_bs, sums,
+            spatial_gate, dq,
+            c, s, strips, n * strips * c,
+            in_dy.sample, in_dy.pitch, p.half(in_dy), in_u.sample, in_u.pitch,
+            EPS=eps, SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
+            SUM_NORM=need_sums, STORE_GATES=store_gates, HOLD=r.tile.hold, TILES=r.tile.tiles,
+            **r.constants(in_u, in_dy), **_all_registers(),
+        )  # fmt: skip
+        if sum_channel or need_spatial:
+            plan_excitation_backward(
+                plan, r, in_u.tensor, partial, partial_ws, partial_bs, w1, w2, hidden,
+                channel_gate, d_excited, d_hidden, d_mean, sample_ws, sample_bs,
+                _EXCITATION["GATE"],
             )  # fmt: skip
-            if sum_channel or need_spatial:
-                excite_backward_kernel[(n, sum_channel + need_spatial)](
-                    partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
-                    d_excited, d_hidden, d_mean, sample_ws, sample_bs,
-                    c, p.hidden, s, strips,
-                    GATE=_EXCITATION["GATE"], **r.excitation(pooled.dtype),
-                )  # fmt: skip
-        if need_sums:
-            norm_sums_kernel[(triton.cdiv(c, _COLUMNS),)](
-                sums, d_mean, var, bn_weight, d_bn_weight, d_bn_bias, through,
-                c, s, n * strips, strips, n * strips * c,
-                EPS=eps, **_columns(r),
-            )  # fmt: skip
-        row_strips = triton.cdiv(s, tile.block_s)
-        tiles = n * row_strips * triton.cdiv(c, tile.block_c) if need_du else 0
-        if tiles + tasks:
-            norm_apply_backward_kernel[(tiles + tasks,)](
-                dy, u, *norm, through, channel_gate, spatial_gate, dq, d_mean, ws,
-                du if need_du else None,
-                d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs,
-                dw1, db1, dw2, db2, dws, dbs,
-                n, c, p.hidden, s, row_strips, tiles,
-                in_dy.sample, in_dy.pitch, p.half(in_dy), in_u.sample, in_u.pitch,
-                out_du.sample, out_du.pitch,
-                EPS=eps, NEED_DU=need_du, NEED_PARAMETERS=tasks > 0, BLOCK=block,
-                **r.constants(*maps),
-            )  # fmt: skip
+    if need_sums:
+        plan.launch(
+            norm_sums_kernel, (triton.cdiv(c, _COLUMNS),),
+            sums, d_mean, var, bn_weight, d_bn_weight, d_bn_bias, through,
+            c, s, n * strips, strips, n * strips * c,
+            EPS=eps, **_columns(r),
+        )  # fmt: skip
+    row_strips = triton.cdiv(s, r.tile.block_s)
+    tiles = n * row_strips * triton.cdiv(c, r.tile.block_c) if need_du else 0
+    if tiles + tasks:
+        plan.launch(
+            norm_apply_backward_kernel, (tiles + tasks,),
+            dy, u, *norm, through, channel_gate, spatial_gate, dq, d_mean, ws, du,
+            d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs,
+            dw1, db1, dw2, db2, dws, dbs,
+            n, c, p.hidden, s, row_strips, tiles,
+            in_dy.sample, in_dy.pitch, p.half(in_dy), in_u.sample, in_u.pitch,
+            out_du.sample, out_du.pitch,
+            EPS=eps, NEED_DU=need_du, NEED_PARAMETERS=tasks > 0, BLOCK=block,
+            **r.constants(*maps),
+        )  # fmt: skip

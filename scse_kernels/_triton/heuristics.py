@@ -34,6 +34,12 @@ _SECTOR = 32
 # More channels than this are walked in several tiles: with rows of a sector it takes eight warps to
 # hold so many, and more warps would only wait for each other.
 _CHANNELS = 1024
+# Weights of one layer of an excitation from which several programs share a sample's; and terms of a
+# sum to a step there, of four bytes.
+_MANY_WEIGHTS = 1 << 16
+_MANY_TERMS = 256
+# Strips whose sums are few enough for each program of a sample to add up all of them.
+_FEW_STRIPS = 128
 # Warps that an SM can issue from at once.
 _SCHEDULERS = 4
 # Multiprocessors where there is no device to ask (the interpreter, tests of compiled code): those
@@ -65,6 +71,16 @@ class Excitation:
     terms_j: int
     terms_strips: int
     tile: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An excitation by several programs for each sample, in two launches: so many hidden channels,
+    then channels, to a program."""
+
+    hidden: int
+    channels: int
     warps: int
 
 
@@ -136,8 +152,12 @@ def tile(
     return Tile(block_c, block_s, warps, tiles, hold)
 
 
-def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excitation:
-    """The excitation's tiles. One program has all of a sample's weights to read, so each thread
+def excitation(
+    samples: int, channels: int, hidden: int, strips: int, itemsize: int, processors: int
+) -> tuple[Excitation, Rows | None]:
+    """The excitation's tiles, and how several programs share a sample's: None if one does it.
+
+    One program has all of a sample's weights to read, so each thread
     has 16 loads of 16 bytes on their way, and up to 128 strips' sums come in one step if they fit.
     Few warps, as sums across warps cost more than they save: two up to 64 channels, at most eight.
     `itemsize`: of the sums.
@@ -155,7 +175,31 @@ def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excita
     least = _SECTOR // 2  # weights of two bytes
     terms_c = min(columns, max(least, tile // block_j))
     terms_j = min(block_j, max(least, tile // block_c))
-    return Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps)
+    alone = Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps)
+    terms = _MANY_TERMS // share
+    many = channels * hidden >= _MANY_WEIGHTS and 2 * samples <= processors
+    if not many or strips > _FEW_STRIPS:
+        return alone, None
+    shared = replace(alone, terms_c=min(terms, block_c), terms_j=min(terms, block_j))
+    return shared, _rows(shared, samples, channels, hidden, processors)
+
+
+def _rows(e: Excitation, samples: int, channels: int, hidden: int, processors: int) -> Rows:
+    """How an excitation is shared among programs.
+
+    A multiprocessor reads 64 bytes a cycle from L2: 0.5 MB of weights, each way, take 4.7 us where
+    one program has them all, and a launch more about 1. With as many programs as `processors` each
+    has 16 outputs or more of a layer: a sector of weights of two bytes. All read their sample's
+    partial sums. (Where a sample has more strips than _FEW_STRIPS its map is large beside that.)
+    """
+
+    def block(outputs: int, terms: int) -> int:
+        size = _SECTOR // 2
+        while samples * -(-outputs // size) > processors and size * terms < e.tile:
+            size *= 2
+        return min(size, power_of_two(outputs))
+
+    return Rows(block(hidden, e.terms_c), block(channels, e.terms_j), 8)
 
 
 def gradient_block(warps: int) -> int:

@@ -20,6 +20,12 @@ from . import heuristics, tuning
 from .apply import apply_backward_kernel, apply_kernel
 from .combine import CHANNEL, SPATIAL, reads_x
 from .excite import excite_backward_kernel, excite_kernel
+from .excite_rows import (
+    excite_backward_hidden_kernel,
+    excite_backward_mean_kernel,
+    excite_gates_kernel,
+    excite_hidden_kernel,
+)
 from .one_launch import backward_kernel, forward_kernel
 from .plan import Plan, Pointer, run_plan
 from .reduce import reduce_kernel
@@ -80,9 +86,16 @@ class Problem:
             "num_stages": 1,
         }
 
-    def excitation(self, sums: torch.dtype) -> dict:
+    def shared_excitation(self, x: Tensor) -> tuple[heuristics.Excitation, heuristics.Rows | None]:
+        """The excitation's tiles, and how programs share a sample's, if they do."""
+        return heuristics.excitation(
+            self.samples, self.channels, self.hidden, self.strips,
+            accumulation_dtype(x.dtype).itemsize, heuristics.multiprocessors(x.device),
+        )  # fmt: skip
+
+    def excitation(self, x: Tensor) -> dict:
         """The compile-time arguments of the excitation and of its backward."""
-        e = heuristics.excitation(self.channels, self.hidden, self.strips, sums.itemsize)
+        e, _ = self.shared_excitation(x)
         return {
             "BLOCK_C": e.block_c,
             "BLOCK_J": e.block_j,
@@ -94,16 +107,17 @@ class Problem:
             "num_stages": 1,
         }
 
-    def excitation_within(self, sums: torch.dtype) -> dict:
+    def excitation_within(self, x: Tensor) -> dict:
         """The same for a kernel of the tile's warps: the same sums, fewer of them at once."""
-        e = heuristics.excitation(self.channels, self.hidden, self.strips, sums.itemsize)
+        e, _ = self.shared_excitation(x)
+        itemsize = accumulation_dtype(x.dtype).itemsize
         return {
             "EXCITE_C": e.block_c,
             "EXCITE_J": e.block_j,
             "TERMS_C": e.terms_c,
             "TERMS_J": e.terms_j,
             "TERMS_STRIPS": e.terms_strips,
-            "EXCITE_TILE": heuristics.excitation_tile(self.tile.warps, sums.itemsize),
+            "EXCITE_TILE": heuristics.excitation_tile(self.tile.warps, itemsize),
         }
 
     def queue(self, x: Tensor, resident: int, *kept: Tensor) -> heuristics.Queue:
@@ -246,8 +260,8 @@ def forward(
     gate: int = 0,
     residual: bool = False,
 ) -> None:
-    """Fills y, pooled, hidden, channel_gate: three launches (two without the channel branch), or
-    one."""
+    """Fills y, pooled, hidden, channel_gate: three launches (two without the channel branch, four
+    with many weights), or one."""
     if x.shape[0] == 0:
         return
     x = readable(x, memory_format)
@@ -262,7 +276,6 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
     w1, ws, y = others[0], others[4], others[6]
     p = _describe(memory_format, x, w1, ws, combine)
     in_x, out_y = _in_format(x, memory_format), _dense(y, p.channels_last)
-    sums = accumulation_dtype(x.dtype)
     x, w1, b1, w2, b2, ws, bs, y, pooled, hidden, channel_gate = plan.given
 
     n, c, s = p.samples, p.channels, p.positions
@@ -279,7 +292,7 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
             n, c, p.hidden, s, p.strips, lag,
             in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
             RESIDUAL=residual, HOLD=p.tile.hold, TILES=p.tile.tiles, **excitation,
-            **p.constants(in_x, out_y), **p.excitation_within(sums),
+            **p.constants(in_x, out_y), **p.excitation_within(in_x.tensor),
         )  # fmt: skip
         return
     plan.launch(
@@ -289,11 +302,9 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
         HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate, **p.constants(in_x),
     )  # fmt: skip
     if p.has_channel:
-        plan.launch(
-            excite_kernel, (n,),
-            partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
-            c, p.hidden, s, p.strips,
-            **excitation, **p.excitation(sums),
+        plan_excitation(
+            plan, p, in_x.tensor, partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
+            **excitation,
         )  # fmt: skip
     strips = triton.cdiv(s, p.tile.block_s)
     plan.launch(
@@ -303,6 +314,72 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
         in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
         RESIDUAL=residual, **p.constants(in_x, out_y),
     )  # fmt: skip
+
+
+def plan_excitation(
+    plan: Plan, p: Problem, x: Tensor, partial, w1, b1, w2, b2, pooled, hidden, channel_gate, *,
+    ACTIVATION: int, SLOPE: float, GATE: int,
+) -> None:  # fmt: skip
+    """Fills pooled, hidden and channel_gate: one launch, or two."""
+    n, c, j, s = p.samples, p.channels, p.hidden, p.positions
+    e, rows = p.shared_excitation(x)
+    activation = {"ACTIVATION": ACTIVATION, "SLOPE": SLOPE}
+    if rows is None:
+        plan.launch(
+            excite_kernel, (n,),
+            partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
+            c, j, s, p.strips,
+            GATE=GATE, **activation, **p.excitation(x),
+        )  # fmt: skip
+        return
+    warps = {"num_warps": rows.warps, "num_stages": 1}
+    plan.launch(
+        excite_hidden_kernel, (n, triton.cdiv(j, rows.hidden)),
+        partial, w1, b1, pooled, hidden,
+        c, j, s, p.strips,
+        TERMS_C=e.terms_c, TERMS_STRIPS=e.terms_strips, BLOCK=rows.hidden, **activation, **warps,
+    )  # fmt: skip
+    plan.launch(
+        excite_gates_kernel, (n, triton.cdiv(c, rows.channels)),
+        w2, b2, hidden, channel_gate,
+        c, j,
+        TERMS_J=e.terms_j, BLOCK=rows.channels, GATE=GATE, **warps,
+    )  # fmt: skip
+
+
+def plan_excitation_backward(
+    plan: Plan, p: Problem, x: Tensor, partial, partial_ws, partial_bs, w1, w2, hidden,
+    channel_gate, d_excited, d_hidden, d_mean, sample_ws, sample_bs, GATE: int,
+) -> None:  # fmt: skip
+    """Fills what of d_excited to sample_bs is not None: one launch, or two."""
+    n, c, j, s = p.samples, p.channels, p.hidden, p.positions
+    branches = (partial is not None) + (partial_ws is not None)
+    e, rows = p.shared_excitation(x)
+    if rows is None or partial is None:
+        plan.launch(
+            excite_backward_kernel, (n, branches),
+            partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
+            d_excited, d_hidden, d_mean, sample_ws, sample_bs,
+            c, j, s, p.strips,
+            GATE=GATE, **p.excitation(x),
+        )  # fmt: skip
+        return
+    warps = {"num_warps": rows.warps, "num_stages": 1}
+    terms = {"TERMS_C": e.terms_c, "TERMS_STRIPS": e.terms_strips}
+    plan.launch(
+        excite_backward_hidden_kernel, (n, triton.cdiv(j, rows.hidden)),
+        partial, w2, hidden, channel_gate, d_excited, d_hidden,
+        c, j, p.strips,
+        BLOCK=rows.hidden, GATE=GATE, **terms, **warps,
+    )  # fmt: skip
+    blocks = triton.cdiv(c, rows.channels) if d_mean is not None else 0
+    if programs := blocks + branches - 1:
+        plan.launch(
+            excite_backward_mean_kernel, (n, programs),
+            partial_ws, partial_bs, w1, d_hidden, d_mean, sample_ws, sample_bs,
+            c, j, s, p.strips, blocks,
+            TERMS_J=e.terms_j, BLOCK=rows.channels, **terms, **warps,
+        )  # fmt: skip
 
 
 def backward(
@@ -358,7 +435,6 @@ def _plan_backward(
 
     in_x, in_dy = _in_format(x, memory_format), _in_format(dy, memory_format)
     out_dx = _dense(dx, p.channels_last) if need_dx else Map(dx, 0, 0)
-    sums = accumulation_dtype(x.dtype)
     x, dy, w1, _, w2, _, ws, bs, pooled, hidden, channel_gate, *results = plan.given
     dx, dw1, db1, dw2, db2, dws, dbs = results
     n, c, s, strips = p.samples, p.channels, p.positions, p.strips
@@ -394,7 +470,7 @@ def _plan_backward(
             SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
             STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
             BLOCK=block, GATE=gate, RESIDUAL=residual, **p.constants(*maps),
-            **p.excitation_within(sums), **_all_registers(),
+            **p.excitation_within(in_x.tensor), **_all_registers(),
         )  # fmt: skip
         return
     if n:
@@ -407,12 +483,9 @@ def _plan_backward(
             **p.constants(in_x, in_dy),
         )  # fmt: skip
         if sum_channel or need_spatial:
-            plan.launch(
-                excite_backward_kernel, (n, sum_channel + need_spatial),
-                partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
-                d_excited, d_hidden, d_mean, sample_ws, sample_bs,
-                c, p.hidden, s, strips,
-                GATE=gate, **p.excitation(sums),
+            plan_excitation_backward(
+                plan, p, in_x.tensor, partial, partial_ws, partial_bs, w1, w2, hidden,
+                channel_gate, d_excited, d_hidden, d_mean, sample_ws, sample_bs, gate,
             )  # fmt: skip
     row_strips = triton.cdiv(s, p.tile.block_s)
     tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_dx else 0

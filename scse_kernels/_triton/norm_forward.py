@@ -21,6 +21,8 @@ def norm_squeeze_kernel(
     bs_ptr,  # [1] or None
     partial_ptr,  # [N, strips, C]: sums of z over a strip's positions
     spatial_gate_ptr,  # [N, S]
+    kept_mean_ptr,  # [C]: mean and var as they are now, for what runs after this. None: not wanted
+    kept_var_ptr,  # [C]
     C,
     S,
     strips,
@@ -47,6 +49,12 @@ def norm_squeeze_kernel(
     u_ptr += n * shown(stride_un, ALIGN)
     if HAS_CHANNEL:
         partial_ptr += index(item, WIDE) * C
+    if kept_mean_ptr is not None:  # noqa: SIM102 (one is known when compiling)
+        if item == 0:
+            for begin in range(0, C, BLOCK_C):
+                c = begin + tl.arange(0, BLOCK_C)
+                tl.store(kept_mean_ptr + c, load(mean_ptr + c, c < C, ACC), mask=c < C)
+                tl.store(kept_var_ptr + c, load(var_ptr + c, c < C, ACC), mask=c < C)
 
     channel_sum = tl.zeros([BLOCK_C], ACC)
     for tile in range(TILES):

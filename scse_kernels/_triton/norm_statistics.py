@@ -49,11 +49,24 @@ def norm_statistics_kernel(
 
 
 @triton.jit
+def move(ptr, towards, momentum, mask, ACC: tl.constexpr):
+    """What torch.Tensor.lerp_ does, which is exact for a momentum of 0 and of 1."""
+    here = load(ptr, mask, ACC)
+    step = towards - here
+    there = tl.where(momentum < 0.5, here + momentum * step, towards - step * (1 - momentum))
+    tl.store(ptr, there.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def norm_merge_kernel(
     strip_mean_ptr,  # [N, strips, C]
     strip_squares_ptr,  # [N, strips, C]
     mean_ptr,  # [C]
     var_ptr,  # [C]: biased
+    running_mean_ptr,  # [C] or None: not kept
+    running_var_ptr,  # [C] or None
+    momentum,
+    unbiased,  # M / (M - 1) for M values to a channel
     C,
     S,
     rows,  # N * strips
@@ -63,7 +76,7 @@ def norm_merge_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):
     """A program for each BLOCK channels. Reads the strips' means twice and their squares once, in a
-    fixed order; writes the channels' mean and variance."""
+    fixed order; writes the channels' mean and variance, and moves the running ones."""
     ACC: tl.constexpr = accumulator(mean_ptr.dtype.element_ty)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     values = tl.full((), rows // strips, ACC) * S  # of one row and strip: a number, no tensor
@@ -86,5 +99,10 @@ def norm_merge_kernel(
         apart = load(strip_mean_ptr + at, mask, ACC) - mean_of_all
         squares = load(strip_squares_ptr + at, mask, ACC)
         total += tl.where(mask, squares + count * (apart * apart), 0.0)
-    tl.store(mean_ptr + c, tl.reshape(mean_of_all, (BLOCK,)), mask=c < C)
-    tl.store(var_ptr + c, sum_in_pairs(total, 0, False) / values, mask=c < C)
+    mean = tl.reshape(mean_of_all, (BLOCK,))
+    var = sum_in_pairs(total, 0, False) / values
+    tl.store(mean_ptr + c, mean, mask=c < C)
+    tl.store(var_ptr + c, var, mask=c < C)
+    if running_mean_ptr is not None:
+        move(running_mean_ptr + c, mean, momentum, c < C, ACC)
+        move(running_var_ptr + c, var * unbiased, momentum, c < C, ACC)

@@ -36,7 +36,8 @@ _MOST = 4096
 
 class Pointer(NamedTuple):
     """Stands for a tensor where launches are written down: the one at `place` among those that are
-    "given", the pieces of "scratch", or the tensors of "zeros"."""
+    "given", the pieces of "scratch", or the tensors of "zeros". Or for one of a call's "numbers".
+    """
 
     kind: str
     place: int
@@ -53,7 +54,7 @@ class Launch(NamedTuple):
 
 class Prepared(NamedTuple):
     """What is left to do for a call: `launches` are launchers with what they take, the last one
-    picks a kernel's arguments from a list of tensors, scratch, zeros and `constants`."""
+    picks a kernel's arguments from a list of tensors, scratch, zeros, numbers and `constants`."""
 
     launches: list[tuple]
     constants: list
@@ -66,9 +67,13 @@ class Prepared(NamedTuple):
 class Plan:
     """The launches of a call, written down with pointers in the place of tensors."""
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], sums: torch.dtype) -> None:
+    def __init__(
+        self, tensors: tuple[Tensor | None, ...], sums: torch.dtype, numbers: int = 0
+    ) -> None:
         #: A pointer for each tensor, None for what is missing.
         self.given = [None if t is None else Pointer("given", i) for i, t in enumerate(tensors)]
+        #: For what differs from call to call within a kind.
+        self.numbers = [Pointer("numbers", i) for i in range(numbers)]
         self.launches: list[Launch] = []
         #: Of timings; kept, for its identity is part of the kind.
         self.table = tuning.table(tensors[0].device)
@@ -101,24 +106,29 @@ class Plan:
         bound.apply_defaults()
         self.launches.append(Launch(kernel, grid, tuple(bound.arguments.values()), more))
 
-    def run(self, tensors: tuple[Tensor | None, ...], addresses: list[int] | None) -> None:
+    def run(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        addresses: list[int] | None,
+        numbers: tuple[float, ...],
+    ) -> None:
         """Launches all. `addresses`: of the tensors, or None where the kernels take tensors."""
         prepared = self._prepared
         if prepared is None or _watched() or any(prepared.hooks):
-            kernels = self._launch_each(tensors)
+            kernels = self._launch_each(tensors, numbers)
             if prepared is None and all(map(_is_known, kernels)) and not _watched():
                 self._prepared = self._prepare(kernels)  # at once: other threads look at it
             return
         x = tensors[0]
         zeros = [x.new_zeros((size,), dtype=torch.int32) for size in self._zeros]
         if addresses is None:
-            values = [*tensors, *self._pieces(x), *zeros, *prepared.constants]
+            values = [*tensors, *self._pieces(x), *zeros, *numbers, *prepared.constants]
         else:
             memory = x.new_empty((prepared.memory,), dtype=self._sums)
             begin = memory.data_ptr()
             values = [
                 *addresses, *[begin + offset for offset in prepared.offsets],
-                *[z.data_ptr() for z in zeros], *prepared.constants,
+                *[z.data_ptr() for z in zeros], *numbers, *prepared.constants,
             ]  # fmt: skip
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())
@@ -132,11 +142,13 @@ class Plan:
         """Scratch as tensors of their own."""
         return [x.new_empty((size,), dtype=self._sums) for size in self._sizes]
 
-    def _launch_each(self, tensors: tuple[Tensor | None, ...]) -> list:
+    def _launch_each(self, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> list:
         """Launches all in Triton's own way; the compiled kernels."""
         x = tensors[0]
         zeros = [x.new_zeros((size,), dtype=torch.int32) for size in self._zeros]
-        values = {"given": tensors, "scratch": self._pieces(x), "zeros": zeros}
+        values = {
+            "given": tensors, "scratch": self._pieces(x), "zeros": zeros, "numbers": numbers,
+        }  # fmt: skip
         kernels = []
         for kernel, grid, arguments, options in self.launches:
             filled = (values[a.kind][a.place] if type(a) is Pointer else a for a in arguments)
@@ -146,7 +158,8 @@ class Plan:
     def _prepare(self, kernels: list) -> Prepared:
         places = {"given": 0, "scratch": len(self.given)}
         places["zeros"] = places["scratch"] + len(self._sizes)
-        first_constant = places["zeros"] + len(self._zeros)
+        places["numbers"] = places["zeros"] + len(self._zeros)
+        first_constant = places["numbers"] + len(self.numbers)
         constants, launches = [], []
         for kernel, (_, grid, arguments, _) in zip(kernels, self.launches, strict=True):
             chosen = []
@@ -217,24 +230,26 @@ def run_plan(
     maps: tuple[Tensor, ...],
     parameters: list[Tensor | None],
     others: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...] = (),
 ) -> None:
     """Launches what `make(plan, choices, *maps, *parameters, *others)` writes down.
 
     choices: all that matters besides the tensors. maps: x first. parameters: contiguous, of shapes
     that the maps and the choices say. others: results and what the forward saved, contiguous too,
-    of dtypes that those of the maps and the parameters say.
+    of dtypes that those of the maps and the parameters say. numbers: floats, as many for all calls
+    of a kind, whatever their values.
     """
     global _kept
     x = maps[0]
     tensors = (*maps, *parameters, *others)
     if _INTERPRETED:
-        _made(make, choices, tensors).run(tensors, None)
+        _made(make, choices, tensors, numbers).run(tensors, None, numbers)
         return
     active = driver.active
     device = x.get_device()
     if device >= 0 and device != active.get_current_device():
         with torch.cuda.device(device):
-            run_plan(make, choices, maps, parameters, others)
+            run_plan(make, choices, maps, parameters, others, numbers)
         return
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     bits = 0
@@ -252,11 +267,16 @@ def run_plan(
     plans = _kept[1]
     plan = plans.get(key)
     if plan is None:
-        plan = plans[key] = _made(make, choices, tensors)
-    plan.run(tensors, addresses if takes_addresses(device) else None)
+        plan = plans[key] = _made(make, choices, tensors, numbers)
+    plan.run(tensors, addresses if takes_addresses(device) else None, numbers)
 
 
-def _made(make: Callable, choices: tuple, tensors: tuple[Tensor | None, ...]) -> Plan:
-    plan = Plan(tensors, accumulation_dtype(tensors[0].dtype))
+def _made(
+    make: Callable,
+    choices: tuple,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+) -> Plan:
+    plan = Plan(tensors, accumulation_dtype(tensors[0].dtype), len(numbers))
     make(plan, choices, *tensors)
     return plan

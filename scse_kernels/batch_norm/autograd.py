@@ -10,22 +10,21 @@ from . import ops, reference
 class BNReLUSCSE(torch.autograd.Function):
     """y = scSE(relu(BatchNorm(u))), and the statistics that were used, which have no gradient.
 
-    `update(mean, var)`, where it is given, moves the running statistics. Saves u, the parameters
-    and small tensors [C] and [N, C]: no map besides u.
+    `moving`, where it is given, are running statistics to be moved, see `ops.forward`. Saves u, the
+    parameters and small tensors [C] and [N, C]: no map besides u.
     """
 
     @staticmethod
     def forward(
         ctx, u, bn_weight, bn_bias, w1, b1, w2, b2, ws, bs, running_mean, running_var, eps, combine,
-        backend, update=None,
+        backend, moving=None,
     ):  # fmt: skip
-        y, *small = ops.FORWARD[backend](
+        arguments = (
             u, bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, ws, bs, eps,
             ops.COMBINE[combine],
         )  # fmt: skip
+        y, *small = ops.forward(backend, arguments, moving)
         mean, var = small[:2]
-        if update is not None:
-            update(mean, var)
         ctx.save_for_backward(u, bn_weight, bn_bias, w1, b1, w2, b2, ws, bs, *small)
         ctx.of_batch, ctx.eps = running_mean is None, eps
         ctx.combine, ctx.backend = combine, backend
@@ -46,8 +45,8 @@ class BNReLUSCSE(torch.autograd.Function):
                 *_reference_gradients(dy, saved[:9], needs, statistics, ctx.eps, ctx.combine),
                 *rest,
             )
-        grads = ops.BACKWARD[ctx.backend](
-            dy, *saved, ctx.eps, ctx.of_batch, ops.COMBINE[ctx.combine],
+        grads = ops.backward(
+            ctx.backend, dy, *saved, ctx.eps, ctx.of_batch, ops.COMBINE[ctx.combine],
             u, bn_weight or bn_bias, w1 or b1 or w2 or b2, ws or bs,
         )  # fmt: skip
         return (*[g if need else None for g, need in zip(grads, needs, strict=True)], *rest)

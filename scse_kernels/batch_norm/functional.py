@@ -97,43 +97,27 @@ def bn_relu_scse(
     # As with torch's: an empty batch leaves the running statistics alone.
     tracked = training and running_mean is not None and u.numel() > 0
 
-    def update(mean, var):
-        _update(u, running_mean, running_var, mean, var, momentum)
-
+    moving = (running_mean, running_var, momentum) if tracked else None
     backend = backends.choose(_NAME, backend, u, ops.BACKENDS)
     if backend in ("operations", "eager"):
         if tracked:
-            update(*reference.statistics(u))
+            reference.move(u, *reference.statistics(u), *moving)
         if backend == "eager" and not training:  # they may change before the backward reads them
             used = (running_mean.clone(), running_var.clone())
         y = reference.bn_relu_scse(*norm, *used, *parameters, eps, combine)
         return y.contiguous(memory_format=memory_format(u)) if backend == "eager" else y
     if torch.is_grad_enabled() and not compiler.is_dynamo_compiling():
-        # Updates while it runs: when what it saves is packed, torch.utils.checkpoint may end a
+        # Moves them while it runs: when what it saves is packed, torch.utils.checkpoint may end a
         # recomputation, by an exception.
-        last = (eps, combine, backend, update if tracked else None)
-        return BNReLUSCSE.apply(*norm, *parameters, *used, *last)[0]
+        return BNReLUSCSE.apply(*norm, *parameters, *used, eps, combine, backend, moving)[0]
     if torch.is_grad_enabled():
         inputs = once_differentiable(*norm, *parameters)
         y, *statistics = BNReLUSCSE.apply(*inputs, *used, eps, combine, backend)
-    else:
-        y, *statistics = ops.FORWARD[backend](*norm, *used, *parameters, eps, COMBINE[combine])[:3]
-    if tracked:
-        update(*statistics)
-    return y
-
-
-def _update(u, running_mean, running_var, mean, var, momentum):
-    """Move the running statistics towards those of u, as torch.nn.functional.batch_norm does.
-
-    Neither has a gradient. (A no_grad region would be a program of its own in an exported one.)
-    """
-    values = u.numel() // u.shape[1]
-    for running, batch in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
-        if running.dtype == batch.dtype:
-            running.lerp_(batch, momentum)
-        else:
-            running.copy_(running.to(batch.dtype).lerp(batch, momentum))
+        if tracked:
+            reference.move(u, *statistics, *moving)
+        return y
+    arguments = (*norm, *used, *parameters, eps, COMBINE[combine])
+    return ops.forward(backend, arguments, moving)[0]
 
 
 def _check_batch_norm(u, bn_weight, bn_bias, running_mean, running_var, training):

@@ -5,12 +5,16 @@ As in the package's ops.py: one operator forward and one backward for each backe
 arguments: the running statistics are updated by who calls them, from `mean` and `var`.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from .. import ops
 from .._library import library
 from ..ops import COMBINE, gradient_memory, memory_format
 from ..reference import accumulation_dtype
+from . import reference
 
 #: those of the package's backends that have kernels for this
 BACKENDS = ("cpu", "triton")
@@ -80,22 +84,67 @@ BACKWARD = {
 }
 
 
-def _triton_forward(u, *others):
+@cache
+def _launch():
     from .._triton import batch_norm  # imports Triton, which takes a second
 
+    return batch_norm
+
+
+def _triton_forward(u, *others, moving=None):
     results = _fake_forward(u, *others)
-    batch_norm.forward(memory_format(u), results, u, *others)
+    _launch().forward(memory_format(u), results, u, *others, moving)
     return results
 
 
 def _triton_backward(dy: Tensor, u: Tensor, *others):
-    from .._triton import batch_norm
-
     results = _fake_backward(dy, u, *others)
-    batch_norm.backward(memory_format(u), results, dy, u, *others)
+    _launch().backward(memory_format(u), results, dy, u, *others)
     return results
 
 
 for _key in ("CUDA", "CPU"):  # CPU tensors: under Triton's interpreter
     _library.impl("triton_bn_forward", _triton_forward, _key)
     _library.impl("triton_bn_backward", _triton_backward, _key)
+
+
+def forward(
+    backend: str, arguments: tuple, moving: tuple[Tensor, Tensor, float] | None = None
+) -> tuple[Tensor, ...]:
+    """What `FORWARD[backend]` gives; where nobody looks on, by Triton's launcher itself, as in the
+    package's ops.py.
+
+    moving: running_mean, running_var and momentum; they are moved towards the statistics that the
+    call has found. (The operators change none of their arguments.)
+    """
+    if backend == "triton" and ops.unseen(arguments[:11]):
+        if moving is None:
+            return _triton_forward(*arguments)
+        if _movable(arguments[0], *moving[:2]):
+            results = _triton_forward(*arguments, moving=moving)
+            torch.autograd.graph.increment_version(moving[:2])
+            return results
+    results = FORWARD[backend](*arguments)
+    if moving is not None:
+        reference.move(arguments[0], *results[1:3], *moving)
+    return results
+
+
+def backward(backend: str, *arguments) -> tuple[Tensor, ...]:
+    """The same for `BACKWARD[backend]`."""
+    if backend == "triton" and ops.unseen(arguments[:15]):
+        return _triton_backward(*arguments)
+    return BACKWARD[backend](*arguments)
+
+
+def _movable(u: Tensor, running_mean: Tensor, running_var: Tensor) -> bool:
+    """Whether Triton's kernels can move them."""
+    running = running_mean, running_var
+    return (
+        u.dtype != torch.float64
+        and ops.unseen(running)
+        and all(
+            t.is_contiguous() and (torch.is_inference_mode_enabled() or not t.is_inference())
+            for t in running
+        )
+    )

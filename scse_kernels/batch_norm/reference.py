@@ -71,3 +71,18 @@ def statistics(u: Tensor) -> tuple[Tensor, Tensor]:
     values = u.detach().to(accumulation_dtype(u.dtype))
     var, mean = torch.var_mean(values, (0, *range(2, u.dim())), correction=0)
     return mean, var
+
+
+def move(
+    u: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+) -> None:
+    """Move the running statistics towards those of u, as torch.nn.functional.batch_norm does.
+
+    Neither has a gradient. (A no_grad region would be a program of its own in an exported one.)
+    """
+    values = u.numel() // u.shape[1]
+    for running, batch in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
+        if running.dtype == batch.dtype:
+            running.lerp_(batch, momentum)
+        else:
+            running.copy_(running.to(batch.dtype).lerp(batch, momentum))

@@ -301,12 +301,17 @@ def test_host_times_each_provider_and_leaves_triton_as_it_was(options, tmp_path,
     with (tmp_path / "host.csv").open() as file:
         rows = list(csv.DictReader(file))
     usable = ["eager", *providers.usable(CPU), "triton"]
+    with_norm = ["eager", "unfused", *providers.usable(CPU, "bn_relu_scse"), "triton"]
     assert [(row["provider"], row["direction"]) for row in rows] == [
-        (name, direction) for direction in ("forward", "forward + backward") for name in usable
+        (name, direction)
+        for direction in ("forward", "forward + backward")
+        for name in usable + with_norm
     ]
+    norm = ["bn_relu_scse" in row["case"] for row in rows]
+    assert norm == 2 * (len(usable) * [False] + len(with_norm) * [True])
     assert all(float(row["seconds"]) > 0 for row in rows)
     printed = capsys.readouterr().out
-    assert all(f"\n {name} " in printed for name in usable)
+    assert all(f"\n {name} " in printed for name in with_norm)
     assert "x eager" in printed and "Noise:" in printed
 
 

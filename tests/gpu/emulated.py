@@ -16,6 +16,11 @@ from scse_kernels._triton import heuristics
 
 FORWARD = ("squeeze_kernel", "excite_kernel", "apply_kernel")
 BACKWARD = ("reduce_kernel", "excite_backward_kernel", "apply_backward_kernel")
+#: In the place of the excitation, where its weights are many.
+BY_ROWS = {
+    "excite_kernel": ("excite_hidden_kernel", "excite_gates_kernel"),
+    "excite_backward_kernel": ("excite_backward_hidden_kernel", "excite_backward_mean_kernel"),
+}
 ONE_LAUNCH = ("forward_kernel", "backward_kernel")
 
 
@@ -41,14 +46,17 @@ def results(case: Case, **options):
         return output_and_gradients(partial(call, backend="triton"), case), lab
 
 
-def kernels(variant: str, launches: int) -> tuple[str, ...]:
+def kernels(variant: str, launches: int, by_rows: bool = False) -> tuple[str, ...]:
     """Those of one forward and backward, in order."""
     if launches == 1:
         return ONE_LAUNCH
-    return (*(k for k in FORWARD if variant != "sse" or k != "excite_kernel"), *BACKWARD)
+    names = (*(k for k in FORWARD if variant != "sse" or k != "excite_kernel"), *BACKWARD)
+    if by_rows:
+        return tuple(one for name in names for one in BY_ROWS.get(name, (name,)))
+    return names
 
 
-def check(case: Case, orders=((3, None),), target=90, **options) -> dict:
+def check(case: Case, orders=((3, None),), target=90, by_rows=False, **options) -> dict:
     """Asserts that all results are within budget, and the same bits in all `orders`: of launches
     each way and seeds of the order of execution (None: programs in their order)."""
     first = None
@@ -56,7 +64,7 @@ def check(case: Case, orders=((3, None),), target=90, **options) -> dict:
     for launches, seed in orders:
         got, lab = results(case, target=target, launches=launches, seed=seed, **options)
         names = [report.kernel for report in lab.reports]
-        assert tuple(names) == kernels(case.variant, launches)
+        assert tuple(names) == kernels(case.variant, launches, by_rows)
         ran.update(names)
         if first is None:
             first, found = got, budget.errors(case, got)
@@ -66,6 +74,6 @@ def check(case: Case, orders=((3, None),), target=90, **options) -> dict:
             assert same_bits(got[name], right), f"{name}: {launches} launches, seed {seed}"
     forward = found.pop("y")
     for name, count in ran.items():
-        is_forward = name in (*FORWARD, ONE_LAUNCH[0])
+        is_forward = name in (*FORWARD, *BY_ROWS["excite_kernel"], ONE_LAUNCH[0])
         record("triton", name, target, count, forward if is_forward else max(found.values()))
     return first

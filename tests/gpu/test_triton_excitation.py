@@ -4,12 +4,14 @@ import os
 
 import pytest
 import torch
-from budget import ACTIVATIONS, GATES, make_case
-from gpu.emulated import check
+from budget import ACTIVATIONS, GATES, make_case, same_bits
+from gpu.emulated import BY_ROWS, check, results
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1", allow_module_level=True)
+
+from scse_kernels._triton import heuristics
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -29,3 +31,49 @@ def test_activations_and_gates(activation, gate):
 
 def test_hard_gates_of_the_spatial_branch_alone():
     check(make_case((2, 19, 5, 7), "sse", gate="hard_sigmoid"), orders=((3, None), (1, 1)))
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """All weights count as many, and sums take several steps."""
+    monkeypatch.setattr(heuristics, "_MANY_WEIGHTS", 1)
+    monkeypatch.setattr(heuristics, "_MANY_TERMS", 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_by_several_programs_for_each_sample(many, dtype):
+    """The bits of one program, in any order of execution."""
+    i = DTYPES.index(dtype)
+    case = make_case((3, 75, 5, 7), ("add", "cse", "max", "concat")[i], dtype)
+    check(case, orders=((3, None), (3, 1), (1, 1)), target=(80, 90)[i % 2], by_rows=True)
+
+
+def test_neither_their_number_changes_a_bit(many, monkeypatch):
+    case = make_case((2, 75, 5, 7), parameter_dtype=torch.float16)
+    first = check(case, by_rows=True)
+    for sizes in ((16, 64), (32, 16), (64, 128)):
+        rows = heuristics.Rows(*sizes, 4)
+        monkeypatch.setattr(heuristics, "_rows", lambda *_, rows=rows: rows)
+        for name, got in check(case, by_rows=True).items():
+            assert same_bits(got, first[name]), f"{name}: {sizes}"
+
+
+def test_the_excitation_of_many_weights():
+    """With the sizes that the heuristics choose; no registers are spilled."""
+    case = make_case((2, 512, 4, 8), "add", torch.float16, 2, parameter_dtype=torch.float32)
+    _, lab = results(case, checks=False)
+    ran = {report.kernel: report for report in lab.reports}
+    for names in BY_ROWS.values():
+        for name in names:
+            assert ran[name].spill_bytes == 0 and ran[name].grid[1] >= 16
+
+
+def test_where_the_excitation_is_shared():
+    def rows(samples, channels, hidden, strips=16):
+        return heuristics.excitation(samples, channels, hidden, strips, 4, 132)[1]
+
+    assert rows(8, 512, 256) == heuristics.Rows(16, 32, 8)
+    assert rows(32, 512, 256) == heuristics.Rows(64, 64, 8)
+    assert rows(8, 256, 128) is None  # 128 KiB of weights: one launch costs less
+    assert rows(67, 512, 256) is None  # each of most multiprocessors has a sample
+    assert rows(8, 512, 256, 256) is None  # a large map

@@ -15,6 +15,7 @@ from gpu.emulated import emulator
 from gpu.proof import record
 from norm_budget import make_case
 
+from scse_kernels import bn_relu_scse
 from scse_kernels.batch_norm import ops
 
 triton = pytest.importorskip("triton")
@@ -87,6 +88,9 @@ CASES = {
     "not affine": ("max", F32, (2, 12, 6, 5), True, True, 90, {"affine": False, "biases": False}),
     # Triton has numbers, and no tensors, for arguments that are 1.
     "one strip": ("add", F16, (1, 9, 5, 3), True, True, 90, {}),
+    "evaluation of more channels than a tile": (
+        *("add", F16, (2, 1100, 3, 5), False, False, 90, {"reduction": 50}),
+    ),
     "more channels than a tile": ("add", F16, (2, 1100, 3, 5), False, True, 90, {"reduction": 50}),
 }
 
@@ -169,3 +173,59 @@ def test_passes_over_the_map(last):
                 assert bounds["issue_us"] <= 1.25 * bounds["dram_us"], report.kernel
             moved = report.dram_read_bytes + report.dram_write_bytes
             record("triton", report.kernel, 90, passes=moved / case.x.nbytes)
+
+
+def apart(t):
+    """With another element behind each."""
+    return torch.stack((t, t), 1)[:, 0]
+
+
+# dtype of u, of the running statistics, momentum, how they lie in memory
+RUNNING = {
+    "as usual": (F16, F32, 0.1, torch.clone),
+    "mostly the new ones": (F32, F32, 0.75, torch.clone),
+    "the new ones": (F32, F32, 1, torch.clone),
+    "half": (BF16, F16, 1 / 3, torch.clone),
+    "double": (F32, F64, 0.1, torch.clone),
+    "double sums": (F64, F64, 1 / 3, torch.clone),
+    "apart": (F32, F32, 0.1, apart),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_running_statistics(name):
+    """Moved by the kernels as by torch, towards the variance that isn't biased; twice, since each
+    call has its own."""
+    dtype, kept, momentum, place = RUNNING[name]
+    case = make_case((2, 19, 5, 7), "add", dtype, parameter_dtype=kept)
+    names = ("bn_weight", "bn_bias", "w1", "b1", "w2", "b2", "ws", "bs")
+    arguments = dict(zip(names, case.parameters, strict=True))
+    got = tuple(map(place, case.running))
+    right = tuple(t.double() for t in case.running)
+    with emulator(), torch.no_grad():
+        for u in (case.x, 3 * case.x):
+            bn_relu_scse(
+                u, running_mean=got[0], running_var=got[1], **arguments,
+                training=True, momentum=momentum, backend="triton",
+            )  # fmt: skip
+            var, mean = torch.var_mean(u.double(), (0, 2, 3), correction=1)
+            right = tuple(r.lerp(t, momentum) for r, t in zip(right, (mean, var), strict=True))
+    # an element's share, as a mean may be near 0
+    scale = right[1].sqrt()
+    roundings = 8 * max(torch.finfo(t).eps for t in (kept, F64 if dtype == F64 else F32))
+    for one, wanted, size in zip(got, right, (scale, right[1]), strict=True):
+        assert one.dtype == kept
+        assert ((one.double() - wanted).abs() <= roundings * (wanted.abs() + size)).all()
+
+
+def test_the_backward_of_an_evaluation_uses_what_the_running_statistics_were():
+    case = make_case((2, 19, 5, 7), "add", F32, training=False)
+    with emulator():
+        running = tuple(t.clone() for t in case.running)
+        weight, bias, *parameters = case.parameters
+        _, mean, var, *_ = ops.forward(
+            "triton", (case.x, weight, bias, *running, *parameters, 1e-3, 0)
+        )
+        for t in running:
+            t.fill_(7)
+    assert torch.equal(mean, case.running[0]) and torch.equal(var, case.running[1])

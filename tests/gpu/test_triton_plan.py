@@ -3,7 +3,6 @@ launch would, whatever changes from call to call. Nothing is compiled here: a re
 compiled kernels, and what a kernel is specialised on for its code."""
 
 import contextlib
-import itertools
 import json
 import threading
 from dataclasses import replace
@@ -13,103 +12,21 @@ import torch
 from budget import call, make_case
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 
+from gpu import recorder  # noqa: E402
+from gpu.recorder import Driver, Watch, a_profiler, moved, recording, sizes  # noqa: E402, F401
 from triton import knobs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from scse_kernels import backends, ops, scse, use_backend  # noqa: E402
+from scse_kernels import ops, scse, use_backend  # noqa: E402
 from scse_kernels._triton import launch, plan, tuning  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     knobs.runtime.interpret, reason="the interpreter keeps no plans, and knows no compiled kernels"
 )
-_devices = itertools.count(1000)
-
-
-class Recorder:
-    """A launcher that notes: kernel and specialisation, grid, stream, arguments."""
-
-    def __init__(self, name, key, kinds, log):
-        self.name, self.key, self.kinds, self.log = name, key, kinds, log
-
-    def __call__(self, x, y, z, stream, function, metadata, of_launch, enter, leave, *arguments):
-        assert (function, metadata) == (f"function of {self.name}", f"metadata of {self.name}")
-        if enter is not None:
-            enter(of_launch)
-        assert len(arguments) == len(self.kinds)
-        addresses = [
-            v if v is None or type(v) is int else v.data_ptr() if kind[0] == "*" else v
-            for v, kind in zip(arguments, self.kinds, strict=True)
-        ]
-        self.log.append((self.name, self.key, (x, y, z), stream, addresses, self.kinds))
-
-
-class Driver:
-    """One H100, and the launches on it."""
-
-    launcher_cls = Recorder
-
-    def __init__(self):
-        self.log, self.device, self.compiled = [], next(_devices), 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return self.device
-
-    def get_current_stream(self, device):
-        assert device == self.device
-        return 77
-
-
-class Kernel:
-    """Stands in for a compiled kernel."""
-
-    def __init__(self, name, key, kinds, active):
-        self.run = Recorder(name, key, kinds, active.log)
-        self.function, self.packed_metadata = f"function of {name}", f"metadata of {name}"
-
-    def launch_metadata(self, grid, stream, *arguments):
-        return "of the launch"
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """The driver; CPU tensors count as a GPU's."""
-
-    def compile(function, key, signature, device, *more):
-        active = driver.active
-        kernel = Kernel(function.__name__, key, [*signature.values()], active)
-        function.device_caches[device][0][key] = kernel
-        active.compiled += 1
-        return kernel
-
-    active = Driver()
-    monkeypatch.setattr(driver, "_active", active)
-    monkeypatch.setattr(JITFunction, "_do_compile", compile)
-    monkeypatch.setattr(plan, "takes_addresses", lambda device: True)
-    monkeypatch.setattr(backends, "why_not", lambda backend, *_: None)
-    yield active
-    plan.forget()
-
-
-def watched(*_):
-    """A profiler's hook: with it launches go Triton's own way."""
-
-
-@contextlib.contextmanager
-def a_profiler():
-    knobs.runtime.launch_enter_hook.add(watched)
-    try:
-        yield
-    finally:
-        knobs.runtime.launch_enter_hook.remove(watched)
 
 
 def both(case, needs=None, **options):
@@ -124,23 +41,10 @@ def both(case, needs=None, **options):
 
 
 def shown(case, log):
-    """Launches without what differs from call to call: addresses become the names of inputs."""
-    names = {}
-    for name, tensor in zip(("x", "w1", "b1", "w2", "b2", "ws", "bs"), (case.x, *case.parameters)):  # noqa: B905
-        if tensor is not None:
-            names[tensor.data_ptr()] = name
-    names[case.dy.data_ptr()] = "dy"
-
-    def one(value, kind):
-        if kind[0] != "*":
-            return value
-        assert type(value) is int, "an address"  # 0: of an empty tensor
-        return names.get(value, f"scratch or result, {value % 16}")
-
-    return [
-        (name, key, grid, stream, [one(v, k) for v, k in zip(values, kinds, strict=True)])
-        for name, key, grid, stream, values, kinds in log
-    ]
+    """Launches without what differs from call to call."""
+    named = zip(("x", "w1", "b1", "w2", "b2", "ws", "bs"), (case.x, *case.parameters), strict=False)
+    names = {tensor.data_ptr(): name for name, tensor in named if tensor is not None}
+    return recorder.shown({**names, case.dy.data_ptr(): "dy"}, log)
 
 
 def check(gpu, case, **options):
@@ -153,14 +57,6 @@ def check(gpu, case, **options):
         seen.append(shown(case, gpu.log))
     assert seen[0] == seen[1] == seen[2]
     return seen[0]
-
-
-def moved(tensor, elements):
-    """The tensor at an address so many elements behind one of 64 bytes, with its strides."""
-    size = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    memory = torch.empty(size + elements, dtype=tensor.dtype)
-    there = memory.as_strided(tensor.shape, tensor.stride(), elements)
-    return there.copy_(tensor)
 
 
 def with_moved(case, name):
@@ -406,14 +302,6 @@ def test_what_is_unknown_is_launched_in_tritons_own_way(gpu, monkeypatch, unknow
     assert [p._prepared for p in plan._kept[1].values()] == [None, None]
 
 
-def sizes(log):
-    """The different launches, by all but their pointers."""
-    return {
-        (name, key, grid, *(v for v, kind in zip(values, kinds, strict=True) if kind == "i32"))
-        for name, key, grid, _, values, kinds in log
-    }
-
-
 def test_threads(gpu):
     """All at once, at kinds that are new to them."""
     cases = [make_case((1 + i % 2, 8 + i, 3, 4)) for i in range(6)]
@@ -444,17 +332,6 @@ def test_threads(gpu):
 # Who must still see operators.
 
 NAMES = ["scse_kernels.triton_forward.default", "scse_kernels.triton_backward.default"]
-
-
-class Watch(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "scse_kernels" in str(function):
-            self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_dispatch_mode_sees_the_operators(gpu):
