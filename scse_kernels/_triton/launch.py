@@ -332,7 +332,7 @@ def plan_excitation(
             GATE=GATE, **activation, **p.excitation(x),
         )  # fmt: skip
         return
-    warps = {"num_warps": rows.warps, "num_stages": 1}
+    warps = {"num_warps": rows.warps, "num_stages": 1, **_all_registers()}
     plan.launch(
         excite_hidden_kernel, (n, triton.cdiv(j, rows.hidden)),
         partial, w1, b1, pooled, hidden,
@@ -364,7 +364,7 @@ def plan_excitation_backward(
             GATE=GATE, **p.excitation(x),
         )  # fmt: skip
         return
-    warps = {"num_warps": rows.warps, "num_stages": 1}
+    warps = {"num_warps": rows.warps, "num_stages": 1, **_all_registers()}
     terms = {"TERMS_C": e.terms_c, "TERMS_STRIPS": e.terms_strips}
     plan.launch(
         excite_backward_hidden_kernel, (n, triton.cdiv(j, rows.hidden)),

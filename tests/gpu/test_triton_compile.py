@@ -27,6 +27,10 @@ from scse_kernels._triton import heuristics, launch, plan, tuning  # noqa: E402
 
 FORWARD = ("squeeze_kernel", "excite_kernel", "apply_kernel")
 BACKWARD = ("reduce_kernel", "excite_backward_kernel", "apply_backward_kernel")
+BY_ROWS = (  # in the place of the excitation, where its weights are many
+    *("excite_hidden_kernel", "excite_gates_kernel"),
+    *("excite_backward_hidden_kernel", "excite_backward_mean_kernel"),
+)
 ONE_LAUNCH = ("forward_kernel", "backward_kernel")
 TYPES = {
     torch.float16: "*fp16",
@@ -45,6 +49,7 @@ REGISTERS = {
     "reduce_kernel": 255,
     "excite_backward_kernel": 255,
     "apply_backward_kernel": 255,
+    **dict.fromkeys(BY_ROWS, 255),
     "forward_kernel": 255,
     "backward_kernel": 255,
 }
@@ -104,7 +109,7 @@ def launches(monkeypatch):
     def record(variant, dtype, channels_last=False, shape=SHAPE, parameter_dtype=None):
         noted = {}
         monkeypatch.setattr(plan, "_INTERPRETED", True)  # no driver is asked
-        for name in FORWARD + BACKWARD + ONE_LAUNCH:
+        for name in FORWARD + BACKWARD + BY_ROWS + ONE_LAUNCH:
             kernel = getattr(launch, name)
             kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
             monkeypatch.setattr(launch, name, Recorder(kernel, noted))
@@ -271,6 +276,9 @@ def test_all_of_a_program_has_stored_before_it_announces_it(one_launch):
 def test_few_and_many_channels(channels, channels_last, launches):
     shape = (1, channels, 64, 64) if channels < 512 else (1, channels, 8, 8)
     noted = launches("max", torch.float16, channels_last, shape)
+    assert (BY_ROWS[0] in noted) == (channels >= 512)
+    for target in (nvidia(90), AMD) if channels == 512 else (nvidia(90),):
+        check({k: v for k, v in noted.items() if k in BY_ROWS}, "max", torch.float16, target)
     check(noted, "max", torch.float16, nvidia(90))
 
 
