@@ -39,9 +39,13 @@ from ..cases import LAYOUTS, Case
 PASSES = {
     "squeeze": {"add": 1, "max": 1},
     "excite": {"add": 0, "max": 0},
+    "excite_hidden": {"add": 0, "max": 0},
+    "excite_gates": {"add": 0, "max": 0},
     "apply": {"add": 2, "max": 2},
     "reduce": {"add": 2, "max": 2},
     "excite_backward": {"add": 0, "max": 0},
+    "excite_backward_hidden": {"add": 0, "max": 0},
+    "excite_backward_mean": {"add": 0, "max": 0},
     "apply_backward": {"add": 2, "max": 3},
     "forward": {"add": 2, "max": 2},
     "backward": {"add": 3, "max": 3},

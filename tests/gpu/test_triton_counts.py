@@ -54,5 +54,10 @@ def test_one_launch(shape, layout):
     assert numbers[1] == pytest.approx(numbers[0], abs=0.02), f"docs/gpu.md lacks: {row}"
 
 
+@pytest.mark.parametrize("shape", triton_counts.DEEP, ids=str)
+def test_excitation_of_many_weights(shape):
+    stands_there(triton_counts.excitation_row(shape))
+
+
 def test_what_spills():
     stands_there(triton_counts.spilled())

@@ -24,6 +24,8 @@ VARIANTS = ("add", "max", "concat")
 #: The maps of one launch each way, and how many of their samples fit the L2.
 QUEUED = ((16, 64, 32, 32), (16, 256, 16, 16))
 HELD = 4
+#: The maps of which the excitation is shown, at reduction 2.
+DEEP = ((8, 512, 16, 16), (8, 1024, 7, 7))
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Counted:
         return sum(report.roofline()["bound_us"] for report in self.reports)
 
 
-def count(variant, shape=SHAPE, layout="contiguous", l2=0.1, launches=3, reduction=16):
-    """Forward and backward in float16, with an L2 of `l2` times x."""
-    case = make_case(shape, variant, torch.float16, reduction)
+def count(
+    variant, shape=SHAPE, layout="contiguous", l2=0.1, launches=3, reduction=16, parameters=None
+):
+    """Forward and backward in float16, with an L2 of `l2` times x; `parameters`: their dtype."""
+    case = make_case(shape, variant, torch.float16, reduction, parameter_dtype=parameters)
     if layout == "channels_last":
         last = torch.channels_last
         case = case.arranged(*[lambda t: t.contiguous(memory_format=last)] * 2)
@@ -113,6 +117,20 @@ def queued_row(shape, layout) -> tuple[str, list[Counted]]:
     return row(f"{list(shape)}, {layout}", *cells), [*one, *three]
 
 
+def excitation_row(shape) -> str:
+    """A row of the table of excitations that several programs share: the bound of each launch."""
+    counted = count("add", shape, l2=10, reduction=2, parameters=torch.float32)
+    cells = (
+        " + ".join(
+            f"{report.roofline()['bound_us']:.1f}"
+            for report in direction.reports
+            if report.kernel.startswith("excite")
+        )
+        for direction in counted
+    )
+    return row(f"{list(shape)}, reduction 2", *cells)
+
+
 def spilled() -> str:
     """What docs/gpu.md says of the one kernel that spills."""
     reports = count("add", (1, 384, 4, 4), l2=10)[1].reports
@@ -132,6 +150,8 @@ def main() -> None:
     for shape in QUEUED:
         for layout in LAYOUTS:
             print(queued_row(shape, layout)[0], flush=True)
+    for shape in DEEP:
+        print(excitation_row(shape), flush=True)
     print(spilled())
 
 

@@ -98,10 +98,10 @@ void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
                                     decltype(last)::value>,
                grid, p, static_cast<const T*>(p.dy), static_cast<const T*>(p.x), p.channel_gate,
                b.spatial_gate, b.dq, b.d_mean, p.ws, p.dtypes, static_cast<T*>(p.dx), p.dy_sample,
-               p.dy_pitch, p.x_sample, p.x_pitch, p.residual, p.channels, p.positions, t.lanes,
-               t.inner_tiles, t.outer_tiles, b.tasks, b.d_excited, b.d_hidden, p.pooled, p.hidden,
-               b.sample_ws, b.sample_bs, p.dw1, p.db1, p.dw2, p.db2, p.dws, p.dbs, p.samples,
-               p.hidden_channels);
+               p.dy_pitch, p.x_sample, p.x_pitch, -int(p.residual), p.channels, p.positions,
+               t.lanes, t.inner_tiles, t.outer_tiles, b.tasks, b.d_excited, b.d_hidden, p.pooled,
+               p.hidden, b.sample_ws, b.sample_bs, p.dw1, p.db1, p.dw2, p.db2, p.dws, p.dbs,
+               p.samples, p.hidden_channels);
       });
     });
   });
