@@ -99,24 +99,25 @@ constexpr bool reads_two = Formula<float, K>::by_gates || K == Combine::concat;
 // blocks form the parameters' gradients meanwhile: started last they would be what the end waits
 // for.
 template <typename T, int W, Combine K, bool LAST>
-__global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4) apply_backward(
-    const T* dy,                // as y
-    const T* x,                 // [N, C, S] or [N, S, C]
-    const float* channel_gate,  // [N, C]
-    const float* spatial_gate,  // [N, S]
-    const float* dq,            // [N, S]: gradient before the spatial gate
-    const float* d_mean,        // [N, C]
-    const void* ws,             // [C]
-    int dtypes,                 // of the parameters, see dtypes.h
-    T* __restrict__ dx,         // as x
-    int64_t dy_sample, int64_t dy_pitch, int64_t x_sample, int64_t x_pitch,
-    int residual,  // all bits: dx has dy added; none: not. As a bool it takes a register
-    int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles,
-    int tasks,  // blocks for the parameters' gradients
-    // From here on: see ParameterGradients.
-    const float* d_excited, const float* d_hidden, const float* pooled, const float* hidden,
-    const float* sample_ws, const float* sample_bs, void* dw1, void* db1, void* dw2, void* db2,
-    void* dws, void* dbs, int samples, int hidden_channels) {
+__global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
+    apply_backward(const T* dy,                // as y
+                   const T* x,                 // [N, C, S] or [N, S, C]
+                   const float* channel_gate,  // [N, C]
+                   const float* spatial_gate,  // [N, S]
+                   const float* dq,            // [N, S]: gradient before the spatial gate
+                   const float* d_mean,        // [N, C]
+                   const void* ws,             // [C]
+                   int dtypes,                 // of the parameters, see dtypes.h
+                   T* __restrict__ dx,         // as x
+                   int64_t dy_sample, int64_t dy_pitch, int64_t x_sample, int64_t x_pitch,
+                   int residual,  // all bits, or none: dx has dy added. A bool takes a register
+                   int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles,
+                   int tasks,  // blocks for the parameters' gradients
+                   // From here on: see ParameterGradients.
+                   const float* d_excited, const float* d_hidden, const float* pooled,
+                   const float* hidden, const float* sample_ws, const float* sample_bs, void* dw1,
+                   void* db1, void* dw2, void* db2, void* dws, void* dbs, int samples,
+                   int hidden_channels) {
   using F = Formula<float, K>;
   constexpr bool reads_x = F::by_gates;
   if (static_cast<int>(blockIdx.x) < tasks) {

@@ -19,6 +19,8 @@ from scse_kernels import ops
 LAYOUTS = ("contiguous", "channels_last")
 #: Rows of the tables: a device without clusters takes the general kernels.
 GENERAL = [(NO_CLUSTERS, (4, 64, 64, 64), v, d) for v in ("add", "max", "concat") for d in LAYOUTS]
+#: Rows of 8 bytes to an access, and of two.
+GENERAL += [(NO_CLUSTERS, s, "add", "contiguous") for s in ((8, 512, 14, 14), (2, 1024, 7, 7))]
 #: The maps whose sum is shown kernel by kernel.
 DETAILED = ((4, 64, 64, 64), (16, 64, 32, 32))
 ON_CHIP = [
