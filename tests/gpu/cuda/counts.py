@@ -19,8 +19,8 @@ from scse_kernels import ops
 LAYOUTS = ("contiguous", "channels_last")
 #: Rows of the tables: a device without clusters takes the general kernels.
 GENERAL = [(NO_CLUSTERS, (4, 64, 64, 64), v, d) for v in ("add", "max", "concat") for d in LAYOUTS]
-#: Rows of 8 bytes to an access, and of two.
-GENERAL += [(NO_CLUSTERS, s, "add", "contiguous") for s in ((8, 512, 14, 14), (2, 1024, 7, 7))]
+#: Maps whose rows are no multiples of 16 bytes.
+NARROW = ((8, 512, 14, 14), (2, 1024, 7, 7))
 #: The maps whose sum is shown kernel by kernel.
 DETAILED = ((4, 64, 64, 64), (16, 64, 32, 32))
 ON_CHIP = [
@@ -84,6 +84,18 @@ def kernel_row(report, layout) -> str:
     )
 
 
+def narrow_row(shape) -> str:
+    """The bound of each kernel over a map: squeeze, apply, reduce, apply backward."""
+    _, labs = count(NO_CLUSTERS, shape, "add", "contiguous")
+    bounds = [
+        f"{report.roofline()['bound_us']:.2f}"
+        for lab in labs
+        for report in lab.reports
+        if not report.kernel.startswith("excite")
+    ]
+    return row(str(list(shape)), *bounds)
+
+
 def rows(gpu, shape, variant, layout) -> list[str]:
     """A row of passes, and those of the kernels where they are shown."""
     x_bytes, labs = count(gpu, shape, variant, layout)
@@ -94,3 +106,5 @@ def rows(gpu, shape, variant, layout) -> list[str]:
 if __name__ == "__main__":
     for what in (*GENERAL, *ON_CHIP):
         print("\n".join(rows(*what)), flush=True)
+    for shape in NARROW:
+        print(narrow_row(shape), flush=True)

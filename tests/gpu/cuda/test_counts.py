@@ -4,7 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
-from counts import GENERAL, ON_CHIP, count, detailed, kernel_row, passes_row
+from counts import (
+    GENERAL,
+    NARROW,
+    ON_CHIP,
+    count,
+    detailed,
+    kernel_row,
+    narrow_row,
+    passes_row,
+)
 from gpu import proof
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu.md"
@@ -27,3 +36,8 @@ def test_the_document_has_what_is_counted(what):
                 expected = re.escape(kernel_row(report, layout))
                 expected = re.sub(rf"\\\|\\ {report.registers}\\ ", r"\\|\\ \\d+\\ ", expected)
                 assert re.search(expected, text), kernel_row(report, layout)
+
+
+@pytest.mark.parametrize("shape", NARROW, ids=str)
+def test_rows_that_are_no_multiples_of_16_bytes(shape):
+    assert narrow_row(shape) in DOCUMENT.read_text()
