@@ -255,11 +255,9 @@ def _print(results: _Results, args: argparse.Namespace) -> None:
     for row in rows:
         table.add_row(*row)
     report.console.print(table)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     environment = report.environment(args.device)
-    (args.output / "paper.md").write_text(
-        "\n".join((title + "; " + report.caption(environment), "", *lines, "", _DOUBT)) + "\n"
-    )
+    caption = f"{title}; {report.caption(environment)}"
+    (args.output / "paper.md").write_text(f"{report.markdown(caption, header, rows)}\n{_DOUBT}\n")
     _picture(args.output / "paper.png", results, args, names, report.caption(environment))
     report.console.print(
         f"{_DOUBT}\nIntensities are synthetic and six people are few.\n"

@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,6 +209,12 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
 def table(title: str) -> Table:
     """An empty table in the style of all."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def markdown(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The caption, and a table under it."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join((caption, "", *lines)) + "\n"
 
 
 def _label(direction: str, way: str, several: bool) -> str:

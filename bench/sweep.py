@@ -163,9 +163,8 @@ def _print(path: Path, measurements: list[Measurement], environment: dict[str, s
         table.add_row(*row)
     report.console.print(table)
     report.print_noise({row[0]: noise[case] for row, case in zip(rows, by_case, strict=True)})
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     caption = f"{title}; {report.caption(environment)}"
-    path.write_text("\n".join((caption, "", *lines)) + "\n")
+    path.write_text(report.markdown(caption, header, rows))
 
 
 def _plot(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:

@@ -3,6 +3,8 @@ stream, arguments. Nothing is compiled."""
 
 import contextlib
 import itertools
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -140,3 +142,22 @@ class Watch(TorchDispatchMode):
         if "scse_kernels" in str(function):
             self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+def at_once(work: Callable[[int], None], number: int) -> None:
+    """work(0), work(1) and so on in threads of their own that start together; none may fail."""
+    start, failures = threading.Barrier(number), []
+
+    def run(i):
+        start.wait()
+        try:
+            work(i)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

@@ -2,7 +2,6 @@
 test_triton_plan.py: whatever changes from call to call, they launch what Triton's own way would."""
 
 import contextlib
-import threading
 from dataclasses import replace
 
 import pytest
@@ -305,22 +304,12 @@ def test_hooks_fire(gpu):
 def test_threads(gpu):
     """All at once, at kinds that are new to them, each with a momentum of its own."""
     cases = [make_case((1 + i % 2, 8 + i, 3, 4), training=i % 3 > 0) for i in range(6)]
-    start, failures = threading.Barrier(6), []
 
     def work(first):
-        start.wait()
-        try:
-            for i in range(20):
-                both(cases[(first + i) % 6], momentum=(first + i) % 6 / 6)
-        except BaseException as failure:
-            failures.append(failure)
+        for i in range(20):
+            both(cases[(first + i) % 6], momentum=(first + i) % 6 / 6)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    recorder.at_once(work, 6)
 
     def launched():
         found = sizes(gpu.log)

@@ -4,7 +4,6 @@ compiled kernels, and what a kernel is specialised on for its code."""
 
 import contextlib
 import json
-import threading
 from dataclasses import replace
 
 import pytest
@@ -305,22 +304,13 @@ def test_what_is_unknown_is_launched_in_tritons_own_way(gpu, monkeypatch, unknow
 def test_threads(gpu):
     """All at once, at kinds that are new to them."""
     cases = [make_case((1 + i % 2, 8 + i, 3, 4)) for i in range(6)]
-    start, failures = threading.Barrier(6), []
 
     def work(first):
-        start.wait()
-        try:
-            for i in range(30):
-                both(cases[(first + i) % 6])
-        except BaseException as failure:
-            failures.append(failure)
+        for i in range(30):
+            both(cases[(first + i) % 6])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures and len(gpu.log) == 6 * 30 * 6
+    recorder.at_once(work, 6)
+    assert len(gpu.log) == 6 * 30 * 6
     launched = sizes(gpu.log)
     gpu.log.clear()
     with a_profiler():
