@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from . import timing
 from .timing import Timing
 
 
@@ -79,7 +78,7 @@ class InStep:
         whole = [self._between(begin, end) for begin, end, _ in steps]
         parts = [sum(self._between(*ends) for ends in inside) for *_, inside in steps]
         share = statistics.median(part / all_ for part, all_ in zip(parts, whole, strict=True))
-        return timing.summarize(whole), timing.summarize(parts), share
+        return Timing(tuple(whole)), Timing(tuple(parts)), share
 
     @property
     def calls(self) -> int:

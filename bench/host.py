@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             cells = []
             for direction in DIRECTIONS:
                 taken, eager = found[block, name, direction], found[block, "eager", direction]
-                ratio = report.ratio(eager, taken, noise[direction]) if name != "eager" else ""
+                ratio = report.ratio(eager, taken) if name != "eager" else ""
                 cells += [f"{taken.median * 1e6:.1f}", ratio]
             table.add_row(name, *cells)
         report.console.print(table)
@@ -127,7 +127,7 @@ def _measure(
         shift = i % len(order)
         for row in order[shift:] + order[:shift]:
             samples[row].append(_sample(calls[row], device))
-    return {row: timing.summarize(values, _CALLS) for row, values in samples.items()}
+    return {row: Timing(tuple(values), _CALLS) for row, values in samples.items()}
 
 
 def _infer(module: nn.Module, inputs) -> Callable[[], object]:

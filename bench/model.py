@@ -224,7 +224,7 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
             which,
             f"{timed.median * 1e3:.1f}",
             f"{timed.iqr * 1e3:.1f}",
-            report.ratio(times[ORIGINAL], timed, noise) if which != ORIGINAL else "",
+            report.ratio(times[ORIGINAL], timed) if which != ORIGINAL else "",
             f"{peaks[which] / 2**20:.0f}",
             f"{first[which]:.1f}",
             *cells,

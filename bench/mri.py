@@ -220,7 +220,7 @@ def _print_times(trainings: dict[str, _Training], noise: float) -> None:
             f"{name} scSE",
             f"{step.median:.4f} s",
             f"{step.iqr:.4f} s",
-            report.ratio(found["eager"][0], step, noise) if name != "eager" else "",
+            report.ratio(found["eager"][0], step) if name != "eager" else "",
             *((f"{scse.median:.4f} s", f"{share:.0%}") if name != _WITH_NORM else ("", "")),
         )
     report.console.print(table)

@@ -31,6 +31,8 @@ from . import anatomy, blocks, networks, options, report, timing
 from .anatomy import CLASSES
 
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-3, 1e-4
+#: A pixel's weight beside its class's, where labels meet.
+_BOUNDARY = 0.5
 #: What --quick stands for: a few minutes on two cores.
 _QUICK = {"networks": ["U-Net"], "seeds": 1, "width": 8, "steps": 150}
 
@@ -46,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--networks", nargs="+", choices=known, default=known, help="default: all")
     for name, default, help_ in (
         ("width", 16, "channels (%(default)s; the articles: 64)"),
-        ("steps", 500, "of training (%(default)s)"),
-        ("batch", 8, "slices to a step (%(default)s)"),
+        ("steps", 1200, "of training (%(default)s)"),
+        ("batch", 4, "slices to a step (%(default)s)"),
         ("seeds", 3, "trainings of each network (%(default)s)"),
         ("spacing", 2, "of coronal slices, in mm (%(default)s)"),
     ):
@@ -127,7 +129,9 @@ def _trained(
 ) -> dict[str, object]:
     """Train one network; its Dice [people, structures], and seconds."""
     torch.manual_seed(seed)
-    net = networks.build(network, pattern, len(CLASSES), args.width).to(args.device)
+    net = networks.build(network, pattern, len(CLASSES), args.width)
+    # On a CPU, convolutions of few channels are a sixth faster so.
+    net.to(args.device, memory_format=torch.channels_last)
     image, label = next(anatomy.batches(train, args.batch, seed))
     image, label = image.to(args.device), label.to(args.device)
     weight = class_weights(torch.cat([anatomy.truth(p.structures) for p in train]))
@@ -152,22 +156,25 @@ def _trained(
 
 
 def class_weights(label: Tensor) -> Tensor:
-    """Median frequency balancing: the median of the classes' frequencies over each one's."""
+    """The root of median frequency balancing: of the median of the classes' frequencies over each.
+
+    The articles have no root. Without it rare structures spread over the background for longer
+    than this experiment trains: frequencies differ by a factor of 7,000.
+    """
     count = torch.bincount(label.flatten(), minlength=len(CLASSES)).double().clamp(min=1)
-    return (count.median() / count).float()
+    return (count.median() / count).sqrt().float()
 
 
 def loss(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     """Cross entropy, each pixel weighted by its class and more where labels meet.
 
-    As the articles: median frequency balancing, plus a constant on boundaries. The constant is not
-    in them; here it is the largest weight of a class, capped at 5.
+    The articles add a constant on boundaries, which they don't state; here it is _BOUNDARY.
     """
     padded = nn.functional.pad(label[:, None].float(), (1, 1, 1, 1), mode="replicate")
     largest = nn.functional.max_pool2d(padded, 3, 1)
     smallest = -nn.functional.max_pool2d(-padded, 3, 1)
     boundary = (largest != smallest)[:, 0]
-    pixel = weight[label] + boundary * weight.max().clamp(max=5)
+    pixel = weight[label] + _BOUNDARY * boundary
     return (pixel * nn.functional.cross_entropy(logits, label, reduction="none")).mean()
 
 

@@ -3,6 +3,7 @@ the versions it was measured on."""
 
 import csv
 import datetime
+import math
 import os
 import platform
 import statistics
@@ -18,17 +19,20 @@ from rich.table import Table
 
 import scse_kernels
 
+from . import timing
 from .cases import Case
 from .providers import CLONE, COMPETITORS
-from .timing import Timing
+from .timing import Ratio, Timing
 
 console = Console(highlight=False)
 if not console.is_terminal:  # rich assumes 80 columns, and the tables are wider
     console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 120)))
 
 _YARDSTICKS = (*COMPETITORS, CLONE)
-#: From this spread of the fixed clone on, a machine was too busy for any ratio.
+#: From this spread of the fixed clone on, a machine was busy: times are longer than elsewhere.
 _BUSY = 0.1
+#: The bounds of a ratio that can be trusted are nearer than this factor.
+_NEAR = 1.1
 _COLORS = ("tab:red", "tab:orange", "tab:purple", "tab:blue", "tab:green", "tab:cyan", "tab:pink")
 
 
@@ -105,32 +109,35 @@ def caption(environment: dict[str, str]) -> str:
 
 def print_noise(spreads: dict[str, float]) -> None:
     """How noisy the machine was: the spread of the fixed clone in the rounds of each of several
-    measurements, and which of them were too noisy."""
+    measurements."""
     found = ", ".join(f"{name} {spread:.0%}".strip() for name, spread in spreads.items())
     console.print(
         "Noise: the interquartile range over the median of a clone of a fixed map, timed in the"
         f" same rounds: {found}"
     )
-    if busy := [name for name, spread in spreads.items() if doubt(spread)]:
-        where = f" of {', '.join(busy)}" if any(busy) else ""
+    if any(doubt(spread) for spread in spreads.values()):
         console.print(
-            f"[yellow]The machine was busy: above {_BUSY:.0%} no ratio{where} can be trusted."
-            " Run it again when nothing else runs."
+            f"[yellow]Above {_BUSY:.0%} the machine was busy: times are longer than they need be."
+            " Ratios are of the same rounds, with a ? where those differ too much."
         )
 
 
 def doubt(noise: float) -> str:
-    """The mark of figures that can't be trusted, if the fixed clone spread so much. NaN: nothing is
+    """The mark of times that can't be trusted, if the fixed clone spread so much. NaN: nothing is
     known of it."""
     return "" if noise <= _BUSY else "?"
 
 
-def ratio(over: Timing, under: Timing, noise: float) -> str:
-    """How many times as long `over` takes as `under`; with a question mark where that can't be
-    trusted: the machine was busy, or the rounds' middle halves overlap."""
-    apart = abs(over.median - under.median)
-    overlap = apart <= (over.iqr + under.iqr) / 2
-    return f"{over.median / under.median:.2f}{'?' if overlap else doubt(noise)}"
+def ratio(over: Timing, under: Timing) -> str:
+    """How many times as long `over` takes as `under`; see `marked`."""
+    return marked(timing.ratio(over, under))
+
+
+def marked(ratio: Ratio) -> str:
+    """A ratio, with a question mark where it can't be trusted: its bounds are more than a tenth
+    away, or 1 lies between them."""
+    near = ratio.median / _NEAR <= ratio.low and ratio.high <= ratio.median * _NEAR
+    return f"{ratio.median:.2f}{'' if near and not ratio.low <= 1 <= ratio.high else '?'}"
 
 
 def _key(m: Measurement) -> tuple:
@@ -161,8 +168,8 @@ LEGEND = (
     " fast as NAME. clones: time in units of x.clone(). GB/s: least bytes over the median. of copy:"
     " that over the bandwidth of x.clone(). peak: of forward + backward beyond x, y, dy, dx, in"
     " units of x. host: milliseconds to queue the work on a GPU, which other columns are without."
-    " ?: a ratio that can't be trusted, since the machine was busy or the two differ by less than"
-    " their rounds do."
+    " ?: a ratio that can't be trusted, since its rounds differ by more than a tenth, or some are"
+    " above 1 and some below."
 )
 
 
@@ -186,7 +193,7 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
             grid.add_section()
         previous = _key(m)
         ratios = (
-            ratio(here[name], m.timing, m.noise) if name in here and m.provider != CLONE else ""
+            ratio(here[name], m.timing) if name in here and m.provider != CLONE else ""
             for name in competitors
         )
         peak = "" if m.peak_bytes is None else f"{m.peak_bytes / case.x_bytes:.3f}"
@@ -196,7 +203,7 @@ def print_case(case: Case, measurements: list[Measurement]) -> None:
             f"{m.timing.median * 1e3:.3f}",
             f"{m.timing.iqr * 1e3:.3f}",
             *ratios,
-            ratio(m.timing, here[CLONE], m.noise) if m.provider != CLONE else "1.00",
+            ratio(m.timing, here[CLONE]) if m.provider != CLONE else "1.00",
             f"{m.bandwidth / 1e9:.1f}",
             f"{m.bandwidth / copy[_key(m)]:.0%}",
             peak,
@@ -225,7 +232,6 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
     """Over all cases of a combine: the geometric mean and the worst of how each fused backend
     stands against the others. Against clone it is the time's multiple: less is better."""
     timings = _timings(measurements)
-    noise = {_key(m): m.noise for m in measurements}
     several = len({m.way for m in measurements}) > 1
     grid = table("Over all shapes and reductions: geometric mean (worst)")
     for name in ("backend", "combine", "pass"):
@@ -236,25 +242,31 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
     groups = dict.fromkeys((m.case.combine, m.direction, m.way) for m in measurements)
     for backend in fused:
         for combine, direction, way in groups:
-            rows = {
-                key: {name: timing.median for name, timing in here.items()}
+            rows = [
+                here
                 for key, here in timings.items()
                 if (key[0].combine, *key[1:]) == (combine, direction, way) and backend in here
-            }
-            mark = max((doubt(noise[key]) for key in rows), default="")
+            ]
             cells = []
             for name in (*competitors, CLONE):
-                ratios = [here[name] / here[backend] for here in rows.values() if name in here]
+                both = [(here[name], here[backend]) for here in rows if name in here]
                 if name == CLONE:
-                    ratios = [1 / ratio for ratio in ratios]
+                    both = [(own, clone) for clone, own in both]
+                ratios = [timing.ratio(*pair) for pair in both]
                 worst: Callable = max if name == CLONE else min
-                cells.append(
-                    f"{statistics.geometric_mean(ratios):.2f} ({worst(ratios):.2f}){mark}"
-                    if ratios
-                    else ""
-                )
+                cells.append(f"{marked(_mean(ratios))} ({marked(worst(ratios))})" if ratios else "")
             grid.add_row(backend, combine, _label(direction, way, several), *cells)
     console.print(grid)
+
+
+def _mean(ratios: list[Ratio]) -> Ratio:
+    """The geometric mean, and that of the bounds: it lies between them still more surely."""
+    return Ratio(*(_geometric_mean(values) for values in zip(*ratios, strict=True)))
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    unknown = {0.0, math.inf}.intersection(values)  # bounds of too few rounds
+    return unknown.pop() if unknown else statistics.geometric_mean(values)
 
 
 def write_csv(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
@@ -276,12 +288,12 @@ def write_csv(path: Path, measurements: list[Measurement], environment: dict[str
                 "provider": m.provider,
                 "median_s": f"{m.timing.median:.4e}",
                 "iqr_s": f"{m.timing.iqr:.4e}",
-                "rounds": m.timing.rounds,
+                "rounds": len(m.timing.samples),
                 "calls_per_round": m.timing.calls,
                 "noise": f"{m.noise:.3g}",
                 "host_s": "" if m.timing.host is None else f"{m.timing.host:.4e}",
                 **{
-                    f"{name}_over_this": f"{here[name].median / m.timing.median:.4g}"
+                    f"{name}_over_this": f"{timing.ratio(here[name], m.timing).median:.4g}"
                     if name in here
                     else ""
                     for name in _YARDSTICKS

@@ -127,7 +127,9 @@ def _wrong_samples(case: Case, inputs: Inputs, y: torch.Tensor) -> Iterator[str]
 
 def _seconds(taken: Timing) -> Timing:
     """On a GPU the host's time where it is longer."""
-    return dataclasses.replace(taken, median=max(taken.median, taken.host or 0.0))
+    return dataclasses.replace(
+        taken, samples=tuple(max(s, taken.host or 0.0) for s in taken.samples)
+    )
 
 
 def _print(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
@@ -151,7 +153,7 @@ def _print(path: Path, measurements: list[Measurement], environment: dict[str, s
         row += [f"{here[own].median * 1e9 / elements:.2f}" if own in here else "" for own in ours]
         for name, own in ratios:
             both = name in here and own in here
-            row.append(report.ratio(here[name], here[own], noise[case]) if both else "")
+            row.append(report.ratio(here[name], here[own]) if both else "")
         rows.append(row)
     first = measurements[0].case
     title = f"{_DIRECTION}, {first.combine}, {first.dtype_name}, {first.layout}, reduction"

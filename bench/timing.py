@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -16,18 +16,31 @@ WARM, COLD, GRAPH = "warm L2", "cold L2", "CUDA graph"
 _SAMPLE = {"cpu": 10e-3, "cuda": 1e-3}
 #: Bounds of the calls in a sample. A CUDA launch queue holds about a thousand kernels.
 _CALLS = (2, 20)
+#: The true ratio of two calls is beyond either of its bounds with at most this probability.
+_BEYOND = 0.05
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median over the rounds and the interquartile range. `host`: how long
-    the host takes to queue the call on a GPU; work that takes less than that waits for it."""
+    """Seconds per call, round by round, each sample the mean of `calls` calls. `host`: how long the
+    host takes to queue the call on a GPU; work that takes less than that waits for it."""
 
-    median: float
-    iqr: float
-    rounds: int
-    calls: int
+    samples: tuple[float, ...]
+    calls: int = 1
     host: float | None = None
+
+    @property
+    def median(self) -> float:
+        """Of the rounds."""
+        return statistics.median(self.samples)
+
+    @property
+    def iqr(self) -> float:
+        """The interquartile range of the rounds."""
+        if len(self.samples) == 1:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return high - low
 
     @property
     def spread(self) -> float:
@@ -35,11 +48,31 @@ class Timing:
         return self.iqr / self.median
 
 
-def summarize(samples: list[float], calls: int = 1, host: float | None = None) -> Timing:
-    """Median and spread of samples (seconds per call), each of them the mean of `calls` calls."""
-    spread = samples if len(samples) > 1 else 2 * samples  # quantiles() wants two
-    low, middle, high = statistics.quantiles(spread, n=4, method="inclusive")
-    return Timing(middle, high - low, len(samples), calls, host)
+class Ratio(NamedTuple):
+    """How many times as long one call takes as another: the median over the rounds, and the bounds
+    between which the true one lies in nine of ten measurements."""
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(over: Timing, under: Timing) -> Ratio:
+    """Of two calls that took turns. Each round gives one ratio, so that what disturbs the machine
+    for longer than a round disturbs both times alike.
+
+    The bounds are the k-th lowest and k-th highest of n rounds. The true median is below the k-th
+    lowest if at least n - k + 1 rounds are above it, each with probability 1/2. Below five rounds
+    nothing is known.
+    """
+    ratios = sorted(a / b for a, b in zip(over.samples, under.samples, strict=True))
+    n, beyond, outside = len(ratios), 0, 1
+    while outside <= _BEYOND * 2**n:
+        beyond += 1
+        outside += math.comb(n, beyond)
+    if not beyond:
+        return Ratio(statistics.median(ratios), 0.0, math.inf)
+    return Ratio(statistics.median(ratios), ratios[beyond - 1], ratios[n - beyond])
 
 
 #: The name under which every benchmark times a `fixed_clone` along with its own calls. That clone
@@ -68,7 +101,7 @@ class Yardstick:
 
     def timing(self) -> Timing:
         """What it took."""
-        return summarize(self._samples, self._repeats)
+        return Timing(tuple(self._samples), self._repeats)
 
 
 def ways(device: torch.device) -> tuple[str, ...]:
@@ -117,7 +150,7 @@ def interleaved(
             samples[name].append(clock.sample(name, calls[name], repeats[name]))
         on_round()
     return {
-        name: summarize(samples[name], repeats[name], clock.host_seconds.get(name))
+        name: Timing(tuple(samples[name]), repeats[name], clock.host_seconds.get(name))
         for name in names
     }
 

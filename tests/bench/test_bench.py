@@ -166,7 +166,7 @@ def test_ops_times_all_ways(gpu, options, monkeypatch, tmp_path, capsys):
             call()
         for _ in range(rounds):
             on_round()
-        return {n: timing.summarize([1e-3 * (1 + i)], 1, 1e-5) for i, n in enumerate(calls)}
+        return {n: timing.Timing((1e-3 * (1 + i),), 1, 1e-5) for i, n in enumerate(calls)}
 
     monkeypatch.setattr(timing, "interleaved", interleaved)
     large = "1x8x33x33"
@@ -222,7 +222,7 @@ def test_every_size_has_a_tick(tmp_path):
     measurements = [
         report.Measurement(
             Case(shape, torch.float32, "contiguous", 2, "add", CPU),
-            "forward", timing.WARM, name, timing.summarize([1e-3], 1, None), 1000, None, 0.0,
+            "forward", timing.WARM, name, timing.Timing((1e-3,), 1, None), 1000, None, 0.0,
         )
         for shape in shapes
         for name in ("clone", "eager")
@@ -341,7 +341,7 @@ def test_ops_without_what_is_compiled(gpu, options, monkeypatch, tmp_path):
     monkeypatch.setattr(
         timing,
         "interleaved",
-        lambda calls, *_: {name: timing.summarize([1e-3], 1) for name in calls},
+        lambda calls, *_: {name: timing.Timing((1e-3,), 1) for name in calls},
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # no plot then
     args = options("ops", "--shape", "2x8x6x5", "--reduction", "2", "--combine", "add",

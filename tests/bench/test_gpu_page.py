@@ -254,7 +254,7 @@ def write_ops(path):
             "forward",
             way,
             name,
-            timing.summarize([1e-3 * value]),
+            timing.Timing((1e-3 * value,)),
             2 * case.x_bytes,
             None,
             0.0,

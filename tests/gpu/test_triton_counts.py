@@ -61,3 +61,13 @@ def test_excitation_of_many_weights(shape):
 
 def test_what_spills():
     stands_there(triton_counts.spilled())
+
+
+@pytest.mark.parametrize("layout", triton_counts.LAYOUTS)
+def test_a_residual_costs_no_pass(layout):
+    """Beside the operator, it would cost three forward (x and y read, their sum written) and three
+    backward."""
+    counts = [triton_counts.count("add", layout=layout, residual=r) for r in (False, True)]
+    for without, with_it in zip(*counts, strict=True):
+        assert with_it.read == pytest.approx(without.read, abs=0.01)
+        assert with_it.written == pytest.approx(without.written, abs=0.01)

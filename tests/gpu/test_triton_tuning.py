@@ -199,7 +199,7 @@ def tune(monkeypatch, tmp_path):
                 step()
                 assert tuning.choice(*ARGUMENTS) == choice  # what ran would have used it
             scale = math.log(gain) / distance(own)
-            return {c: bench.timing.summarize([math.exp(scale * distance(c))]) for c in calls}
+            return {c: bench.timing.Timing((math.exp(scale * distance(c)),)) for c in calls}
 
         disagreement = bench.ops.disagreement
         monkeypatch.setattr(bench.timing, "interleaved", interleaved)

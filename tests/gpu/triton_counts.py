@@ -43,7 +43,14 @@ class Counted:
 
 
 def count(
-    variant, shape=SHAPE, layout="contiguous", l2=0.1, launches=3, reduction=16, parameters=None
+    variant,
+    shape=SHAPE,
+    layout="contiguous",
+    l2=0.1,
+    launches=3,
+    reduction=16,
+    parameters=None,
+    residual=False,
 ):
     """Forward and backward in float16, with an L2 of `l2` times x; `parameters`: their dtype."""
     case = make_case(shape, variant, torch.float16, reduction, parameter_dtype=parameters)
@@ -62,7 +69,7 @@ def count(
         with pytest.MonkeyPatch.context() as patch, emulator(**options) as lab:
             # registers are those of Triton's assembler, whatever toolkit is installed
             patch.setenv("PATH", str(tools), prepend=os.pathsep)
-            results = operator(*arguments)
+            results = operator(*arguments, residual=residual)
         read, written = lab.dram_read_bytes, lab.dram_write_bytes
         counted.append(Counted(lab.reports, read / case.x.nbytes, written / case.x.nbytes))
         return results

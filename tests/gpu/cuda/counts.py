@@ -30,17 +30,18 @@ ON_CHIP = [
 ] + [(H100, (8, 128, 16, 16), "add", "contiguous")]
 
 
-def count(gpu: GPU, shape, variant, layout) -> tuple[int, list[Lab]]:
+def count(gpu: GPU, shape, variant, layout, residual=False) -> tuple[int, list[Lab]]:
     """The bytes of x, and what was executed forward and backward."""
     case = make_case(shape, variant, torch.float16, reduction=16)
     case = case.arranged(*[partial(in_layout, layout)] * 2)
     connect()
     emulated, code = torch.ops.scse_kernels_emulated, ops.COMBINE.get(variant, 0)
-    how = {"count": True}
+    how, added = {"count": True}, {"residual": residual}
     with running_on(gpu, l2=gpulab.L2Cache(case.x.nbytes // 10), **how) as forward:
-        _, *small = emulated.cuda_forward(case.x, *case.parameters, code)
+        _, *small = emulated.cuda_forward(case.x, *case.parameters, code, **added)
     with running_on(gpu, l2=gpulab.L2Cache(case.x.nbytes // 10), **how) as backward:
-        emulated.cuda_backward(case.dy, case.x, *case.parameters, *small, code, True, True, True)
+        inputs = case.dy, case.x, *case.parameters, *small
+        emulated.cuda_backward(*inputs, code, True, True, True, **added)
     return case.x.nbytes, [forward, backward]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from counts import (
     GENERAL,
+    LAYOUTS,
     NARROW,
     ON_CHIP,
     count,
@@ -41,3 +42,14 @@ def test_the_document_has_what_is_counted(what):
 @pytest.mark.parametrize("shape", NARROW, ids=str)
 def test_rows_that_are_no_multiples_of_16_bytes(shape):
     assert narrow_row(shape) in DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_residual_costs_no_pass(layout):
+    """Beside the operator, it would cost three forward (x and y read, their sum written) and three
+    backward."""
+    gpu, shape, variant, _ = GENERAL[0]
+    (_, plain), (_, added) = (count(gpu, shape, variant, layout, r) for r in (False, True))
+    for without, with_it in zip(plain, added, strict=True):
+        assert with_it.dram_read_bytes == without.dram_read_bytes
+        assert with_it.dram_write_bytes == without.dram_write_bytes
