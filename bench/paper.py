@@ -3,7 +3,8 @@
 U-Net, SD-Net and DenseNet, each without blocks and with cSE, sSE and scSE (bench/networks), learn
 to find 16 structures in coronal slices of four people and are tested on two others
 (bench/anatomy.py): Dice of each structure, over several seeds. Networks are trained with the fused
-blocks that `convert` makes; a step with eager blocks is timed beside it.
+blocks that `convert` makes. At the end of each run a step of every network is timed, with eager and
+with fused blocks in turn.
 
 Intensities are synthetic and six people are few: it shows whether the blocks help here, not how
 well brains can be segmented.
@@ -16,7 +17,6 @@ import copy
 import functools
 import itertools
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,11 @@ _BOUNDARY = 0.5
 #: What --quick stands for: a few minutes on two cores.
 _QUICK = {"networks": ["U-Net"], "seeds": 1, "width": 8, "steps": 150}
 
-_DOUBT = (
-    "Milliseconds and the blocks' share are of the same steps, of the seed with the quickest ones."
-    " ?: the machine was busy, or nothing is known of it."
+#: Of timing a step.
+_ROUNDS = 7
+_LEGEND = (
+    "Blocks: their share of the same steps. ?: the machine was busy, or the rounds' ratios differ"
+    " too much."
 )
 
 
@@ -71,11 +73,9 @@ def run(args: argparse.Namespace) -> int:
         f" from, {sum(len(p.structures) for p in test)} of {len(test)} others to test on"
     )
     results = _Results(args.output / "paper.jsonl", args)
-    todo = [
-        key
-        for key in itertools.product(range(args.seeds), args.networks, networks.PATTERNS)
-        if not results.has(*key)
-    ]
+    kinds = list(itertools.product(args.networks, networks.PATTERNS))
+    todo = [(seed, *kind) for seed in range(args.seeds) for kind in kinds]
+    todo = [key for key in todo if not results.has(*key)]
     with report.progress() as progress:
         progress.columns = (*progress.columns, TimeRemainingColumn())
         task = progress.add_task("", total=len(todo) * args.steps)
@@ -87,7 +87,13 @@ def run(args: argparse.Namespace) -> int:
                 pattern,
                 **_trained(args, seed, network, pattern, train, test, progress, task),
             )
-    _print(results, args)
+        task = progress.add_task("", total=len(kinds))
+        times = {}
+        for network, pattern in kinds:
+            progress.update(task, description=f"{network}, {pattern}: seconds")
+            times[network, pattern] = _Times(args, network, pattern, train)
+            progress.advance(task)
+    _print(results, times, args)
     return 0
 
 
@@ -111,10 +117,10 @@ class _Results:
         with self.file.open("a") as file:
             file.write(json.dumps(self.lines[-1]) + "\n")
 
-    def of(self, network: str, pattern: str, what: str) -> np.ndarray:
-        """A value of all seeds: [seeds, ...]; NaN where a training didn't note it."""
+    def dice(self, network: str, pattern: str) -> np.ndarray:
+        """[seeds, people, structures]."""
         lines = [x for x in self.lines if (x["network"], x["pattern"]) == (network, pattern)]
-        return np.array([x.get(what, np.nan) for x in lines])
+        return np.array([x["dice"] for x in lines])
 
 
 def _trained(
@@ -127,20 +133,13 @@ def _trained(
     progress: Progress,
     task: int,
 ) -> dict[str, object]:
-    """Train one network; its Dice [people, structures], and seconds."""
-    torch.manual_seed(seed)
-    net = networks.build(network, pattern, len(CLASSES), args.width)
-    # On a CPU, convolutions of few channels are a sixth faster so.
-    net.to(args.device, memory_format=torch.channels_last)
-    image, label = next(anatomy.batches(train, args.batch, seed))
-    image, label = image.to(args.device), label.to(args.device)
-    weight = class_weights(torch.cat([anatomy.truth(p.structures) for p in train]))
-    weight = weight.to(args.device)
-    timed = _seconds(net, image, label, weight, args.device)
+    """Train one network; its Dice [people, structures], and its last losses' mean."""
+    net = _network(args, seed, network, pattern)
+    weight = _weights(train).to(args.device)
     convert(net)
     optimizer = torch.optim.AdamW(net.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, args.steps)
-    started, losses = time.perf_counter(), []
+    losses = []
     stream = anatomy.batches(train, args.batch, seed)
     for image, label in itertools.islice(stream, args.steps):
         value = loss(net(image.to(args.device)), label.to(args.device), weight)
@@ -150,9 +149,19 @@ def _trained(
         schedule.step()
         losses.append(value.item())
         progress.advance(task)
-    seconds = time.perf_counter() - started
     scores = [dice(net, person, args.device) for person in test]
-    return {"dice": scores, "loss": float(np.mean(losses[-20:])), "trained_s": seconds, **timed}
+    return {"dice": scores, "loss": float(np.mean(losses[-20:]))}
+
+
+def _network(args: argparse.Namespace, seed: int, network: str, pattern: str) -> networks.Network:
+    torch.manual_seed(seed)
+    net = networks.build(network, pattern, len(CLASSES), args.width)
+    # On a CPU, convolutions of few channels are a sixth faster so.
+    return net.to(args.device, memory_format=torch.channels_last)
+
+
+def _weights(people: list[anatomy.Person]) -> Tensor:
+    return class_weights(torch.cat([anatomy.truth(person.structures) for person in people]))
 
 
 def class_weights(label: Tensor) -> Tensor:
@@ -194,32 +203,44 @@ def dice(net: nn.Module, person: anatomy.Person, device: torch.device) -> list[f
     return scores
 
 
-def _seconds(
-    net: nn.Module, image: Tensor, label: Tensor, weight: Tensor, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of a forward and backward, with eager and with fused blocks, and of the
-    blocks in it; in turn, on copies of the network. And how noisy the machine was."""
-    nets = {"eager": copy.deepcopy(net), "fused": copy.deepcopy(net)}
-    convert(nets["fused"])
+class _Times:
+    """A step, forward and backward, with eager and with fused blocks in turn, and the blocks in it.
 
-    def step(net: nn.Module) -> None:
-        net.zero_grad()
-        loss(net(image), label, weight).backward()
+    Attributes:
+        whole: of the step, by "eager" and "fused".
+        share: of the blocks in it.
+        noise: how much a fixed clone spread in the same rounds.
+    """
 
-    steps = {}
-    for name, own in nets.items():
-        with_parameters = [b for b in own.recalibrations if any(True for _ in b.parameters())]
-        steps[name] = blocks.InStep(functools.partial(step, own), with_parameters, device)
-        steps[name]()
-    calls = {timing.FIXED: timing.fixed_clone(device), **steps}
-    found = {"noise": timing.interleaved(calls, device, rounds=5)[timing.FIXED].spread}
-    for name, timed in steps.items():
-        whole, part, _ = timed.summary(without=1)
-        found |= {f"{name}_step_s": whole.median, f"{name}_blocks_s": part.median}
-    return found
+    def __init__(
+        self, args: argparse.Namespace, network: str, pattern: str, people: list[anatomy.Person]
+    ) -> None:
+        image, label = next(anatomy.batches(people, args.batch, 0))
+        image, label = image.to(args.device), label.to(args.device)
+        weight = _weights(people).to(args.device)
+        nets = {"eager": _network(args, 0, network, pattern)}
+        nets["fused"] = copy.deepcopy(nets["eager"])
+        convert(nets["fused"])
+
+        def step(net: nn.Module) -> None:
+            net.zero_grad()
+            loss(net(image), label, weight).backward()
+
+        steps = {}
+        for name, net in nets.items():
+            with_parameters = [b for b in net.recalibrations if any(True for _ in b.parameters())]
+            own = functools.partial(step, net)
+            steps[name] = blocks.InStep(own, with_parameters, args.device)
+            steps[name]()
+        calls = {timing.FIXED: timing.fixed_clone(args.device), **steps}
+        self.whole = timing.interleaved(calls, args.device, _ROUNDS)
+        self.noise = self.whole.pop(timing.FIXED).spread
+        self.share = {name: timed.summary(without=1)[2] for name, timed in steps.items()}
 
 
-def _print(results: _Results, args: argparse.Namespace) -> None:
+def _print(
+    results: _Results, times: dict[tuple[str, str], _Times], args: argparse.Namespace
+) -> None:
     """The tables, on the terminal and in paper.md, and the figure."""
     names = [name.removeprefix("left ") for name in CLASSES[1::2]]
     header = (
@@ -229,28 +250,27 @@ def _print(results: _Results, args: argparse.Namespace) -> None:
         "spread",
         "ms a step, eager",
         "fused",
+        "x eager",
         "blocks, eager",
         "fused",
         *names,
     )
     rows = []
-    for network, pattern in itertools.product(args.networks, networks.PATTERNS):
-        scores = results.of(network, pattern, "dice")  # [seeds, people, structures]
+    for (network, pattern), timed in times.items():
+        scores = results.dice(network, pattern)  # [seeds, people, structures]
         by_seed = scores.mean((1, 2))
-        quietest = results.of(network, pattern, "eager_step_s").argmin()
-        doubt = report.doubt(results.of(network, pattern, "noise")[quietest])
-        step, own = (
-            [results.of(network, pattern, f"{w}_{what}_s")[quietest] for w in ("eager", "fused")]
-            for what in ("step", "blocks")
-        )
+        steps = timed.whole
+        times_as_fast = report.ratio(steps["eager"], steps["fused"]) if pattern != "none" else ""
+        doubt = report.doubt(timed.noise)
         rows.append(
             (
                 network if pattern == "none" else "",
                 pattern,
                 f"{by_seed.mean():.3f}",
                 f"{by_seed.min():.3f} to {by_seed.max():.3f}",
-                *(f"{1e3 * seconds:.0f}{doubt}" for seconds in step),
-                *(f"{part / whole:.0%}" for part, whole in zip(own, step, strict=True)),
+                *(f"{1e3 * step.median:.0f}{doubt}" for step in steps.values()),
+                times_as_fast,
+                *(f"{share:.0%}" for share in timed.share.values()),
                 *(f"{both.mean():.2f}" for both in _pairs(scores)),
             )
         )
@@ -264,10 +284,10 @@ def _print(results: _Results, args: argparse.Namespace) -> None:
     report.console.print(table)
     environment = report.environment(args.device)
     caption = f"{title}; {report.caption(environment)}"
-    (args.output / "paper.md").write_text(f"{report.markdown(caption, header, rows)}\n{_DOUBT}\n")
+    (args.output / "paper.md").write_text(f"{report.markdown(caption, header, rows)}\n{_LEGEND}\n")
     _picture(args.output / "paper.png", results, args, names, report.caption(environment))
     report.console.print(
-        f"{_DOUBT}\nIntensities are synthetic and six people are few.\n"
+        f"{_LEGEND}\nIntensities are synthetic and six people are few.\n"
         f"Written: {args.output}/paper.jsonl, paper.md, paper.png"
     )
 
@@ -287,7 +307,7 @@ def _picture(
     for row, network in enumerate(args.networks):
         panel = figure.add_subplot(rows, 1, row + 1)
         for i, (pattern, color) in enumerate(zip(networks.PATTERNS, colors, strict=True)):
-            values = [both.ravel() for both in _pairs(results.of(network, pattern, "dice"))]
+            values = [both.ravel() for both in _pairs(results.dice(network, pattern))]
             at = np.arange(len(values)) + (i - 1.5) * 0.2
             boxes = panel.boxplot(
                 values,
