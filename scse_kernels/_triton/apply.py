@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .combine import CHANNEL, CONCAT, SPATIAL, direct, reads_x, value
+from .combine import CHANNEL, CONCAT, SPATIAL, by_gates, direct, value
 from .parameters import parameter_gradients
 from .primitives import NORMAL, accumulator, index, inside, load, offsets, shown, store
 
@@ -155,7 +155,7 @@ def apply_backward_kernel(
         if COMBINE == CONCAT:
             dy2 = load(dy_ptr + shown(half_dy, ALIGN) + at, mask, ACC, POLICY)
         x = 0.0
-        if reads_x(COMBINE):
+        if by_gates(COMBINE):
             at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
             x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
         channel_gate = 0.0

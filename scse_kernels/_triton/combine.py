@@ -1,4 +1,5 @@
-"""The combinations of the two branches, element by element: the one place with their formulas.
+"""How the two branches are combined, element by element. All Triton kernels take the formulas from
+here; C++ has them in csrc/formulas.h.
 
 x, dy: [BLOCK_C, BLOCK_S]; c: channel gate [BLOCK_C, 1]; s: spatial gate [1, BLOCK_S]. For CONCAT,
 dy is the gradient of the first half of y and dy2 that of the second; elsewhere nobody looks at dy2.
@@ -18,13 +19,8 @@ SPATIAL = tl.constexpr(5)
 
 @triton.constexpr_function
 def by_gates(combine):
-    """Whether `shares` needs the gates, so that the spatial gate must be known first."""
-    return combine == MAX.value or combine == MUL.value
-
-
-@triton.constexpr_function
-def reads_x(combine):
-    """Whether `direct` needs x."""
+    """Whether `shares` needs the gates. Then the spatial gate must be known first, and `direct`
+    needs x."""
     return combine == MAX.value or combine == MUL.value
 
 

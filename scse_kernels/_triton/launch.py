@@ -18,7 +18,7 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from . import heuristics, tuning
 from .apply import apply_backward_kernel, apply_kernel
-from .combine import CHANNEL, SPATIAL, reads_x
+from .combine import CHANNEL, SPATIAL, by_gates
 from .excite import excite_backward_kernel, excite_kernel
 from .excite_rows import (
     excite_backward_hidden_kernel,
@@ -455,7 +455,7 @@ def _plan_backward(
     tasks = gradient_tasks(c, p.hidden, block, need_channel, need_spatial)
     maps = [in_x, in_dy, *([out_dx] if need_dx else [])]
     if n and p.launches == 1:
-        read = [in_dy.tensor, *([in_x.tensor] if reads_x(p.combine) else [])]
+        read = [in_dy.tensor, *([in_x.tensor] if by_gates(p.combine) else [])]
         queue = p.queue(in_x.tensor, 8, *read)
         lag = strips + queue.lead
         plan.launch(

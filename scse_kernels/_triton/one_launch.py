@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .apply import apply_backward_kernel, apply_kernel
-from .combine import SPATIAL, reads_x
+from .combine import SPATIAL, by_gates
 from .excite import excite_backward_kernel, excite_kernel
 from .parameters import parameter_gradients
 from .reduce import reduce_kernel
@@ -224,7 +224,7 @@ def backward_kernel(
 ):
     """Reads dy twice, the second time from L2, and x once, twice where dx depends on it; writes dx
     and the parameters' gradients."""
-    POLICY_X: tl.constexpr = "" if reads_x(COMBINE) else LAST
+    POLICY_X: tl.constexpr = "" if by_gates(COMBINE) else LAST
     items = N * strips
     rows = tl.cdiv(S, BLOCK_S)
     blocks = tl.cdiv(C, BLOCK_C)
