@@ -9,6 +9,21 @@ from .primitives import NORMAL, accumulator, index, inside, load, offsets, shown
 
 
 @triton.jit
+def load_gates(
+    channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE: tl.constexpr, ACC: tl.constexpr
+):
+    """The gates of sample n, [BLOCK_C, 1] of channels c and [1, BLOCK_S] of positions s; 0 for a
+    branch that is missing."""
+    channel_gate = 0.0
+    spatial_gate = 0.0
+    if COMBINE != SPATIAL:
+        channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
+    if COMBINE != CHANNEL:
+        spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+    return channel_gate, spatial_gate
+
+
+@triton.jit
 def apply_kernel(
     x_ptr,  # [N, C, S]
     channel_gate_ptr,  # [N, C]
@@ -47,12 +62,9 @@ def apply_kernel(
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
     x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
-    channel_gate = 0.0
-    spatial_gate = 0.0
-    if COMBINE != SPATIAL:
-        channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-    if COMBINE != CHANNEL:
-        spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+    channel_gate, spatial_gate = load_gates(
+        channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
+    )
 
     y_ptr += n * shown(stride_yn, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_y, CHANNELS_LAST, ALIGN)
@@ -158,12 +170,9 @@ def apply_backward_kernel(
         if by_gates(COMBINE):
             at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
             x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
-        channel_gate = 0.0
-        spatial_gate = 0.0
-        if COMBINE != SPATIAL:
-            channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-        if COMBINE != CHANNEL:
-            spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+        channel_gate, spatial_gate = load_gates(
+            channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
+        )
         dx = direct(x, dy, dy2, channel_gate, spatial_gate, COMBINE)
         if RESIDUAL:
             dx += dy

@@ -10,22 +10,12 @@ import triton
 import triton.language as tl
 
 from .activation import SIGMOID, gate_gradient
+from .apply import load_gates
 from .combine import CHANNEL, CONCAT, SPATIAL, by_gates, direct, shares
 from .norm import active, load_norm, normalised, reciprocal_root
 from .parameters import parameter_gradients
 from .primitives import accumulator, index, inside, load, offsets, shown, sum_in_pairs
-from .reduce import gate_inside
-
-
-@triton.jit
-def load_tile(
-    ptr, begin, s, C, S, pitch, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The tile [BLOCK_C, BLOCK_S] of one sample, in its own dtype."""
-    c = begin + tl.arange(0, BLOCK_C)
-    at = offsets(index(c, WIDE), index(s, WIDE), pitch, CHANNELS_LAST, ALIGN)
-    return tl.load(ptr + at, mask=inside(c, s, C, S, CHANNELS_LAST, ALIGN), other=0.0)
+from .reduce import gate_inside, load_tile
 
 
 @triton.jit
@@ -384,12 +374,9 @@ def norm_apply_backward_kernel(
         mean, scale, shift = load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC)
         ud = u.to(ACC) - mean
         v = normalised(ud, scale, shift, mask)
-        channel_gate = 0.0
-        spatial_gate = 0.0
-        if COMBINE != SPATIAL:
-            channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-        if COMBINE != CHANNEL:
-            spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+        channel_gate, spatial_gate = load_gates(
+            channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
+        )
         dv = direct(active(v, v), dy.to(ACC), dy2.to(ACC), channel_gate, spatial_gate, COMBINE)
         if COMBINE != SPATIAL:
             dv += load(d_mean_ptr + n * C + c, c < C, ACC)[:, None]

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .activation import SIGMOID, gate_of
+from .apply import load_gates
 from .combine import CHANNEL, CONCAT, SPATIAL, value
 from .norm import active, load_norm, normalised
 from .primitives import accumulator, index, inside, load, offsets, shown
@@ -125,12 +126,9 @@ def norm_apply_kernel(
     mean, scale, shift = load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC)
     v = normalised(u - mean, scale, shift, mask)
     z = active(v, v)
-    channel_gate = 0.0
-    spatial_gate = 0.0
-    if COMBINE != SPATIAL:
-        channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-    if COMBINE != CHANNEL:
-        spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+    channel_gate, spatial_gate = load_gates(
+        channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
+    )
 
     y_ptr += n * shown(stride_yn, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_y, CHANNELS_LAST, ALIGN)
