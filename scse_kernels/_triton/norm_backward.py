@@ -338,24 +338,10 @@ def norm_apply_backward_kernel(
     if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
         if tile >= tiles:
             parameter_gradients(
-                tile - tiles,
-                d_excited_ptr,
-                d_hidden_ptr,
-                pooled_ptr,
-                hidden_ptr,
-                sample_ws_ptr,
-                sample_bs_ptr,
-                dw1_ptr,
-                db1_ptr,
-                dw2_ptr,
-                db2_ptr,
-                dws_ptr,
-                dbs_ptr,
-                N,
-                C,
-                Cr,
-                BLOCK,
-            )
+                tile - tiles, d_excited_ptr, d_hidden_ptr, pooled_ptr, hidden_ptr,
+                sample_ws_ptr, sample_bs_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, dws_ptr, dbs_ptr,
+                N, C, Cr, BLOCK,
+            )  # fmt: skip
             return
     if NEED_DU:
         ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)

@@ -26,15 +26,16 @@ would else wait in registers during each.
 import triton
 import triton.language as tl
 
-from .apply import apply_backward_kernel, apply_kernel
+from .apply import apply_backward_tile, apply_tile
 from .combine import SPATIAL, by_gates
-from .excite import excite_backward_kernel, excite_kernel
+from .excite import excite_backward_sample, excite_sample
 from .parameters import parameter_gradients
-from .reduce import reduce_kernel
-from .squeeze import squeeze_kernel
+from .reduce import reduce_strip
+from .squeeze import squeeze_strip
 
-# For the last time that a map is read, and for what is written: it need not stay in L2.
-LAST = tl.constexpr("evict_first")
+# The caches' policy where a map is read for the last time, and for what is written: neither need
+# stay in L2.
+EVICT_FIRST = tl.constexpr("evict_first")
 
 if triton.knobs.runtime.interpret:
 
@@ -125,19 +126,19 @@ def forward_kernel(
     while condition(ticket < items + lag, disable_licm=True):
         if ticket < items:
             n = ticket // strips
-            squeeze_kernel(
-                x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr,
+            squeeze_strip(
+                ticket, x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr,
                 C, S, strips, stride_xn, pitch_x,
-                COMBINE, CHANNELS_LAST, ALIGN, WIDE, HOLD, TILES, BLOCK_C, BLOCK_S, GATE, ticket,
+                COMBINE, CHANNELS_LAST, ALIGN, WIDE, HOLD, TILES, BLOCK_C, BLOCK_S, GATE,
             )  # fmt: skip
             before = announce(done_ptr + n)
             if HAS_CHANNEL:  # noqa: SIM102 (one is known when compiling, the other when running)
                 if before == strips - 1:
-                    excite_kernel(
-                        partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
+                    excite_sample(
+                        n, N, partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
                         pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
                         EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE,
-                        ACTIVATION, SLOPE, GATE, n, N,
+                        ACTIVATION, SLOPE, GATE,
                     )  # fmt: skip
                     announce(done_ptr + n)
         item = ticket - lag
@@ -148,10 +149,10 @@ def forward_kernel(
             begin = (n * rows + strip * TILES) * blocks
             end = (n * rows + tl.minimum((strip + 1) * TILES, rows)) * blocks
             for tile in range(begin, end):
-                apply_kernel(
-                    x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
+                apply_tile(
+                    tile, x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
                     C, S, rows, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
-                    COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, LAST, tile,
+                    COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, EVICT_FIRST,
                 )  # fmt: skip
         ticket = draw(counters_ptr)
 
@@ -224,7 +225,7 @@ def backward_kernel(
 ):
     """Reads dy twice, the second time from L2, and x once, twice where dx depends on it; writes dx
     and the parameters' gradients."""
-    POLICY_X: tl.constexpr = "" if by_gates(COMBINE) else LAST
+    POLICY_X: tl.constexpr = "" if by_gates(COMBINE) else EVICT_FIRST
     items = N * strips
     rows = tl.cdiv(S, BLOCK_S)
     blocks = tl.cdiv(C, BLOCK_C)
@@ -235,20 +236,19 @@ def backward_kernel(
     while condition(ticket < tickets, disable_licm=True):
         if ticket < items:
             n = ticket // strips
-            reduce_kernel(
-                dy_ptr, x_ptr, ws_ptr, bs_ptr, channel_gate_ptr,
+            reduce_strip(
+                ticket, dy_ptr, x_ptr, ws_ptr, bs_ptr, channel_gate_ptr,
                 partial_ptr, partial_ws_ptr, partial_bs_ptr, spatial_gate_ptr, dq_ptr,
                 C, S, strips, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x,
                 COMBINE, CHANNELS_LAST, ALIGN, WIDE, SUM_CHANNEL, SUM_SPATIAL, WEIGH, STORE_GATES,
-                HOLD, TILES, BLOCK_C, BLOCK_S, GATE, POLICY_X, ticket,
+                HOLD, TILES, BLOCK_C, BLOCK_S, GATE, POLICY_X,
             )  # fmt: skip
             if announce(done_ptr + n) == strips - 1:
-                excite_backward_kernel(
-                    partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
+                excite_backward_sample(
+                    n, N, True, True, partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
                     hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr,
                     sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE,
-                    GATE, n, N,
+                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, GATE,
                 )  # fmt: skip
                 announce(done_ptr + n)
                 announce(samples_ptr)
@@ -268,12 +268,11 @@ def backward_kernel(
                 begin = (n * rows + strip * TILES) * blocks
                 end = (n * rows + tl.minimum((strip + 1) * TILES, rows)) * blocks
                 for tile in range(begin, end):
-                    apply_backward_kernel(
-                        dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr,
-                        ws_ptr, dx_ptr, None, None, None, None, None, None,
-                        None, None, None, None, None, None,
-                        N, C, Cr, S, rows, 0, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x,
-                        stride_dxn, pitch_dx, COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, True,
-                        False, BLOCK_C, BLOCK_S, BLOCK, LAST, tile,
+                    apply_backward_tile(
+                        tile, dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr,
+                        ws_ptr, dx_ptr, C, S, rows, stride_dyn, pitch_dy, half_dy,
+                        stride_xn, pitch_x, stride_dxn, pitch_dx,
+                        COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S,
+                        EVICT_FIRST,
                     )  # fmt: skip
         ticket = draw(counters_ptr)
