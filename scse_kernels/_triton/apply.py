@@ -31,7 +31,7 @@ def apply_kernel(
     y_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     C,
     S,
-    strips,
+    blocks_s,  # tiles side by side along S
     stride_xn,
     pitch_x,
     stride_yn,
@@ -49,24 +49,24 @@ def apply_kernel(
     first, as the end of x is what the squeeze left in L2."""
     apply_tile(
         tl.num_programs(0) - 1 - tl.program_id(0), x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
-        C, S, strips, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
+        C, S, blocks_s, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
         COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, NORMAL,
     )  # fmt: skip
 
 
 @triton.jit
 def apply_tile(
-    tile, x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr, C, S, strips, stride_xn, pitch_x,
+    tile, x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr, C, S, blocks_s, stride_xn, pitch_x,
     stride_yn, pitch_y, half_y, COMBINE: tl.constexpr, RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """One of all samples' tiles. RESIDUAL: y has x added. POLICY: the caches' for x and y."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    blocks = tl.cdiv(C, BLOCK_C)
-    n = index(tile // (strips * blocks), WIDE)
-    s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tile % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    n = index(tile // (blocks_s * blocks_c), WIDE)
+    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = (tile % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
     x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
@@ -112,7 +112,7 @@ def apply_backward_kernel(
     C,
     Cr,
     S,
-    strips,
+    blocks_s,
     tiles,  # programs for dx; those before them sum the parameters' gradients over the batch
     stride_dyn,
     pitch_dy,
@@ -146,7 +146,7 @@ def apply_backward_kernel(
     if NEED_DX:
         apply_backward_tile(
             tile, dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr, ws_ptr,
-            dx_ptr, C, S, strips, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x, stride_dxn,
+            dx_ptr, C, S, blocks_s, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x, stride_dxn,
             pitch_dx, COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, NORMAL,
         )  # fmt: skip
 
@@ -154,7 +154,7 @@ def apply_backward_kernel(
 @triton.jit
 def apply_backward_tile(
     tile, dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr, ws_ptr, dx_ptr,
-    C, S, strips, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x, stride_dxn, pitch_dx,
+    C, S, blocks_s, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x, stride_dxn, pitch_dx,
     COMBINE: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     POLICY: tl.constexpr,
@@ -162,10 +162,10 @@ def apply_backward_tile(
     """One of all samples' tiles of dx. RESIDUAL: dx has dy added. POLICY: the caches' for the
     maps."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    blocks = tl.cdiv(C, BLOCK_C)
-    n = index(tile // (strips * blocks), WIDE)
-    s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tile % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    n = index(tile // (blocks_s * blocks_c), WIDE)
+    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = (tile % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     dy_ptr += n * shown(stride_dyn, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_dy, CHANNELS_LAST, ALIGN)

@@ -312,7 +312,7 @@ def norm_apply_backward_kernel(
     C,
     Cr,
     S,
-    strips,
+    blocks_s,  # tiles side by side along S
     tiles,  # programs for du; those before them sum the parameters' gradients over the batch
     stride_dyn,
     pitch_dy,
@@ -345,10 +345,10 @@ def norm_apply_backward_kernel(
             return
     if NEED_DU:
         ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
-        blocks = tl.cdiv(C, BLOCK_C)
-        n = index(tile // (strips * blocks), WIDE)
-        s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
-        begin = (tile % blocks) * BLOCK_C
+        blocks_c = tl.cdiv(C, BLOCK_C)
+        n = index(tile // (blocks_s * blocks_c), WIDE)
+        s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+        begin = (tile % blocks_c) * BLOCK_C
         c = begin + tl.arange(0, BLOCK_C)
         dy_ptr += n * shown(stride_dyn, ALIGN)
         u_ptr += n * shown(stride_un, ALIGN)

@@ -98,7 +98,7 @@ def norm_apply_kernel(
     y_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     C,
     S,
-    strips,
+    blocks_s,  # tiles side by side along S
     stride_un,
     pitch_u,
     stride_yn,
@@ -116,10 +116,10 @@ def norm_apply_kernel(
     the first, as the end of u is what the squeeze left in L2."""
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C)
-    n = index(tile // (strips * blocks), WIDE)
-    s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tile % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    n = index(tile // (blocks_s * blocks_c), WIDE)
+    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = (tile % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_u, CHANNELS_LAST, ALIGN)
     u = load(u_ptr + n * shown(stride_un, ALIGN) + at, mask, ACC)

@@ -119,8 +119,8 @@ def forward_kernel(
     """Reads x twice, the second time from L2; writes y."""
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     items = N * strips
-    rows = tl.cdiv(S, BLOCK_S)
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks_s = tl.cdiv(S, BLOCK_S)
+    blocks_c = tl.cdiv(C, BLOCK_C)
     done_ptr = counters_ptr + 1
     ticket = draw(counters_ptr)
     while condition(ticket < items + lag, disable_licm=True):
@@ -146,12 +146,12 @@ def forward_kernel(
             n = item // strips
             strip = item % strips
             wait(done_ptr + n, strips + HAS_CHANNEL)
-            begin = (n * rows + strip * TILES) * blocks
-            end = (n * rows + tl.minimum((strip + 1) * TILES, rows)) * blocks
+            begin = (n * blocks_s + strip * TILES) * blocks_c
+            end = (n * blocks_s + tl.minimum((strip + 1) * TILES, blocks_s)) * blocks_c
             for tile in range(begin, end):
                 apply_tile(
                     tile, x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
-                    C, S, rows, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
+                    C, S, blocks_s, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
                     COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, EVICT_FIRST,
                 )  # fmt: skip
         ticket = draw(counters_ptr)
@@ -227,8 +227,8 @@ def backward_kernel(
     and the parameters' gradients."""
     POLICY_X: tl.constexpr = "" if by_gates(COMBINE) else EVICT_FIRST
     items = N * strips
-    rows = tl.cdiv(S, BLOCK_S)
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks_s = tl.cdiv(S, BLOCK_S)
+    blocks_c = tl.cdiv(C, BLOCK_C)
     done_ptr = counters_ptr + 1
     samples_ptr = done_ptr + N
     tickets = items + tl.maximum(tasks, lag * NEED_DX)
@@ -265,12 +265,12 @@ def backward_kernel(
                 n = item // strips
                 strip = item % strips
                 wait(done_ptr + n, strips + 1)
-                begin = (n * rows + strip * TILES) * blocks
-                end = (n * rows + tl.minimum((strip + 1) * TILES, rows)) * blocks
+                begin = (n * blocks_s + strip * TILES) * blocks_c
+                end = (n * blocks_s + tl.minimum((strip + 1) * TILES, blocks_s)) * blocks_c
                 for tile in range(begin, end):
                     apply_backward_tile(
                         tile, dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr,
-                        ws_ptr, dx_ptr, C, S, rows, stride_dyn, pitch_dy, half_dy,
+                        ws_ptr, dx_ptr, C, S, blocks_s, stride_dyn, pitch_dy, half_dy,
                         stride_xn, pitch_x, stride_dxn, pitch_dx,
                         COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S,
                         EVICT_FIRST,
