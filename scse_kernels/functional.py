@@ -85,10 +85,7 @@ def scse(
     _check_name("scse", "combine", combine, COMBINE)
     excitation = _check_excitation("scse", activation, slope, gate)
     _check_residual("scse", residual, combine)
-    if not _get_tracing_state():  # sizes are tensors there, and comparing them warns
-        _check_x("scse", x)
-        _check_channel("scse", x, w1, b1, w2, b2)
-        _check_spatial("scse", x, ws, bs)
+    _check_tensors("scse", x, (w1, b1, w2, b2), (ws, bs))
     return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, excitation, residual, backend)
 
 
@@ -111,9 +108,7 @@ def cse(
     """
     excitation = _check_excitation("cse", activation, slope, gate)
     _check_residual("cse", residual)
-    if not _get_tracing_state():
-        _check_x("cse", x)
-        _check_channel("cse", x, w1, b1, w2, b2)
+    _check_tensors("cse", x, (w1, b1, w2, b2), None)
     return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", excitation, residual, backend)
 
 
@@ -132,16 +127,14 @@ def sse(
     """
     excitation = _check_excitation("sse", "relu", None, gate)
     _check_residual("sse", residual)
-    if not _get_tracing_state():
-        _check_x("sse", x)
-        _check_spatial("sse", x, ws, bs)
+    _check_tensors("sse", x, None, (ws, bs))
     none = (None,) * 4
     return _dispatch("sse", x, *none, ws, bs, "add", excitation, residual, backend)
 
 
 def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
     """sSE with the mean over axis 0 of `weights` [K, C, ...] for ws, and no bias."""
-    if not _get_tracing_state():
+    if not tracing():
         _check_x("sse", x)
         _check_weights(x, weights)
     return sse(x, weights.mean(0).flatten(), None)
@@ -157,6 +150,23 @@ def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, excitation, residual, ba
             x, w1, b1, w2, b2, ws, bs = once_differentiable(x, w1, b1, w2, b2, ws, bs)
         return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, excitation, residual, backend)
     return forward(backend, x, w1, b1, w2, b2, ws, bs, *codes(combine, excitation, residual))[0]
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace is at work. Then sizes are tensors, and comparing them warns: nothing
+    is checked."""
+    return _get_tracing_state() is not None
+
+
+def _check_tensors(function, x, channel, spatial):
+    """x, and the parameters of each branch (None: the function has none)."""
+    if tracing():
+        return
+    _check_x(function, x)
+    if channel is not None:
+        _check_channel(function, x, *channel)
+    if spatial is not None:
+        _check_spatial(function, x, *spatial)
 
 
 def _check_name(function, argument, value, known):

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, compiler
-from torch._C import _get_tracing_state
 
 from .. import backends
 from ..functional import (
@@ -11,6 +10,7 @@ from ..functional import (
     _check_parameter,
     _check_spatial,
     _check_x,
+    tracing,
 )
 from ..ops import COMBINE, memory_format, once_differentiable
 from . import ops, reference
@@ -79,7 +79,7 @@ def bn_relu_scse(
         RuntimeError: tensors are on several devices, or the named backend can't be used.
     """
     _check_name(_NAME, "combine", combine, COMBINE)
-    if not _get_tracing_state():  # sizes are tensors there, and comparing them warns
+    if not tracing():
         _check_x(_NAME, u, "u")
         _check_batch_norm(u, bn_weight, bn_bias, running_mean, running_var, training)
         if w1 is None and ws is None:
