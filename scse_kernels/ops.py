@@ -1,5 +1,5 @@
-"""The only place with operator schemas and fake (shape-only) implementations, but for those of
-BatchNorm + ReLU + scSE, which are in batch_norm/ops.py.
+"""The operators: their schemas, and what their results look like. (Those of BatchNorm + ReLU + scSE
+are in batch_norm/ops.py.)
 
 Each kernel backend has one operator for the forward and one for the backward, all with the same
 two signatures: `torch.ops.scse_kernels.<backend>_forward` and `..._backward`. The kernels
@@ -79,10 +79,16 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-def gradient_memory(parameter: Tensor) -> Tensor:
-    """Memory for the gradient of a parameter, to be written row by row. It has the parameter's
-    strides, which DistributedDataParallel expects, where they mean the same order of elements:
-    those of [C, Cr, 1, 1] in channels_last are other numbers than the contiguous ones."""
+def gradient_memory(parameter: Tensor | None, needed: bool, x: Tensor) -> Tensor:
+    """Memory for the gradient of a parameter, to be written row by row; empty, of x's dtype, where
+    there is no parameter or its gradient is not needed.
+
+    It has the parameter's strides, which DistributedDataParallel expects, where they mean the same
+    order of elements: those of [C, Cr, 1, 1] in channels_last are other numbers than the contiguous
+    ones.
+    """
+    if parameter is None or not needed:
+        return x.new_empty((0,))
     if parameter.is_contiguous():
         return torch.empty_like(parameter)
     return torch.empty_like(parameter, memory_format=torch.contiguous_format)
@@ -95,9 +101,11 @@ def _check_residual(w1, ws, combine, residual):
         )
 
 
-def _fake_forward(
+def _forward_results(
     x, w1, b1, w2, b2, ws, bs, combine, activation=0, slope=0.0, gate=0, residual=False
 ):
+    """The results, not filled in: Triton's kernels fill them; of tensors without data they are what
+    the operator gives."""
     _check_residual(w1, ws, combine, residual)
     n, c, *positions = x.shape
     channels_last = memory_format(x)
@@ -111,47 +119,27 @@ def _fake_forward(
     return y, pooled, pooled.new_empty((2, n, hidden)), torch.empty_like(pooled)
 
 
-def _fake_backward(
-    dy,
-    x,
-    w1,
-    b1,
-    w2,
-    b2,
-    ws,
-    bs,
-    pooled,
-    hidden,
-    channel_gate,
-    combine,
-    need_dx,
-    need_channel,
-    need_spatial,
-    gate=0,
-    residual=False,
-):
+def _backward_results(
+    dy, x, w1, b1, w2, b2, ws, bs, pooled, hidden, channel_gate, combine, need_dx, need_channel,
+    need_spatial, gate=0, residual=False,
+):  # fmt: skip
+    """The same for the backward."""
     _check_residual(w1, ws, combine, residual)
-
-    def grad(parameter, needed):
-        if parameter is None or not needed:
-            return x.new_empty((0,))
-        return gradient_memory(parameter)
-
     return (
         torch.empty_like(x, memory_format=memory_format(x)) if need_dx else x.new_empty((0,)),
-        *(grad(p, need_channel) for p in (w1, b1, w2, b2)),
-        *(grad(p, need_spatial) for p in (ws, bs)),
+        *(gradient_memory(p, need_channel, x) for p in (w1, b1, w2, b2)),
+        *(gradient_memory(p, need_spatial, x) for p in (ws, bs)),
     )
 
 
 _library = library()
 for _backend in BACKENDS:
-    for _name, _schema, _fake in (
-        (f"{_backend}_forward", _FORWARD, _fake_forward),
-        (f"{_backend}_backward", _BACKWARD, _fake_backward),
+    for _name, _schema, _results in (
+        (f"{_backend}_forward", _FORWARD, _forward_results),
+        (f"{_backend}_backward", _BACKWARD, _backward_results),
     ):
         _library.define(_name, _schema)
-        _library.register_fake(_name, _fake)
+        _library.register_fake(_name, _results)
         # Differentiation happens outside, in autograd.py; without this a call stops on its way to
         # look for what would be differentiated.
         _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
@@ -170,13 +158,13 @@ def _launch():
 
 
 def _triton_forward(x, *others):
-    results = _fake_forward(x, *others)
+    results = _forward_results(x, *others)
     _launch().forward(memory_format(x), results, x, *others)
     return results
 
 
 def _triton_backward(dy, x, *others):
-    results = _fake_backward(dy, x, *others)
+    results = _backward_results(dy, x, *others)
     _launch().backward(memory_format(x), results, dy, x, *others)
     return results
 
