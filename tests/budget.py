@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +29,7 @@ VARIANTS = ("cse", "sse", *COMBINES)
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "none")
 GATES = ("sigmoid", "hard_sigmoid")
 NAMES = ("x", "w1", "b1", "w2", "b2", "ws", "bs")
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 ROUNDINGS = 4
 DRAWS = 3
 
@@ -64,6 +66,30 @@ class Case:
     def arranged(self, x=None, dy=None) -> "Case":
         """The same values in other strides (functions Tensor -> Tensor)."""
         return replace(self, x=x(self.x) if x else self.x, dy=dy(self.dy) if dy else self.dy)
+
+    def in_channels_last(self, really: bool = True) -> "Case":
+        """The same values, with x and dy in channels_last (or not, as they are)."""
+        return self.arranged(channels_last, channels_last) if really else self
+
+    def in_layout(self, layout: str) -> "Case":
+        """The same values, with x and dy "contiguous", as they are, or "channels_last"."""
+        return self.in_channels_last(layout == "channels_last")
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """A map in channels_last or channels_last_3d; with one spatial axis contiguous."""
+    memory_format = CHANNELS_LAST.get(t.dim(), torch.contiguous_format)
+    return t.contiguous(memory_format=memory_format)
+
+
+def with_layouts(shapes) -> list:
+    """Parameters of a test: each (shape, reduction) in every layout that maps of its axes have."""
+    return [
+        pytest.param(shape, reduction, layout, id=f"{'x'.join(map(str, shape))}-{layout}")
+        for shape, reduction in shapes
+        for layout in ("contiguous", "channels_last")
+        if layout == "contiguous" or len(shape) > 3
+    ]
 
 
 def spread(shape, generator, decades=2.5, largest=3.0) -> Tensor:

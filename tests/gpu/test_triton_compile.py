@@ -114,12 +114,7 @@ def launches(monkeypatch):
             kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
             monkeypatch.setattr(launch, name, Recorder(kernel, noted))
         case = make_case(shape, variant, dtype, parameter_dtype=parameter_dtype)
-        if channels_last:
-
-            def change(t):
-                return t.contiguous(memory_format=torch.channels_last)
-
-            case = case.arranged(change, change)
+        case = case.in_channels_last(channels_last)
         combine = ops.COMBINE.get(variant, 0)
         namespace = torch.ops.scse_kernels
         _, *small = namespace.triton_forward(case.x, *case.parameters, combine)

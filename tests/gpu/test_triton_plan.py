@@ -70,14 +70,6 @@ def with_moved(case, name):
 SHAPE = (2, 32, 6, 8)
 
 
-def channels_last(case):
-    return replace(
-        case,
-        x=case.x.contiguous(memory_format=torch.channels_last),
-        dy=case.dy.contiguous(memory_format=torch.channels_last),
-    )
-
-
 def sliced(case, name):
     """With rows of which every second one is used, samples apart."""
     whole = torch.empty((2, 64, 6, 8), dtype=case.x.dtype)
@@ -120,7 +112,7 @@ KINDS = {
         make_case(SHAPE, dtype=torch.float16, parameter_dtype=torch.float32),
         {},
     ),
-    "channels_last": lambda: (channels_last(make_case(SHAPE)), {}),
+    "channels_last": lambda: (make_case(SHAPE).in_channels_last(), {}),
     "x in slices": lambda: (sliced(make_case(SHAPE), "x"), {}),
     "dy in slices": lambda: (sliced(make_case(SHAPE), "dy"), {}),
     "dy expanded": lambda: (expanded(make_case(SHAPE)), {}),

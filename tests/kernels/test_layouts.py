@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from budget import call, check, make_case, moved, output_and_gradients
+from budget import (
+    CHANNELS_LAST,
+    call,
+    channels_last,
+    check,
+    make_case,
+    moved,
+    output_and_gradients,
+)
 
 SHAPES = ((3, 12, 45), (3, 12, 9, 7), (2, 12, 5, 3, 4))
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def channels_last(t):
-    return t.contiguous(memory_format=CHANNELS_LAST[t.dim()]) if t.dim() > 3 else t.contiguous()
 
 
 def within(t, axis, step=1, before=1, after=2, arranged=torch.Tensor.contiguous):
