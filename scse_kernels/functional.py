@@ -61,15 +61,15 @@ def scse(
             activations have none.
         gate: what closes both branches: "sigmoid" as in the articles or "hard_sigmoid",
             relu6(v + 3) / 6 as in MobileNetV3 (arXiv:1905.02244).
-        residual: whether x is added: y = scSE(x) + x, in the passes that y takes anyway and with
-            one rounding to x's dtype. Not for "concat", which has twice x's channels.
-        backend: "auto", "eager", "cpu", "cuda" or "triton". A named backend is used or raises;
-            "auto" takes the fastest one for x's device, and "eager" under torch.export,
-            torch.jit.trace, torch.func and forward-mode differentiation, which need ordinary
-            operations. "cuda" has no kernels for float64.
+        residual: whether x is added: y = scSE(x) + x. That takes no further pass, and one rounding
+            to x's dtype. Not for "concat", which has twice x's channels.
+        backend: "auto", "eager", "cpu", "cuda" or "triton". A named backend is used or raises.
+            "auto" takes the fastest one for x's device; under torch.export, torch.jit.trace,
+            torch.func and forward-mode differentiation, which need ordinary operations, it takes
+            "eager". "cuda" has no kernels for float64.
 
-    Weights may have trailing axes of size one, as those of 1x1 convolutions do, and any of the
-    four dtypes; each gradient has the dtype of its tensor.
+    Weights may have trailing axes of size one, as those of 1x1 convolutions do. They may have any
+    of the four dtypes. Each gradient has the dtype of its tensor.
 
     Returns:
         y [N, C, *S] ([N, 2 * C, *S] for "concat") in x's dtype, channels_last where x is, dense or
@@ -252,7 +252,7 @@ def _check_parameter(function, x, argument, value, expected, described, name="x"
 
 
 def _other_channels(argument, shape, expected):
-    """Says so where nothing is wrong with the parameter but that it is for another x."""
+    """Names the reason where the parameter is right, but for an x with other channels."""
     axis = len(expected) - 1
     if argument not in ("w1", "ws") or len(shape) <= axis or shape[:axis] != expected[:axis]:
         return ""

@@ -36,9 +36,8 @@ _FORWARD = (
     " int combine, int activation=0, float slope=0., int gate=0, bool residual=False)"
     " -> (Tensor y, Tensor pooled, Tensor hidden, Tensor channel_gate)"
 )
-# hidden [2, N, Cr]: the activation's value and its derivative, which is all that the backward needs
-# to know of it. The spatial gate isn't saved: the backward reads x anyway and squeezes it again on
-# the way.
+# hidden [2, N, Cr]: the activation's value and its derivative. The backward needs no more of the
+# activation. The spatial gate isn't saved: the backward reads x anyway, and squeezes it again.
 _BACKWARD = (
     "(Tensor dy, Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
     " Tensor pooled, Tensor hidden, Tensor channel_gate, int combine, bool need_dx,"
@@ -50,8 +49,8 @@ _BACKWARD = (
 def codes(
     combine: str, excitation: tuple[str, float, str] | tuple[()], residual: bool = False
 ) -> tuple:
-    """What operators take for `combine`, for activation, slope and gate, and for `residual`; ()
-    stands for ReLU and sigmoid, which are their defaults."""
+    """The operators' arguments for `combine`, for activation, slope and gate, and for `residual`.
+    An excitation of () is ReLU and sigmoid, the operators' defaults."""
     if not (excitation or residual):
         return (COMBINE[combine],)
     activation, slope, gate = excitation or ("relu", 0.0, "sigmoid")
@@ -61,9 +60,9 @@ def codes(
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of y and dx: channels_last where x is, else contiguous.
 
-    x need not be dense. The first channels of a channels_last concatenation, say, are channels_last
-    too: what counts is that channels lie side by side and spatial axes around them in their order.
-    Kernels written in C++ go by the same rule, see csrc/tensors.h.
+    x need not be dense: the first channels of a channels_last concatenation are channels_last too.
+    Channels must lie side by side, and the spatial axes around them in their order. C++ has the
+    same rule in csrc/tensors.h.
     """
     if x.dim() < 4 or x.stride(1) != 1 or x.is_contiguous():
         return torch.contiguous_format
@@ -140,8 +139,8 @@ for _backend in BACKENDS:
     ):
         _library.define(_name, _schema)
         _library.register_fake(_name, _results)
-        # Differentiation happens outside, in autograd.py; without this a call stops on its way to
-        # look for what would be differentiated.
+        # Differentiation happens outside, in autograd.py. This line lets a call pass by autograd's
+        # key, which would look for a derivative.
         _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -176,8 +175,8 @@ for _key in ("CUDA", "CPU"):
 
 
 def forward(backend: str, *arguments) -> tuple[Tensor, ...]:
-    """What `FORWARD[backend]` gives. Where nobody looks on, by Triton's launcher itself: the way
-    through the dispatcher takes as long as all it does."""
+    """What `FORWARD[backend]` gives. Where nothing observes operators, Triton's launcher is called
+    directly: the dispatcher would take as long as all that the launcher does."""
     if backend == "triton" and unseen(arguments[:7]):
         return _triton_forward(*arguments)
     return FORWARD[backend](*arguments)
@@ -192,7 +191,7 @@ def backward(backend: str, *arguments) -> tuple[Tensor | None, ...]:
 
 def unseen(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether an operator on the tensors would go straight to its kernel: no compiler, transform,
-    mode or profiler is there to see it, and no tensor is of a kind that stands for another."""
+    mode or profiler sees it, and every tensor is a plain one."""
     if (
         compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -227,19 +226,21 @@ class _OnceDifferentiable(torch.autograd.Function):
         return gradient
 
 
-# An operator, for torch.compile looks into a Function, and there takes gradients for constants.
+# An operator, since torch.compile traces a Function, and in there takes gradients for constants.
 _library.define("once_differentiable", "(Tensor input) -> Tensor")
 _library.impl("once_differentiable", _OnceDifferentiable.apply, "Autograd")
 _library.impl("once_differentiable", torch.clone, "CompositeExplicitAutograd")
 
 
 def once_differentiable(*inputs: Tensor | None) -> list[Tensor | None]:
-    """The inputs; a backward through them with create_graph=True raises. Free, once compiled."""
+    """The inputs, for torch.compile: a backward through them with create_graph=True raises. The
+    compiled program spends nothing on it."""
     identity = torch.ops.scse_kernels.once_differentiable.default
     return [identity(t) if t is not None and t.requires_grad else t for t in inputs]
 
 
-# The instruction set that the cpu kernels chose on this machine: baseline, avx2 or avx512.
+# The instruction set that the cpu kernels use on this machine: baseline, avx2 or avx512.
 _library.define("cpu_capability", "() -> str")
-# What the cuda kernels are compiled for on a device, 90 for 9.0; 0 if it can run none of the code.
+# The compute capability that the cuda kernels of a device are compiled for: 90 for 9.0, 0 if the
+# device can run none of the code.
 _library.define("cuda_architecture", "(int device) -> int")

@@ -57,7 +57,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 #: name -> function of what a gate is formed from
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
-    # F.hardsigmoid, which has no second derivative
+    # not F.hardsigmoid, which has no second derivative
     "hard_sigmoid": lambda v: F.relu6(v + 3) / 6,
 }
 
@@ -80,7 +80,7 @@ def channel_gate(
 
 def spatial_gate(x: Tensor, ws: Tensor, bs: Tensor | None, gate: str = "sigmoid") -> Tensor:
     """Channel squeeze and spatial excitation (sSE) of x [N, C, *S]: gates in [0, 1], [N, 1, *S]."""
-    # Not a convolution: the sum of a convolution's weight gradient is one long chain.
+    # Not a convolution: its weight gradient is summed in one long chain, which rounds more.
     squeezed = (x * ws.reshape(-1, *(1,) * (x.dim() - 2))).sum(1, keepdim=True)
     return GATES[gate](squeezed if bs is None else squeezed + bs)
 
@@ -115,7 +115,7 @@ def scse(
 def out_of_autocast(x: Tensor) -> AbstractContextManager:
     """A context without autocast on x's device: it would round what is computed in float32."""
     device = x.device.type
-    # Only where there is one to leave: an exported program would hold the region as a program.
+    # Only where autocast is on: an exported program would keep the region as a program of its own.
     if not x.is_meta and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

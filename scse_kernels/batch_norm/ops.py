@@ -2,7 +2,7 @@
 
 As in the package's ops.py: one operator forward and one backward for each backend,
 `torch.ops.scse_kernels.<backend>_bn_forward` and `..._bn_backward`. They change none of their
-arguments: the running statistics are updated by who calls them, from `mean` and `var`.
+arguments: the caller updates the running statistics, from `mean` and `var`.
 """
 
 from functools import cache
@@ -19,8 +19,8 @@ from . import reference
 #: those of the package's backends that have kernels for this
 BACKENDS = ("cpu", "triton")
 
-# mean, var: the running statistics; None: those of u. What is returned is what was used, in the
-# dtype of sums (the variance biased).
+# mean, var: the running statistics; None: those of u. The operator returns those that it used, in
+# the dtype of sums (the variance biased).
 _FORWARD = (
     "(Tensor u, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? w1,"
     " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs, float eps, int combine)"
@@ -108,8 +108,8 @@ for _key in ("CUDA", "CPU"):  # CPU tensors: under Triton's interpreter
 def forward(
     backend: str, arguments: tuple, moving: tuple[Tensor, Tensor, float] | None = None
 ) -> tuple[Tensor, ...]:
-    """What `FORWARD[backend]` gives; where nobody looks on, by Triton's launcher itself, as in the
-    package's ops.py.
+    """What `FORWARD[backend]` gives. Where nothing observes operators, Triton's launcher is called
+    directly, as in the package's ops.py.
 
     moving: running_mean, running_var and momentum; they are moved towards the statistics that the
     call has found. (The operators change none of their arguments.)
