@@ -45,8 +45,8 @@ def apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A program for each tile. Reads x and the gates once, writes y. From the last tile to the
-    first, as the end of x is what the squeeze left in L2."""
+    """A program for each tile. Reads x and the gates once, writes y. Goes from the last tile to the
+    first: the end of x is what the squeeze left in L2."""
     apply_tile(
         tl.num_programs(0) - 1 - tl.program_id(0), x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
         C, S, blocks_s, stride_xn, pitch_x, stride_yn, pitch_y, half_y,

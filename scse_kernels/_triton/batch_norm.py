@@ -1,10 +1,10 @@
 """The host side of BatchNorm + ReLU + scSE: fills the results of `triton_bn_forward` and
 `triton_bn_backward`. As launch.py, whose helpers it shares; no step waits for the device.
 
-Launches in training: forward five (statistics, their merge, squeeze, excite, apply), backward four
-(reduce, excite, sums over all strips, apply); with running statistics three each way, and one more
-backward where BatchNorm's weight or bias has a gradient. The merge moves the running statistics,
-and where they are what is used, the squeeze writes down what they were.
+Launches in training: five forward (statistics, their merge, squeeze, excite, apply), four backward
+(reduce, excite, sums over all strips, apply). With running statistics there are three each way, and
+one more backward where BatchNorm's weight or bias has a gradient. In training the merge moves the
+running statistics. In evaluation the squeeze keeps a copy of them for the backward.
 """
 
 from dataclasses import replace
@@ -72,8 +72,8 @@ def forward(
 ) -> None:
     """Fills y, mean, var, pooled, hidden, channel_gate.
 
-    moving: running statistics, contiguous, and the momentum by which they are moved towards those
-    of u, which are used. u is not float64 there: Triton takes numbers in float32.
+    moving: running statistics, contiguous, and the momentum with which they move towards those of
+    u. u is not float64 then: Triton takes numbers in float32.
     """
     of_batch = running_mean is None
     if u.shape[0] == 0:

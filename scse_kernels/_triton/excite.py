@@ -9,7 +9,7 @@ from .primitives import accumulator, load, matvec, sum_rows, vecmat
 
 @triton.constexpr_function
 def at_once(block, terms, tile):
-    """How many of `block` sums, with so many terms of each side by side, are formed at once: a tile
+    """How many of `block` sums are formed at once, with `terms` terms of each side by side: a tile
     of them at most.
 
     The sums' own order depends on `terms` alone, not on this.

@@ -1,10 +1,11 @@
 """The host side: fills the results of the operators `triton_forward` and `triton_backward`.
 
-The arguments are those of the operators' schemas in ops.py, after the memory format of y and dx and
-the results' tensors. No step here waits for the device. Scratch comes from torch's allocator.
+The arguments are the memory format of y and dx, the results' tensors, and then those of the
+operators' schemas in ops.py. No step here waits for the device. Scratch comes from torch's
+allocator.
 
-`forward` and `backward` make tensors readable for the kernels and leave the rest to a plan of the
-call's kind (plan.py), which `_plan_forward` and `_plan_backward` write down at its first call.
+`forward` and `backward` make tensors readable for the kernels. The rest is a plan for calls of this
+kind (plan.py): `_plan_forward` and `_plan_backward` write it down at the first one.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ _WIDE = 2**31  # maps of so many elements need 64-bit offsets
 
 
 class Map(NamedTuple):
-    """A map as kernels access it: rows of positions, or (channels_last) of channels, are dense."""
+    """A map as kernels access it. Its rows are dense: rows of positions, in channels_last of
+    channels."""
 
     tensor: Tensor
     sample: int  # elements from one sample to the next
@@ -122,7 +124,8 @@ class Problem:
         }
 
     def excitation_within(self, x: Tensor) -> dict:
-        """The same for a kernel of the tile's warps: the same sums, fewer of them at once."""
+        """The same, for a kernel with the tile's warps. Sums are the same, but fewer are formed at
+        once."""
         e, _ = self.shared_excitation(x)
         itemsize = accumulation_dtype(x.dtype).itemsize
         return {
@@ -151,7 +154,7 @@ class Problem:
         )
 
     def reach(self, map: Map) -> int:
-        """More than the largest offset of an element, also if the map were dense."""
+        """A bound of the offsets of all elements; also of a dense map of this shape."""
         samples, channels = map.tensor.shape[:2]
         rows = self.positions if self.channels_last else channels
         return samples * max(map.sample, channels * self.positions, rows * map.pitch)
@@ -168,7 +171,7 @@ def _dense(map: Tensor, channels_last: bool) -> Map:
 
 
 def _apart(map: Tensor) -> int:
-    """The distance between neighbouring positions where all are that far apart, else -1; 1 where
+    """The distance between neighbouring positions. -1 where it is not the same for all, 1 where
     there is one position only."""
     apart, following = -1, 0
     for size, stride in zip(reversed(map.shape[2:]), reversed(map.stride()[2:]), strict=True):
@@ -183,9 +186,9 @@ def _apart(map: Tensor) -> int:
 
 
 def _in_format(map: Tensor, memory_format: torch.memory_format) -> Map:
-    """The map in a format that kernels can read: rows are dense; they and samples may be any
-    distance apart, or the same one. A copy where it must be; of what is expanded, of one sample or
-    one row."""
+    """The map in a format that kernels can read: rows are dense, and rows and samples may be any
+    distance apart, zero too. It is copied where it must be; of an expanded map one sample, or one
+    row, is copied."""
     channels_last = memory_format != torch.contiguous_format
     if map.is_contiguous(memory_format=memory_format):
         return _dense(map, channels_last)
@@ -234,8 +237,8 @@ def _describe(
 
 
 def _all_registers() -> dict:
-    """An option for NVIDIA's assembler, which may spill a few registers so that more programs run
-    at once, unless it is told how many there are."""
+    """An option that lets NVIDIA's assembler use all registers. Without it a few may be spilled, so
+    that more programs run at once."""
     return {} if torch.version.hip else {"maxnreg": 255}
 
 

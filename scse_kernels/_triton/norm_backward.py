@@ -1,9 +1,9 @@
 """The backward's passes over u and dy, and the sums between them. The derivation is in
-scse_kernels/batch_norm/reference.py; with its g, each sample's each strip sums up
+scse_kernels/batch_norm/reference.py. With the g from there, each strip of each sample sums up
 
     one = sum m,  u = sum m ud,  g = sum g,  gu = sum g ud         m = (v > 0), ud = u - mean
 
-besides the sums that scSE has always needed (see reduce.py, with z in place of x).
+besides the sums that scSE needs anyway (see reduce.py; z stands in place of x).
 """
 
 import triton
@@ -23,7 +23,7 @@ def load_gradient(
     ptr, half, begin, s, C, S, pitch, COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of dy and, for CONCAT, of its second half; elsewhere nobody looks at that."""
+    """The tiles of dy and, for CONCAT, of its second half. The second is not used elsewhere."""
     dy = load_tile(ptr, begin, s, C, S, pitch, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
     dy2 = dy
     if COMBINE == CONCAT:

@@ -1,5 +1,5 @@
-"""The forward's passes over u after its statistics: as squeeze.py and apply.py, with BatchNorm and
-ReLU before them."""
+"""The forward's passes over u once its statistics are known. They are those of squeeze.py and
+apply.py, behind BatchNorm and ReLU."""
 
 import triton
 import triton.language as tl
@@ -112,8 +112,8 @@ def norm_apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A program for each tile. Reads u and the small tensors once, writes y. From the last tile to
-    the first, as the end of u is what the squeeze left in L2."""
+    """A program for each tile. Reads u and the small tensors once, writes y. Goes from the last
+    tile to the first: the end of u is what the squeeze left in L2."""
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks_c = tl.cdiv(C, BLOCK_C)

@@ -1,26 +1,28 @@
 """All steps in one launch: a sample's second pass follows its first while the map is still in L2.
 
-A grid of a few programs, about as many as the device runs at once, takes its work from a queue. A
+The grid has about as many programs as the device runs at once. They take their work from a queue. A
 program draws a number from a counter, the ticket t, and does strip t of the first pass, then strip
 t - lag of the second. So a strip is read again when only its own sample and a few more strips have
-passed through L2. Who finishes the last strip of a sample's first pass forms the sample's gates
-(in the backward: the gradients before them). The parameters' gradients follow the first pass.
+passed through L2. The program that finishes the last strip of a sample's first pass forms the
+sample's gates (in the backward: the gradients before them). The parameters' gradients follow the
+first pass.
 
 Nothing deadlocks, however few programs run at once. A strip of the second pass waits for its
-sample, whose strips of the first pass all have lower tickets, or this very one, as lag is a
-sample's strips at least. Lower tickets were drawn by programs that run already, and the lowest
-unfinished one waits for nobody.
+sample. The sample's strips of the first pass have lower tickets, or this very one, as lag is a
+sample's strips at least. Programs that drew lower tickets run already, and the lowest unfinished
+one waits for nobody.
 
-Nothing depends on who does what: the partial sums are the strips', added in their fixed order. So
-results are those of three launches to the last bit.
+No result depends on which program does what: each strip has its partial sums, and they are added in
+a fixed order. So results are those of three launches to the last bit.
 
-`counters` must be zeros: tickets drawn; then for each sample its strips of the first pass that are
-finished, plus one when its excitation is; in the backward at last the finished samples. Between the
-stores of a program's threads and the atomic operation that announces them stands a barrier, and
-another one between seeing an announcement and reading, as Triton sets none.
+`counters` must be zeros. The first counts the tickets. Then each sample has one: its finished
+strips of the first pass, plus one when its excitation is done. In the backward the last one counts
+the finished samples. A barrier stands between the stores of a program's threads and the atomic
+operation that announces them, and another one between seeing an announcement and reading. Triton
+sets none there.
 
-The loop over tickets keeps loop-invariant code inside (`disable_licm`): the addresses of all steps
-would else wait in registers during each.
+Loop-invariant code stays inside of the loop over tickets (`disable_licm`). Else the addresses of
+all steps would occupy registers during each step.
 """
 
 import triton
@@ -55,7 +57,8 @@ def draw(tickets_ptr):
 
 @triton.jit
 def announce(counter_ptr):
-    """Adds one to a counter, for all that this program's threads did; the count before."""
+    """Adds one to a counter, after all that this program's threads did. Returns the count
+    before."""
     tl.debug_barrier()
     before = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
     tl.debug_barrier()

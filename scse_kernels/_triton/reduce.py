@@ -29,7 +29,7 @@ def load_tile(
 
 @triton.jit
 def gate_inside(q, s, S, GATE: tl.constexpr):
-    """The spatial gate; 0 outside of the map, where an infinite weight would have made q NaN."""
+    """The spatial gate; 0 outside of the map. (An infinite weight makes q NaN there.)"""
     return tl.where(s < S, gate_of(q, GATE), 0.0)
 
 

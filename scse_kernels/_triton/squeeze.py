@@ -57,9 +57,9 @@ def squeeze_strip(
     if HAS_CHANNEL:
         partial_ptr += index(item, WIDE) * C
 
-    # Zeros that the compiler doesn't know as such. In a loop Triton (3.6 to 3.8) rewrites
-    # `constant += sum(load)`, with registers in a wrong order: channels of float32 channels_last
-    # maps were mixed up.
+    # Zeros that the compiler does not recognise. Triton (3.6 to 3.8) rewrites `constant +=
+    # sum(load)` in a loop, with registers in a wrong order: channels of float32 channels_last maps
+    # were mixed up.
     channel_sum = tl.zeros([BLOCK_C], ACC) + (item < 0).to(ACC)
     for tile in range(TILES):
         s = (strip * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S)
