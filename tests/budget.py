@@ -1,8 +1,8 @@
 """Random scSE problems, their answer in float64, and how far from it an answer may be.
 
-The answer comes from the formulas of the article, written here a second time, so that the package's
-own reference is on trial like every other backend. An error, of the output or of any gradient, may
-be the sum of
+The answer comes from the formulas of the article, written here a second time: so the package's own
+reference is tested like every other backend. An error, of the output or of any gradient, may be as
+large as the sum of
 
 - four times the error of the plain module that people have today, computed in x's dtype;
 - what moving x and dy by four random roundings of that dtype changes in the answer;
@@ -311,7 +311,7 @@ def _largest(name: str, t: Tensor) -> Tensor:
 
 def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
     """The largest error allowed in y and in each gradient."""
-    # as contiguous tensors: a library's slow path for odd strides has errors of its own
+    # as contiguous tensors: for odd strides a library may take a slow path with other errors
     case = case.arranged(torch.Tensor.contiguous, torch.Tensor.contiguous)
     dtype = case.x.dtype
     rounding = torch.finfo(dtype).eps / 2
@@ -324,7 +324,7 @@ def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
     plain = {name: torch.zeros_like(_largest(name, t)) for name, t in truth.items()}
     moved = dict(plain)
     for draw in range(DRAWS + 1):
-        # the plain module's error is a matter of luck too: it is taken on the moved inputs as well
+        # the plain module's error depends on luck: so it is taken on the moved inputs too
         near = case.arranged(move, move) if draw else case
         near_truth = answer(near) if draw else truth
         near_plain = output_and_gradients(near.plain_module, near)
@@ -333,7 +333,7 @@ def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
             plain[name] = torch.maximum(plain[name], error)
             moved[name] = torch.maximum(moved[name], _largest(name, t - truth[name]))
 
-    # what a gate of the smallest normal number, in place of a smaller one, can make of x and dy
+    # a gate below the smallest normal number may count as that number: what this makes of x and dy
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     x, dy = case.x.double(), case.dy.double()
     floor = torch.finfo(accumulated).tiny * (1 + x.abs().max()) ** 3 * (1 + dy.abs().max())
@@ -389,8 +389,8 @@ def check(case: Case, target) -> dict[str, Tensor]:
 def check_infinite_weight(case: Case, target) -> None:
     """Assert that an infinite element of ws does what it does in float64.
 
-    It opens the spatial gate wherever its channel is positive, which is made everywhere; what lies
-    beyond the map, where zero times infinity would be, must not come into the sums.
+    It opens the spatial gate wherever its channel is positive, and here that is everywhere. Beyond
+    the map zero times infinity would be NaN, which must not come into the sums.
     """
     case.x[:, 0] = case.x[:, 0].abs() + 0.1
     case.parameters[4].view(-1)[0] = torch.inf

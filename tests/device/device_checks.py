@@ -1,5 +1,5 @@
-"""What only a device shows, as functions of kernels and a device: so that test_stand_ins.py can try
-them where there is none."""
+"""What only a device shows, as functions of kernels and a device. test_stand_ins.py tries these
+functions where there is none."""
 
 import contextlib
 from typing import NamedTuple
@@ -72,8 +72,8 @@ def check_another_device(family, device):
 
 
 def check_side_stream(family, device):
-    """What a side stream computes waits for what that stream did before, and for nothing else: x is
-    there only after a while."""
+    """What a side stream computes waits for what that stream did before, and for nothing else. x is
+    filled late on that stream."""
     for variant, shape, channels_last in kinds():
         wanted = inputs(variant, shape, device, channels_last)
         late = inputs(variant, shape, device, channels_last)

@@ -1,5 +1,6 @@
-"""The plans of BatchNorm + ReLU + scSE (scse_kernels/_triton/batch_norm.py), as those of scSE in
-test_triton_plan.py: whatever changes from call to call, they launch what Triton's own way would."""
+"""The plans of BatchNorm + ReLU + scSE (scse_kernels/_triton/batch_norm.py), tested as those of
+scSE in test_triton_plan.py: whatever changes from call to call, they launch what Triton's own way
+would."""
 
 import contextlib
 from dataclasses import replace

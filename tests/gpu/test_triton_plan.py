@@ -1,6 +1,6 @@
-"""The plans of calls (scse_kernels/_triton/plan.py): what they launch is what Triton's own way to
-launch would, whatever changes from call to call. Nothing is compiled here: a recorder stands in for
-compiled kernels, and what a kernel is specialised on for its code."""
+"""The plans of calls (scse_kernels/_triton/plan.py): they launch what Triton's own way would
+launch, whatever changes from call to call. Nothing is compiled here. A recorder stands in for
+compiled kernels; in place of code it knows what a kernel is specialised on."""
 
 import contextlib
 import json

@@ -191,8 +191,8 @@ def _in_channels_last(p):
 @pytest.mark.parametrize("variant", ("cse", "sse", "max"))
 @pytest.mark.parametrize("trailing", (2, 3))
 def test_gradients_have_their_parameters_strides(fused, variant, trailing, parameter_dtype):
-    """Which DistributedDataParallel asks for, also where the strides are those of axes of size one
-    alone; and other strides give right answers."""
+    """DistributedDataParallel asks for that, also where only the strides of axes of size one are
+    special. And other strides give right answers."""
     case = make_case((2, 12, 5, 7), variant, trailing=trailing, parameter_dtype=parameter_dtype)
     arranged = tuple(None if p is None else _in_channels_last(p) for p in case.parameters)
     case = replace(case, parameters=arranged)

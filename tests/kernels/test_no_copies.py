@@ -1,5 +1,5 @@
-"""No copy of a map is made that its layout doesn't need: channels_last passes through from one
-convolution to the next, and parts of a larger tensor with dense rows are read where they are."""
+"""A map is copied only where its layout needs it. channels_last passes through from one convolution
+to the next; parts of a larger tensor with dense rows are read where they are."""
 
 import pytest
 import torch
