@@ -32,7 +32,7 @@ def _parser(names: Iterable[str] = NAMES) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
-        if name != "gpu":  # it is for one GPU, and its files have their place
+        if name != "gpu":  # it is for one GPU, and has its own place for files
             _add_common_arguments(sub)
         sub.set_defaults(run=module.run)
     return parser
@@ -52,7 +52,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Run the benchmark that the command line names; returns the exit status."""
-    # Imports only what is asked for: together they take seconds.
+    # Imports the named benchmark only: all together take seconds.
     parser = _parser([name for name in sys.argv[1:2] if name in NAMES] or NAMES)
     args, unknown = parser.parse_known_args()
     if "cannot_run" in args:  # whatever its options would be

@@ -60,16 +60,16 @@ class Case:
         return self.x_bytes * (2 if self.combine == "concat" else 1)
 
     def least_bytes(self, backward: bool) -> int:
-        """The bytes that any kernel must move: forward reads x and writes y; backward reads x
-        and dy and writes dx. The parameters and gates are nothing beside them."""
+        """The bytes that any kernel must move. Forward reads x and writes y; backward reads x and
+        dy and writes dx. Parameters and gates are negligible beside them."""
         forward = self.x_bytes + self.y_bytes
         return forward + (2 * self.x_bytes + self.y_bytes if backward else 0)
 
     def inputs(self) -> Inputs:
         """Random inputs, the same for every provider.
 
-        x and dy have means away from zero, so that no parameter's gradient is a sum of terms that
-        cancel and a relative tolerance says something.
+        x and dy have means away from zero. So the terms of a parameter's gradient don't cancel, and
+        a relative tolerance means something.
         """
         channels, hidden = self.shape[1], self.shape[1] // self.reduction
         generator = torch.Generator().manual_seed(0)

@@ -5,9 +5,8 @@ that can be used; and the same with BatchNorm and ReLU before the block, as one 
 torch's two followed by the block of this package (unfused).
 
 On a GPU: how long the host takes to queue the call, while the GPU has nothing else to do. Without
-one, the processor time of a single thread on tensors of the host: eager and cpu compute as well,
-which at such a map is little; Triton's kernels are compiled, and their launches replaced by
-nothing.
+one: the processor time of a single thread on tensors of the host. Eager and cpu compute there as
+well, which at such a map is little. Triton's kernels are compiled, and nothing is launched.
 
 All in turn, round by round, and a clone of a fixed map with them, which shows how noisy the machine
 was.
@@ -173,7 +172,8 @@ class _Driver:
 
 @contextlib.contextmanager
 def without_launches() -> Iterator[None]:
-    """Triton's backend takes tensors of the host as those of a GPU: compiles, and launches nothing.
+    """Triton's backend takes tensors of the host for those of a GPU. It compiles, and launches
+    nothing.
 
     Results are memory as it was.
     """

@@ -1,4 +1,4 @@
-"""A map whose bytes 32-bit numbers can't count: 2**31 elements of float16, forward, once."""
+"""A map with more bytes than 32-bit numbers can count: 2**31 elements of float16, forward, once."""
 
 import time
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def too_large(needed: int, device: torch.device) -> str | None:
-    """None if so many bytes are free, or if nothing says how many are; else how many are."""
+    """None if so many bytes are free, or if it isn't known. Else the number of free bytes."""
     free = _free(device)
     if free is None or needed <= free:
         return None

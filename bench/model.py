@@ -9,14 +9,13 @@
 
 Each network is built once and copied; the copy is converted, and a second one is converted together
 with the BatchNorms and ReLUs that only a block reads ("with batch norm"). A step is forward, loss,
-backward and optimizer. All are timed round by round in turn. Steps in which the blocks are timed
-too, by hooks, take turns with them; they show how much of a step can be won at all. Before that,
-loss, output and gradients of all are compared with the original's in float64; if conversion takes
-them further away, the exit status is 1. (With --autocast they are as far away as its dtype takes
-them.)
+backward and optimizer. All are timed in turn, round by round. In other steps, in turn with these,
+hooks time the blocks too: this shows how much of a step can be won at all. Before that, loss,
+output and gradients of all are compared with the original's in float64. If conversion takes them
+further away, the exit status is 1. (With --autocast they are as far away as its dtype takes them.)
 --compile times original and converted under torch.compile as well, and says how many seconds their
-first step took: nearly all of it is compiling.
-A network whose library can't be imported is left out, with the reason.
+first step took: nearly all of it is compiling. A network whose library can't be imported is left
+out, with the reason.
 """
 
 import argparse
@@ -37,8 +36,9 @@ from .unet import UNet
 
 _SEED = 0
 ORIGINAL, CONVERTED, WITH_NORM = "original", "converted", "with batch norm"
-#: The converted network may be this many times as far from float64 as the original. How far that
-#: is depends on the network: where a ReLU falls the other way on a rounding, the gradient jumps.
+#: The converted network may be this many times as far from float64 as the original. How far that is
+#: depends on the network: a rounding may push a ReLU to its other side, and then the gradient
+#: jumps.
 _TIMES_AS_FAR = 4
 
 
@@ -60,8 +60,8 @@ def _smp(encoder: str) -> nn.Module:
 
 @functools.cache
 def _allow_torchvision() -> torch.library.Library:
-    """Let torchvision be imported where its compiled operators don't fit this torch: the libraries
-    import it, but the networks here call none of them."""
+    """Let torchvision be imported where its compiled operators don't fit this torch. The libraries
+    import it, but the networks here call none of its operators."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     try:
         import torchvision  # noqa: F401

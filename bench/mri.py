@@ -37,12 +37,12 @@ _WITH_NORM = "BatchNorm +"
 _SEED = 0
 
 # Tolerances. Before any training both compute the same function, so the loss differs by roundings
-# of float32 only. A gradient differs by more where a ReLU or a maximum falls the other way on a
-# rounding: some 1e-4 of its norm, for the eager network as for the fused one, where a mistake in
-# a backward gives more than 1e-2. Training amplifies such differences: moving the eager network's
-# own initial weights by one rounding bends its loss curve by 7e-4 and moves Dice by 4e-4 (measured
-# with the default options on an Intel Xeon, AVX-512, torch 2.13.0). How far is chance, but not ten
-# times as far.
+# of float32 only. A gradient differs by more, as a rounding may push a ReLU or a maximum to its
+# other side: some 1e-4 of its norm, for the eager network as for the fused one. A mistake in a
+# backward gives more than 1e-2. Training amplifies such differences. Moving the eager network's own
+# initial weights by one rounding bends its loss curve by 7e-4 and moves Dice by 4e-4 (measured with
+# the default options on an Intel Xeon, AVX-512, torch 2.13.0). How far is chance, but not ten times
+# as far.
 _FIRST_LOSS = 1e-5
 _FIRST_GRADIENT = 5e-3
 _CURVE = 0.01
@@ -152,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
         names = (*names, _WITH_NORM)
     middle = slice(len(train.label) // 2, len(train.label) // 2 + _BATCH)
     first = _first_gradients(nets, train.image[middle], train.label[middle])
-    # A block of the third network computes BatchNorm and ReLU as well: another part of a step.
+    # A block of the third network computes BatchNorm and ReLU as well: its share is of another
+    # kind.
     blocks_of = {
         name: net.recalibrations() if name != _WITH_NORM else [] for name, net in nets.items()
     }

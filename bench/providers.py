@@ -1,4 +1,4 @@
-"""Who computes it: the modules that people have today, what torch.compile makes of them, and ours.
+"""The providers: the modules that people have today, what torch.compile makes of them, and ours.
 
 Every module has its parameters in the order w1, b1, w2, b2, ws, bs, after those of BatchNorm where
 the block has one, so that `load` can give all of them the same values.
@@ -155,9 +155,9 @@ def missing(device: torch.device) -> dict[str, str]:
 def fused(
     device: torch.device, asked: str, is_asked: bool = False, block: str = "scse"
 ) -> list[str]:
-    """Whose speed this is about: the usable backends. Where there are none, `reference`, this
-    package's eager operations, only if it `is_asked` for, by the option `asked`: its figures under
-    this package's name would mislead."""
+    """The providers whose speed is shown: the usable backends. Where there are none it is
+    `reference`, this package's eager operations, but only if it `is_asked` for, by the option
+    `asked`: its figures under this package's name would mislead."""
     if here := usable(device, block):
         return here
     if is_asked:

@@ -1,10 +1,10 @@
 """How cost grows: `python -m bench ops --sweep`.
 
-Forward + backward of one block, from 2**12 to 2**27 elements: microseconds against size. On the
-left of the plot is what a call costs whatever it computes, on the right what an element costs. On a
-GPU it is the GPU's time, or the host's to queue the call where that is longer.
-Small maps are checked as in `bench ops`. Of larger ones y and dx of three samples are: no sample
-depends on another.
+Forward + backward of one block, from 2**12 to 2**27 elements: microseconds against size. The left
+of the plot shows what a call costs whatever it computes, the right what an element costs. On a GPU
+it is the GPU's time, or the host's time to queue the call where that is longer. Small maps are
+checked as in `bench ops`. Of larger ones y and dx of three samples are: no sample depends on
+another.
 """
 
 import argparse

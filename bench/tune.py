@@ -1,13 +1,13 @@
 """Tuner: times the Triton kernels' tiles and launches on this GPU and keeps what is faster.
 
-From the package's own choice (and what an earlier run found) everything that is one change away is
-timed, round by round, by CUDA events around forward + backward, with a warm and with a flushed L2;
-then what is one change away from the best, until nothing is better. What counts is the product of
-both medians. A choice that disagrees with the float64 reference is dropped. One that beats the
-package's own by 3 % is written to the file that the package reads when it next starts, for this
-model of device and this version of Triton: SCSE_TUNING names it, else it lies in the user's cache
-folder. Nothing else may use the GPU meanwhile.
-Written: that file, and tune.csv with all timings.
+It starts from the package's own choice, and from what an earlier run found. All choices that are
+one change away are timed, round by round, by CUDA events around forward + backward, with a warm and
+with a flushed L2. Then those that are one change away from the best, until nothing is better. What
+counts is the product of both medians. A choice that disagrees with the float64 reference is
+dropped. One that beats the package's own by 3 % is written to the file that the package reads when
+it next starts, for this model of device and this version of Triton: SCSE_TUNING names it, else it
+lies in the user's cache folder. Nothing else may use the GPU meanwhile. Written: that file, and
+tune.csv with all timings.
 """
 
 from __future__ import annotations

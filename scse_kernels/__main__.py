@@ -72,8 +72,8 @@ def built() -> list[tuple[str, str]]:
 
 
 def hidden_installation() -> Path | None:
-    """The folder of an installed package in whose place a checkout's was loaded, since the
-    checkout's folder is where Python was started."""
+    """The folder of an installed package that a checkout hides: Python was started in the
+    checkout's folder, and loaded the package from there."""
     if not _build_info.is_checkout():
         return None
     for entry in sys.path:
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     if without := backends.missing_kernels():
         print(f"{without}\n")
 
-    # Row by row: should one of them not come back, it is known which.
+    # Row by row: if a check hangs, the reader sees which one.
     wrong, line = 0, "  {:24}  {:6}  {:8}  {:7}  {:17}  {}"
     print(line.format("kernels", "device", "dtype", "", "error / tolerance", "largest in"))
     for row in selfcheck.check([pair for pair in pairs if backends.why_not(*pair) is None]):

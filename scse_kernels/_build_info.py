@@ -1,6 +1,6 @@
 """What this installation was built with, and how to get one with kernels.
 
-setup.py writes `_build_info.json` beside this file: to each extension module either what it was
+setup.py writes `_build_info.json` beside this file. It says of each extension module what it was
 built against, or why it was left out.
 """
 
@@ -45,8 +45,8 @@ def is_checkout() -> bool:
 
 
 def mending_command() -> str:
-    """The command that replaces this installation by one with kernels, once what they need is
-    there."""
+    """The command that replaces this installation by one with kernels. What kernels need must be
+    there by then."""
     if is_checkout():
         return f"pip install --no-deps --force-reinstall -e {PACKAGE.parent}"
     # The one beside this package: another may be installed elsewhere.

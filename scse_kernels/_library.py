@@ -1,8 +1,8 @@
 """Where the package's operators are registered with torch: once in a process.
 
-torch defines an operator only once, and compiled programs hold on to it. So the library outlives
-this package's modules: after importlib.reload, or an import of the package for a second time, the
-operators are found as they are, and registering them again does nothing.
+torch defines an operator only once, and compiled programs keep using it. So the library outlives
+this package's modules. After importlib.reload, or a second import of the package, the operators are
+still there, and registering them again does nothing.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 
 
 class Library:
-    """A torch.library.Library of the namespace scse_kernels that may be told things twice."""
+    """A torch.library.Library of the namespace scse_kernels. What it is told twice it does once."""
 
     def __init__(self) -> None:
         self._library = torch.library.Library("scse_kernels", "FRAGMENT")

@@ -17,8 +17,8 @@ def _load(module: str) -> str | None:
     return None
 
 
-# Loading registers a module's kernels with torch. It is done with the package, not on first use, so
-# that a compiled or exported program that calls the operators finds them.
+# Loading registers a module's kernels with torch. It happens when the package is imported, not on
+# first use: a compiled or exported program may call the operators directly.
 _WHY_NOT = {module: _load(module) for module in ("_C", "_C_cuda")}
 
 

@@ -1,4 +1,4 @@
-"""Imported before all else: an old torch is named as such, and not by what it lacks."""
+"""Imported before all else, so that the error for an old torch says that it is too old."""
 
 import torch
 

@@ -22,7 +22,7 @@ class SCSE(torch.autograd.Function):
     def backward(ctx, dy):
         saved = ctx.saved_tensors  # the seven inputs, then the small ones
         needs = x, w1, b1, w2, b2, ws, bs = ctx.needs_input_grad[:7]
-        if torch.is_grad_enabled():  # create_graph=True: the result will be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated again
             formula = (ctx.combine, *ctx.excitation)
             grads = _reference_gradients(dy, saved[:7], needs, *formula, residual=ctx.residual)
             return (*grads, None, None, None, None)

@@ -15,9 +15,8 @@ from . import _build_info, _native
 from .literals import Backend
 from .ops import BACKENDS
 
-#: What "auto" tries, by the type of x's device, the first one first. CUDA C++ before Triton: a call
-#: takes a fraction of the host's time (docs/performance.md), and nothing is compiled when it is
-#: first made.
+#: What "auto" tries on each type of device, in this order. CUDA C++ comes before Triton: its calls
+#: take a fraction of the host's time (docs/performance.md), and the first one compiles nothing.
 AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
@@ -28,23 +27,23 @@ def _known(said_by: str, backend: str) -> str:
     return backend
 
 
-# The choice for calls that name no backend, and where it comes from. Two globals of the process, as
-# torch.backends has them, and not of a thread: backward passes run in threads of their own, and
-# torch.compile guards on globals.
+# The choice for calls that name no backend, and where it comes from. These are globals of the
+# process, as in torch.backends, and not of a thread: backward passes run in threads of their own,
+# and torch.compile guards on globals.
 _chosen = _known("SCSE_BACKEND", os.environ.get("SCSE_BACKEND") or "auto")
 _chosen_by = " (from SCSE_BACKEND)" if os.environ.get("SCSE_BACKEND") else ""
 
 
 def set_backend(backend: Backend) -> None:
     """Choose who computes where a call doesn't say it: in the layers, in converted blocks, and in
-    the functions with their default backend="auto". An argument goes before it; it goes before the
-    environment variable SCSE_BACKEND.
+    the functions with their default backend="auto". An argument of a call overrides this choice,
+    and this choice overrides the environment variable SCSE_BACKEND.
 
     As in the functions, a named backend is used or the call raises; "auto" is the fastest.
 
-    One setting for the process and all its threads. What is in use elsewhere at the time may take
-    the old or the new one; a backward uses the backend of its forward. What torch.compile compiled
-    is compiled anew for another choice.
+    There is one setting for the process and all its threads. A call that runs elsewhere at the same
+    time may use the old choice or the new one. A backward uses the backend of its forward.
+    torch.compile compiles anew for another choice.
 
     Raises:
         ValueError: backend is unknown.
@@ -56,10 +55,10 @@ def set_backend(backend: Backend) -> None:
 
 @contextlib.contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """:func:`set_backend` for as long as a with block lasts; then the choice from before again.
+    """:func:`set_backend` for the time of a with block. Afterwards the earlier choice holds again.
 
-    As that one it holds for all threads, so blocks of several threads must not overlap. What is
-    recomputed later, by torch.utils.checkpoint in the backward, is computed as chosen by then.
+    It holds for all threads too, so blocks of several threads must not overlap. What
+    torch.utils.checkpoint computes again in the backward uses the choice that holds then.
     """
     global _chosen, _chosen_by
     before = _chosen, _chosen_by
@@ -77,9 +76,9 @@ def chosen() -> str | None:
 
 
 def choose(function: str, backend: str, x: Tensor, among: tuple[str, ...] = BACKENDS) -> str:
-    """The backend that `function` computes with for x: a named one is used or raises, "auto" is
-    the one that was chosen for such calls, else the fastest. "operations" stands for the
-    reference's ordinary operations, as they are. `among`: those that have kernels for the function.
+    """The backend that `function` computes with for x. A named one is used or raises. "auto" is the
+    one that was chosen for such calls, else the fastest. The result "operations" stands for the
+    reference's ordinary operations. `among`: the backends that have kernels for the function.
 
     Raises:
         ValueError: backend is unknown.
@@ -116,14 +115,15 @@ _KNOWN: dict[tuple, str | None] = {}
 def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """None if `backend` (any but "auto") can run tensors on `device`, else the reason.
 
-    With a `dtype`, of tensors of that dtype: one of the four that the functions take. torch.compile
-    doesn't look into this function; it calls it while tracing.
+    `dtype`: of the tensors, one of the four that the functions take. torch.compile does not trace
+    this function; it calls it while tracing.
     """
     try:
         return _KNOWN[backend, device, dtype]
     except KeyError:
         reason = _find_out(backend, device, dtype)
-        if device.type == "cpu" or device.index is not None:  # else it is the current one's
+        # A device without index is the current one, which may change.
+        if device.type == "cpu" or device.index is not None:
             _KNOWN[backend, device, dtype] = reason
         return reason
 
@@ -136,7 +136,7 @@ def _find_out(backend, device, dtype):
     if backend == "eager":
         return None
     if backend == "triton":
-        from . import _triton  # not with the package: only who asks for Triton pays for it
+        from . import _triton  # imported here: only who asks for Triton pays for it
 
         return _triton.why_not(device)
     if backend == "cuda":
@@ -168,7 +168,7 @@ def _why_not_cuda(device, dtype):
 
 
 def _fastest(device, dtype, among=BACKENDS):
-    """What "auto" takes: the first of AUTO that can be used and is `among` those that are asked."""
+    """What "auto" takes: the first of AUTO that can be used and is `among` these."""
     for backend in AUTO.get(device.type, ()):
         if backend in among and why_not(backend, device, dtype) is None:
             return backend
@@ -178,14 +178,14 @@ def _fastest(device, dtype, among=BACKENDS):
     return "eager"
 
 
-#: The types of devices that a warning told of.
+#: The types of devices for which the warning was given.
 _warned: set[str] = set()
 
 
 def missing_kernels(
     device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> str | None:
-    """None if "auto" has kernels for tensors on `device` (and of `dtype`), else one line that says
+    """None if "auto" has kernels for tensors on `device` (and of `dtype`). Else one line that says
     why not, and what mends it. Without a device: for a GPU if there is one, else for the CPU."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -201,11 +201,11 @@ def missing_kernels(
 
 
 def taken_apart_by() -> str | None:
-    """The tool, if one is at work, that makes something of its own of the call's operations.
+    """The tool, if one is at work, that records or transforms the call's operations.
 
-    A recorded program of ordinary operations runs where this package is not (C++, ONNX) and can be
-    trained; an operator in it would have no gradient. Transforms know rules for ordinary operations
-    only.
+    Such a tool gets ordinary operations. A program recorded of them runs where this package is not
+    (C++, ONNX) and can be trained, while an operator of ours would have no gradient there. And
+    transforms have rules for ordinary operations only.
     """
     # Not is_exporting(), which older versions of torch.compile take to be always true.
     if compiler._is_exporting_flag:

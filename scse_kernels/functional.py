@@ -61,15 +61,15 @@ def scse(
             activations have none.
         gate: what closes both branches: "sigmoid" as in the articles or "hard_sigmoid",
             relu6(v + 3) / 6 as in MobileNetV3 (arXiv:1905.02244).
-        residual: whether x is added: y = scSE(x) + x, in the passes that y takes anyway and with
-            one rounding to x's dtype. Not for "concat", which has twice x's channels.
-        backend: "auto", "eager", "cpu", "cuda" or "triton". A named backend is used or raises;
-            "auto" takes the fastest one for x's device, and "eager" under torch.export,
-            torch.jit.trace, torch.func and forward-mode differentiation, which need ordinary
-            operations. "cuda" has no kernels for float64.
+        residual: whether x is added: y = scSE(x) + x. That takes no further pass, and one rounding
+            to x's dtype. Not for "concat", which has twice x's channels.
+        backend: "auto", "eager", "cpu", "cuda" or "triton". A named backend is used or raises.
+            "auto" takes the fastest one for x's device; under torch.export, torch.jit.trace,
+            torch.func and forward-mode differentiation, which need ordinary operations, it takes
+            "eager". "cuda" has no kernels for float64.
 
-    Weights may have trailing axes of size one, as those of 1x1 convolutions do, and any of the
-    four dtypes; each gradient has the dtype of its tensor.
+    Weights may have trailing axes of size one, as those of 1x1 convolutions do. They may have any
+    of the four dtypes. Each gradient has the dtype of its tensor.
 
     Returns:
         y [N, C, *S] ([N, 2 * C, *S] for "concat") in x's dtype, channels_last where x is, dense or
@@ -85,10 +85,7 @@ def scse(
     _check_name("scse", "combine", combine, COMBINE)
     excitation = _check_excitation("scse", activation, slope, gate)
     _check_residual("scse", residual, combine)
-    if not _get_tracing_state():  # sizes are tensors there, and comparing them warns
-        _check_x("scse", x)
-        _check_channel("scse", x, w1, b1, w2, b2)
-        _check_spatial("scse", x, ws, bs)
+    _check_tensors("scse", x, (w1, b1, w2, b2), (ws, bs))
     return _dispatch("scse", x, w1, b1, w2, b2, ws, bs, combine, excitation, residual, backend)
 
 
@@ -111,9 +108,7 @@ def cse(
     """
     excitation = _check_excitation("cse", activation, slope, gate)
     _check_residual("cse", residual)
-    if not _get_tracing_state():
-        _check_x("cse", x)
-        _check_channel("cse", x, w1, b1, w2, b2)
+    _check_tensors("cse", x, (w1, b1, w2, b2), None)
     return _dispatch("cse", x, w1, b1, w2, b2, None, None, "add", excitation, residual, backend)
 
 
@@ -132,16 +127,14 @@ def sse(
     """
     excitation = _check_excitation("sse", "relu", None, gate)
     _check_residual("sse", residual)
-    if not _get_tracing_state():
-        _check_x("sse", x)
-        _check_spatial("sse", x, ws, bs)
+    _check_tensors("sse", x, None, (ws, bs))
     none = (None,) * 4
     return _dispatch("sse", x, *none, ws, bs, "add", excitation, residual, backend)
 
 
 def few_shot_sse(x: Tensor, weights: Tensor) -> Tensor:
     """sSE with the mean over axis 0 of `weights` [K, C, ...] for ws, and no bias."""
-    if not _get_tracing_state():
+    if not tracing():
         _check_x("sse", x)
         _check_weights(x, weights)
     return sse(x, weights.mean(0).flatten(), None)
@@ -157,6 +150,23 @@ def _dispatch(name, x, w1, b1, w2, b2, ws, bs, combine, excitation, residual, ba
             x, w1, b1, w2, b2, ws, bs = once_differentiable(x, w1, b1, w2, b2, ws, bs)
         return SCSE.apply(x, w1, b1, w2, b2, ws, bs, combine, excitation, residual, backend)
     return forward(backend, x, w1, b1, w2, b2, ws, bs, *codes(combine, excitation, residual))[0]
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace is at work. Then sizes are tensors, and comparing them warns: nothing
+    is checked."""
+    return _get_tracing_state() is not None
+
+
+def _check_tensors(function, x, channel, spatial):
+    """x, and the parameters of each branch (None: the function has none)."""
+    if tracing():
+        return
+    _check_x(function, x)
+    if channel is not None:
+        _check_channel(function, x, *channel)
+    if spatial is not None:
+        _check_spatial(function, x, *spatial)
 
 
 def _check_name(function, argument, value, known):
@@ -242,7 +252,7 @@ def _check_parameter(function, x, argument, value, expected, described, name="x"
 
 
 def _other_channels(argument, shape, expected):
-    """Says so where nothing is wrong with the parameter but that it is for another x."""
+    """Names the reason where the parameter is right, but for an x with other channels."""
     axis = len(expected) - 1
     if argument not in ("w1", "ws") or len(shape) <= axis or shape[:axis] != expected[:axis]:
         return ""

@@ -5,9 +5,9 @@
     x = ChannelSpatialSE(ratio=16)(x)
 
 Under Keras' torch backend the layers call the fused functions of this package. A channels-last map
-of Keras, [N, H, W, C], is a torch map [N, C, H, W] in channels_last: the axes get other names, and
-nothing is copied. Under the other backends the layers are operations of `keras.ops`, so a saved
-model runs under any of them.
+of Keras, [N, H, W, C], is a torch map [N, C, H, W] in channels_last: only the order of the axes is
+another, and nothing is copied. Under the other backends the layers use `keras.ops`. So a saved
+model runs under every backend.
 
 The formulas are those of Roy, Navab, Wachinger (arXiv:1803.02579, arXiv:1808.08127).
 Importing this module imports Keras; nothing else in the package does.
@@ -77,8 +77,8 @@ class _SqueezeExcite(layers.Layer):
             return self._by_operations(inputs)
         if self.data_format == "channels_first":
             return self._fused(inputs)
-        # The view [N, C, *S]. With one spatial axis more, since channels_last is only known to
-        # torch for two and three.
+        # A view [N, C, *S]. Where there is one spatial axis, a second one is added: torch knows
+        # channels_last for two and three only.
         one_axis = inputs.dim() == 3
         x = inputs.unsqueeze(1) if one_axis else inputs
         y = self._fused(x.movedim(-1, 1)).movedim(1, -1)
@@ -94,7 +94,7 @@ class _SqueezeExcite(layers.Layer):
 
     def _dense(self, name, inputs, outputs):
         """Kernel and bias of a dense layer, in the shapes of keras.layers.Dense."""
-        # Not cast to a half type by a mixed policy: sums are formed in float32.
+        # A mixed policy must not cast them to a half type: sums are formed in float32.
         kernel = self.add_weight(
             shape=(inputs, outputs),
             initializer="glorot_uniform",
@@ -342,7 +342,7 @@ def _blocks(model: keras.Model) -> Iterator[_Block]:
                 yield consumer
 
     for users in consumers.values():
-        # By name, since `x * gate` makes an operation that is no layer.
+        # By name: `x * gate` makes an operation of that name that is no layer.
         multiplied = [user for user in users if type(user).__name__ == "Multiply"]
 
         def gates(layer, multiplied=multiplied):

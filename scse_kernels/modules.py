@@ -1,7 +1,7 @@
 """The nn.Modules: parameters and repr. What they compute is in functional.py.
 
 A layer takes its children's parameters and computes with the fused kernels. Where a child was
-replaced or has hooks (see children.py), the layer calls its children instead, as an eager one does.
+replaced or has hooks (see children.py), the layer calls its children, as an eager one does.
 
 All take device and dtype of their parameters as torch's own layers do, by default torch's defaults.
 """
@@ -116,7 +116,8 @@ class SpatialSELayer(nn.Module):
 
 
 def _for_axes(axes: int, x: Tensor, function) -> Tensor:
-    """A function that takes maps of so many spatial axes, of x [N, C, *S], whatever its number."""
+    """function(x) of x [N, C, *S] with any number of spatial axes, where the function takes `axes`
+    of them."""
     if x.dim() == 2 + axes:
         return function(x)
     flat = x.reshape(*x.shape[:2], -1, *(1,) * (axes - 1))

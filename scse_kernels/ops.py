@@ -1,5 +1,5 @@
-"""The only place with operator schemas and fake (shape-only) implementations, but for those of
-BatchNorm + ReLU + scSE, which are in batch_norm/ops.py.
+"""The operators: their schemas, and what their results look like. (Those of BatchNorm + ReLU + scSE
+are in batch_norm/ops.py.)
 
 Each kernel backend has one operator for the forward and one for the backward, all with the same
 two signatures: `torch.ops.scse_kernels.<backend>_forward` and `..._backward`. The kernels
@@ -36,9 +36,8 @@ _FORWARD = (
     " int combine, int activation=0, float slope=0., int gate=0, bool residual=False)"
     " -> (Tensor y, Tensor pooled, Tensor hidden, Tensor channel_gate)"
 )
-# hidden [2, N, Cr]: the activation's value and its derivative, which is all that the backward needs
-# to know of it. The spatial gate isn't saved: the backward reads x anyway and squeezes it again on
-# the way.
+# hidden [2, N, Cr]: the activation's value and its derivative. The backward needs no more of the
+# activation. The spatial gate isn't saved: the backward reads x anyway, and squeezes it again.
 _BACKWARD = (
     "(Tensor dy, Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs,"
     " Tensor pooled, Tensor hidden, Tensor channel_gate, int combine, bool need_dx,"
@@ -50,8 +49,8 @@ _BACKWARD = (
 def codes(
     combine: str, excitation: tuple[str, float, str] | tuple[()], residual: bool = False
 ) -> tuple:
-    """What operators take for `combine`, for activation, slope and gate, and for `residual`; ()
-    stands for ReLU and sigmoid, which are their defaults."""
+    """The operators' arguments for `combine`, for activation, slope and gate, and for `residual`.
+    An excitation of () is ReLU and sigmoid, the operators' defaults."""
     if not (excitation or residual):
         return (COMBINE[combine],)
     activation, slope, gate = excitation or ("relu", 0.0, "sigmoid")
@@ -61,9 +60,9 @@ def codes(
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of y and dx: channels_last where x is, else contiguous.
 
-    x need not be dense. The first channels of a channels_last concatenation, say, are channels_last
-    too: what counts is that channels lie side by side and spatial axes around them in their order.
-    Kernels written in C++ go by the same rule, see csrc/tensors.h.
+    x need not be dense: the first channels of a channels_last concatenation are channels_last too.
+    Channels must lie side by side, and the spatial axes around them in their order. C++ has the
+    same rule in csrc/tensors.h.
     """
     if x.dim() < 4 or x.stride(1) != 1 or x.is_contiguous():
         return torch.contiguous_format
@@ -79,10 +78,16 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-def gradient_memory(parameter: Tensor) -> Tensor:
-    """Memory for the gradient of a parameter, to be written row by row. It has the parameter's
-    strides, which DistributedDataParallel expects, where they mean the same order of elements:
-    those of [C, Cr, 1, 1] in channels_last are other numbers than the contiguous ones."""
+def gradient_memory(parameter: Tensor | None, needed: bool, x: Tensor) -> Tensor:
+    """Memory for the gradient of a parameter, to be written row by row; empty, of x's dtype, where
+    there is no parameter or its gradient is not needed.
+
+    It has the parameter's strides, which DistributedDataParallel expects, where they mean the same
+    order of elements: those of [C, Cr, 1, 1] in channels_last are other numbers than the contiguous
+    ones.
+    """
+    if parameter is None or not needed:
+        return x.new_empty((0,))
     if parameter.is_contiguous():
         return torch.empty_like(parameter)
     return torch.empty_like(parameter, memory_format=torch.contiguous_format)
@@ -95,9 +100,11 @@ def _check_residual(w1, ws, combine, residual):
         )
 
 
-def _fake_forward(
+def _forward_results(
     x, w1, b1, w2, b2, ws, bs, combine, activation=0, slope=0.0, gate=0, residual=False
 ):
+    """The results, not filled in: Triton's kernels fill them; of tensors without data they are what
+    the operator gives."""
     _check_residual(w1, ws, combine, residual)
     n, c, *positions = x.shape
     channels_last = memory_format(x)
@@ -111,49 +118,29 @@ def _fake_forward(
     return y, pooled, pooled.new_empty((2, n, hidden)), torch.empty_like(pooled)
 
 
-def _fake_backward(
-    dy,
-    x,
-    w1,
-    b1,
-    w2,
-    b2,
-    ws,
-    bs,
-    pooled,
-    hidden,
-    channel_gate,
-    combine,
-    need_dx,
-    need_channel,
-    need_spatial,
-    gate=0,
-    residual=False,
-):
+def _backward_results(
+    dy, x, w1, b1, w2, b2, ws, bs, pooled, hidden, channel_gate, combine, need_dx, need_channel,
+    need_spatial, gate=0, residual=False,
+):  # fmt: skip
+    """The same for the backward."""
     _check_residual(w1, ws, combine, residual)
-
-    def grad(parameter, needed):
-        if parameter is None or not needed:
-            return x.new_empty((0,))
-        return gradient_memory(parameter)
-
     return (
         torch.empty_like(x, memory_format=memory_format(x)) if need_dx else x.new_empty((0,)),
-        *(grad(p, need_channel) for p in (w1, b1, w2, b2)),
-        *(grad(p, need_spatial) for p in (ws, bs)),
+        *(gradient_memory(p, need_channel, x) for p in (w1, b1, w2, b2)),
+        *(gradient_memory(p, need_spatial, x) for p in (ws, bs)),
     )
 
 
 _library = library()
 for _backend in BACKENDS:
-    for _name, _schema, _fake in (
-        (f"{_backend}_forward", _FORWARD, _fake_forward),
-        (f"{_backend}_backward", _BACKWARD, _fake_backward),
+    for _name, _schema, _results in (
+        (f"{_backend}_forward", _FORWARD, _forward_results),
+        (f"{_backend}_backward", _BACKWARD, _backward_results),
     ):
         _library.define(_name, _schema)
-        _library.register_fake(_name, _fake)
-        # Differentiation happens outside, in autograd.py; without this a call stops on its way to
-        # look for what would be differentiated.
+        _library.register_fake(_name, _results)
+        # Differentiation happens outside, in autograd.py. This line lets a call pass by autograd's
+        # key, which would look for a derivative.
         _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -170,13 +157,13 @@ def _launch():
 
 
 def _triton_forward(x, *others):
-    results = _fake_forward(x, *others)
+    results = _forward_results(x, *others)
     _launch().forward(memory_format(x), results, x, *others)
     return results
 
 
 def _triton_backward(dy, x, *others):
-    results = _fake_backward(dy, x, *others)
+    results = _backward_results(dy, x, *others)
     _launch().backward(memory_format(x), results, dy, x, *others)
     return results
 
@@ -188,8 +175,8 @@ for _key in ("CUDA", "CPU"):
 
 
 def forward(backend: str, *arguments) -> tuple[Tensor, ...]:
-    """What `FORWARD[backend]` gives. Where nobody looks on, by Triton's launcher itself: the way
-    through the dispatcher takes as long as all it does."""
+    """What `FORWARD[backend]` gives. Where nothing observes operators, Triton's launcher is called
+    directly: the dispatcher would take as long as all that the launcher does."""
     if backend == "triton" and unseen(arguments[:7]):
         return _triton_forward(*arguments)
     return FORWARD[backend](*arguments)
@@ -204,7 +191,7 @@ def backward(backend: str, *arguments) -> tuple[Tensor | None, ...]:
 
 def unseen(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether an operator on the tensors would go straight to its kernel: no compiler, transform,
-    mode or profiler is there to see it, and no tensor is of a kind that stands for another."""
+    mode or profiler sees it, and every tensor is a plain one."""
     if (
         compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -239,19 +226,21 @@ class _OnceDifferentiable(torch.autograd.Function):
         return gradient
 
 
-# An operator, for torch.compile looks into a Function, and there takes gradients for constants.
+# An operator, since torch.compile traces a Function, and in there takes gradients for constants.
 _library.define("once_differentiable", "(Tensor input) -> Tensor")
 _library.impl("once_differentiable", _OnceDifferentiable.apply, "Autograd")
 _library.impl("once_differentiable", torch.clone, "CompositeExplicitAutograd")
 
 
 def once_differentiable(*inputs: Tensor | None) -> list[Tensor | None]:
-    """The inputs; a backward through them with create_graph=True raises. Free, once compiled."""
+    """The inputs, for torch.compile: a backward through them with create_graph=True raises. The
+    compiled program spends nothing on it."""
     identity = torch.ops.scse_kernels.once_differentiable.default
     return [identity(t) if t is not None and t.requires_grad else t for t in inputs]
 
 
-# The instruction set that the cpu kernels chose on this machine: baseline, avx2 or avx512.
+# The instruction set that the cpu kernels use on this machine: baseline, avx2 or avx512.
 _library.define("cpu_capability", "() -> str")
-# What the cuda kernels are compiled for on a device, 90 for 9.0; 0 if it can run none of the code.
+# The compute capability that the cuda kernels of a device are compiled for: 90 for 9.0, 0 if the
+# device can run none of the code.
 _library.define("cuda_architecture", "(int device) -> int")

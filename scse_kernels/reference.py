@@ -4,28 +4,30 @@ Roy, Navab, Wachinger: "Concurrent Spatial and Channel Squeeze & Excitation in F
 Networks" (MICCAI 2018, arXiv:1803.02579) defines cSE, sSE and their sum; the extended article (TMI
 2019, arXiv:1808.08127) adds the maximum, the product and the concatenation. Imports torch only.
 
-Every backend has the gradients by hand; here they are derived once. For one sample x[c, s], with m
-for the pooled value, a() for the activation and gate() for what closes a branch:
+No backend leaves its gradients to autograd. They are derived here, once for all. For one sample
+x[c, s], with m for the pooled value, a() for the activation and gate() for what closes a branch:
 
-    m[c] = mean_s x[c, s]           h = W1 m + b1        z = W2 a(h) + b2       g = gate(z)
-    t[s] = sum_c ws[c] x[c, s] + bs                                             q = gate(t)
+    m[c] = mean_s x[c, s]           h = W1 m + b1        e = W2 a(h) + b2       g = gate(e)
+    q[s] = sum_c ws[c] x[c, s] + bs                                             p = gate(q)
 
-    add     y = x g + x q           by_g = dy x          by_q = dy x       direct = dy (g + q)
-    mul     y = (x g) (x q)         by_g = dy x x q      by_q = dy x x g   direct = 2 dy x g q
-    max     y = max(x g, x q)       by_g = dy x where x g is the larger, by_q = dy x where x q is,
-                                    half of it each where they are equal; direct = dy g or dy q
-    concat  y = [x g, x q]          by_g = dy1 x         by_q = dy2 x      direct = dy1 g + dy2 q
+    add     y = x g + x p           by_g = dy x          by_p = dy x       direct = dy (g + p)
+    mul     y = (x g) (x p)         by_g = dy x x p      by_p = dy x x g   direct = 2 dy x g p
+    max     y = max(x g, x p)       by_g = dy x where x g is the larger, by_p = dy x where x p is,
+                                    half of it each where they are equal; direct = dy g or dy p
+    concat  y = [x g, x p]          by_g = dy1 x         by_p = dy2 x      direct = dy1 g + dy2 p
 
-    dz[c] = gate'(z[c]) sum_s by_g[c, s]     dh = a'(h) * (W2^T dz)     dm = W1^T dh / S
-    dt[s] = gate'(t[s]) sum_c by_q[c, s]
-    dx[c, s] = direct[c, s] + dm[c] + ws[c] dt[s]
+    de[c] = gate'(e[c]) sum_s by_g[c, s]     dh = a'(h) * (W2^T de)     dm = W1^T dh / S
+    dq[s] = gate'(q[s]) sum_c by_p[c, s]
+    dx[c, s] = direct[c, s] + dm[c] + ws[c] dq[s]
 
 With `residual`, y has x added and dx has dy; no other gradient changes.
 
-Summed over the samples dW2 = dz a(h)^T, db2 = dz, dW1 = dh m^T, db1 = dh,
-dws[c] = sum_s dt[s] x[c, s], dbs = sum_s dt[s]. So one pass over x and dy gives all sums
-(*reduce*), the two small layers follow, and a second pass gives dx (*apply*); it needs x again only
-where `direct` does. Kernels say d_excited for dz, d_hidden for dh, d_mean for dm, dq for dt.
+Summed over the samples dW2 = de a(h)^T, db2 = de, dW1 = dh m^T, db1 = dh,
+dws[c] = sum_s dq[s] x[c, s], dbs = sum_s dq[s].
+
+So one pass over x and dy gives all sums (*reduce*), the two small layers follow, and a second pass
+gives dx (*apply*). The second pass needs x again only where `direct` does. In the kernels m is
+called pooled, g channel_gate and p spatial_gate; de is d_excited, dh d_hidden and dm d_mean.
 """
 
 from collections.abc import Callable
@@ -55,7 +57,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 #: name -> function of what a gate is formed from
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
-    # F.hardsigmoid, which has no second derivative
+    # not F.hardsigmoid, which has no second derivative
     "hard_sigmoid": lambda v: F.relu6(v + 3) / 6,
 }
 
@@ -78,7 +80,7 @@ def channel_gate(
 
 def spatial_gate(x: Tensor, ws: Tensor, bs: Tensor | None, gate: str = "sigmoid") -> Tensor:
     """Channel squeeze and spatial excitation (sSE) of x [N, C, *S]: gates in [0, 1], [N, 1, *S]."""
-    # Not a convolution: the sum of a convolution's weight gradient is one long chain.
+    # Not a convolution: its weight gradient is summed in one long chain, which rounds more.
     squeezed = (x * ws.reshape(-1, *(1,) * (x.dim() - 2))).sum(1, keepdim=True)
     return GATES[gate](squeezed if bs is None else squeezed + bs)
 
@@ -113,7 +115,7 @@ def scse(
 def out_of_autocast(x: Tensor) -> AbstractContextManager:
     """A context without autocast on x's device: it would round what is computed in float32."""
     device = x.device.type
-    # Only where there is one to leave: an exported program would hold the region as a program.
+    # Only where autocast is on: an exported program would keep the region as a program of its own.
     if not x.is_meta and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

@@ -15,9 +15,10 @@ from .batch_norm import ops as norm_ops
 from .batch_norm import reference as norm_reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Odd sizes leave a remainder in every vector and strip; one, two and three spatial axes.
+# Odd sizes leave a remainder in every vector and strip. One, two and three spatial axes.
 SHAPES = ((3, 19, 201), (2, 67, 33, 31), (2, 24, 7, 9, 11))
-# On GPUs also these, which kernels access 16 bytes at a time; those above mostly one by one.
+# GPUs get these as well: kernels access them 16 bytes at a time, those above mostly element by
+# element.
 WIDE_SHAPES = ((4, 64, 32, 32), (2, 512, 14, 14))
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NORM, EPS = "bn_relu_scse", 1e-5
@@ -99,9 +100,9 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def cases(dtype: torch.dtype, device: torch.device, backend: str) -> Iterator[Case]:
-    """Every operation that the backend has, on each kind of map. Triton's kernels must be compiled
-    first, for about a second each: for them one operation on each in turn, beginning with another
-    one in each dtype."""
+    """Every operation that the backend has, on each kind of map. Triton must compile its kernels
+    first, for about a second each. So Triton gets one operation for each map, in turn, and each
+    dtype begins with another one."""
     operations = OPERATIONS if backend in ("eager", *norm_ops.BACKENDS) else OPERATIONS[:-1]
     maps = [
         (shape, channels_last)
@@ -137,7 +138,7 @@ def inputs(case: Case) -> tuple[dict[str, Tensor | None], Tensor]:
         for name, tensor in zip(ARGUMENTS, tensors, strict=True)
     }
     if case.operation == NORM:
-        # What BatchNorm makes of x stays away from 0, where a rounding would open or close a ReLU.
+        # What BatchNorm makes of x stays away from 0: there a rounding would open or close a ReLU.
         weight, bias = normal(c) * 0.1 + 1, normal(c)
         per_channel = (1, c, *(1,) * len(spatial))
         v = x * weight.view(per_channel) + bias.view(per_channel)
@@ -200,10 +201,10 @@ def computed(case: Case, backend: str, device: torch.device) -> dict[str, Tensor
 def tolerance(want: Tensor, case: Case) -> float:
     """How far a result may be from `want`.
 
-    Backends form sums in float32 (float64 for float64) and round the result once to case.dtype:
-    a few roundings of that dtype, of the largest magnitude. A gradient that is a sum of n terms of
-    either sign is about sqrt(n) times smaller than its terms are together, so the roundings of the
-    sum weigh that much more.
+    Backends form sums in float32 (float64 for float64) and round the result once to case.dtype. So
+    a few roundings of that dtype are allowed, of the largest magnitude. A gradient may be a sum of
+    n terms of either sign. Then it is about sqrt(n) times smaller than the sum of their magnitudes,
+    and the roundings of the sum weigh that much more.
     """
     rounding = torch.finfo(case.dtype).eps
     rounding_of_sums = torch.finfo(reference.accumulation_dtype(case.dtype)).eps
@@ -220,17 +221,17 @@ def error(got: Tensor, want: Tensor, case: Case) -> float:
 
 
 def worst(family: Family, device: torch.device, dtype: torch.dtype) -> Worst:
-    """Compares kernels with the reference. Leaves out cases for which they are asked in vain.
+    """Compares kernels with the reference. Leaves out cases that they refuse.
 
     Raises:
-        Refused: these are all.
+        Refused: they refuse all cases.
     """
     found = refused = None
     for case in cases(dtype, device, family.backend):
         try:
             with environment(family.environment):
                 got = computed(case, family.backend, device)
-        except Exception as raised:  # a broken backend may fail in any way; it is to be reported
+        except Exception as raised:  # a broken backend may fail in any way, and is to be reported
             if REFUSAL in str(raised):
                 refused = refused or raised
                 continue

@@ -1,8 +1,8 @@
 """Random scSE problems, their answer in float64, and how far from it an answer may be.
 
-The answer comes from the formulas of the article, written here a second time, so that the package's
-own reference is on trial like every other backend. An error, of the output or of any gradient, may
-be the sum of
+The answer comes from the formulas of the article, written here a second time: so the package's own
+reference is tested like every other backend. An error, of the output or of any gradient, may be as
+large as the sum of
 
 - four times the error of the plain module that people have today, computed in x's dtype;
 - what moving x and dy by four random roundings of that dtype changes in the answer;
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +29,7 @@ VARIANTS = ("cse", "sse", *COMBINES)
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "none")
 GATES = ("sigmoid", "hard_sigmoid")
 NAMES = ("x", "w1", "b1", "w2", "b2", "ws", "bs")
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 ROUNDINGS = 4
 DRAWS = 3
 
@@ -64,6 +66,30 @@ class Case:
     def arranged(self, x=None, dy=None) -> "Case":
         """The same values in other strides (functions Tensor -> Tensor)."""
         return replace(self, x=x(self.x) if x else self.x, dy=dy(self.dy) if dy else self.dy)
+
+    def in_channels_last(self, really: bool = True) -> "Case":
+        """The same values, with x and dy in channels_last (or not, as they are)."""
+        return self.arranged(channels_last, channels_last) if really else self
+
+    def in_layout(self, layout: str) -> "Case":
+        """The same values, with x and dy "contiguous", as they are, or "channels_last"."""
+        return self.in_channels_last(layout == "channels_last")
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """A map in channels_last or channels_last_3d; with one spatial axis contiguous."""
+    memory_format = CHANNELS_LAST.get(t.dim(), torch.contiguous_format)
+    return t.contiguous(memory_format=memory_format)
+
+
+def with_layouts(shapes) -> list:
+    """Parameters of a test: each (shape, reduction) in every layout that maps of its axes have."""
+    return [
+        pytest.param(shape, reduction, layout, id=f"{'x'.join(map(str, shape))}-{layout}")
+        for shape, reduction in shapes
+        for layout in ("contiguous", "channels_last")
+        if layout == "contiguous" or len(shape) > 3
+    ]
 
 
 def spread(shape, generator, decades=2.5, largest=3.0) -> Tensor:
@@ -285,7 +311,7 @@ def _largest(name: str, t: Tensor) -> Tensor:
 
 def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
     """The largest error allowed in y and in each gradient."""
-    # as contiguous tensors: a library's slow path for odd strides has errors of its own
+    # as contiguous tensors: for odd strides a library may take a slow path with other errors
     case = case.arranged(torch.Tensor.contiguous, torch.Tensor.contiguous)
     dtype = case.x.dtype
     rounding = torch.finfo(dtype).eps / 2
@@ -298,7 +324,7 @@ def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
     plain = {name: torch.zeros_like(_largest(name, t)) for name, t in truth.items()}
     moved = dict(plain)
     for draw in range(DRAWS + 1):
-        # the plain module's error is a matter of luck too: it is taken on the moved inputs as well
+        # the plain module's error depends on luck: so it is taken on the moved inputs too
         near = case.arranged(move, move) if draw else case
         near_truth = answer(near) if draw else truth
         near_plain = output_and_gradients(near.plain_module, near)
@@ -307,7 +333,7 @@ def allowances(case: Case, truth: dict[str, Tensor]) -> dict[str, Tensor]:
             plain[name] = torch.maximum(plain[name], error)
             moved[name] = torch.maximum(moved[name], _largest(name, t - truth[name]))
 
-    # what a gate of the smallest normal number, in place of a smaller one, can make of x and dy
+    # a gate below the smallest normal number may count as that number: what this makes of x and dy
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     x, dy = case.x.double(), case.dy.double()
     floor = torch.finfo(accumulated).tiny * (1 + x.abs().max()) ** 3 * (1 + dy.abs().max())
@@ -363,8 +389,8 @@ def check(case: Case, target) -> dict[str, Tensor]:
 def check_infinite_weight(case: Case, target) -> None:
     """Assert that an infinite element of ws does what it does in float64.
 
-    It opens the spatial gate wherever its channel is positive, which is made everywhere; what lies
-    beyond the map, where zero times infinity would be, must not come into the sums.
+    It opens the spatial gate wherever its channel is positive, and here that is everywhere. Beyond
+    the map zero times infinity would be NaN, which must not come into the sums.
     """
     case.x[:, 0] = case.x[:, 0].abs() + 0.1
     case.parameters[4].view(-1)[0] = torch.inf

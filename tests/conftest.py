@@ -8,8 +8,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 # Without it cuBLAS warns that it isn't deterministic, which `poisoned_memory` asks for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# What malloc hands out is full of the byte 0xFE (a large number, or a NaN), for kernels that don't
-# get their memory by torch.empty. Where the C library isn't glibc there is no such switch.
+# malloc fills the memory that it gives with the byte 0xFE, which makes a large number or a NaN.
+# That is for kernels that don't get their memory by torch.empty. Only glibc has this switch.
 if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
     M_MMAP_THRESHOLD, M_PERTURB = -3, -6
     mallopt(M_MMAP_THRESHOLD, 1 << 25)  # fresh pages would be full of zeros
@@ -26,15 +26,15 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 def pytest_configure(config):
-    if os.environ.get("SCSE_TEST_PURE_PYTHON"):  # a warning that is right there
+    if os.environ.get("SCSE_TEST_PURE_PYTHON"):  # without kernels this warning is right
         config.addinivalue_line(
             "filterwarnings", "ignore:scse_kernels has no kernels for cpu:RuntimeWarning"
         )
 
 
 def pytest_collection_finish():
-    """Lets the collector of garbage leave alone what was imported, and run less often: the
-    emulator makes millions of objects that stay."""
+    """The garbage collector leaves alone what was imported, and runs less often: the emulator makes
+    millions of objects that stay."""
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
 
@@ -50,8 +50,8 @@ def _targets(backends):
 
 
 def _for_dtype(request):
-    """The target of a test, which is skipped if it can't work in the test's dtype: its parameter
-    `dtype`, or its module's DTYPE; or if it is none of its module's WITH_KERNELS."""
+    """The target of a test. The test is skipped where the target can't work in its dtype (its
+    parameter `dtype`, or its module's DTYPE), or is none of its module's WITH_KERNELS."""
     target = request.param
     if target.backend not in getattr(request.module, "WITH_KERNELS", (target.backend,)):
         pytest.skip(f"{target.backend} has no kernels for this")

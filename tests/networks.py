@@ -1,5 +1,5 @@
 """A small U-Net with scSE where segmentation_models.pytorch has it, for tests of what people do
-with whole networks. Without batch normalisation, so that half a batch gives half the gradient."""
+with whole networks. It has no batch normalisation: so half a batch gives half the gradient."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Random problems of BatchNorm + ReLU + scSE, held to the same budget as scSE itself: the answer is
-BatchNorm's formula, a ReLU and the article's formulas in float64, and what it is measured by is
+"""Random problems of BatchNorm + ReLU + scSE, with the budget of scSE itself. The answer is
+BatchNorm's formula, a ReLU and the article's formulas in float64. Errors are measured by those of
 torch's BatchNorm and ReLU in front of the plain module."""
 
 from dataclasses import dataclass, replace
@@ -78,8 +78,8 @@ def make_case(
 ) -> NormCase:  # fmt: skip
     """Random tensors. `mean`: of each channel, in its standard deviations, besides a random one.
 
-    Values near the ReLU's edge are moved away from it: on which side they fall is up to a rounding,
-    and their whole gradient with it.
+    Values near the ReLU's edge are moved away from it. A rounding would decide on which side they
+    fall, and with that their whole gradient.
     """
     case = budget.make_case(
         shape, variant, torch.float64, reduction, parameter_dtype=parameter_dtype or dtype,

@@ -1,4 +1,5 @@
-"""The libraries' squeeze & excitation blocks: what they hold, under which names, what they compute.
+"""The libraries' squeeze & excitation blocks: their layers, the names of these, and what they
+compute.
 
 Written for these tests after the libraries' structure; `real` gives the libraries' own classes.
 """

@@ -1,5 +1,5 @@
-"""Compiles what later steps need, in as many processes as there are cores, where they would compile
-one kernel after the other. What is compiled waits in the caches of Triton and of Inductor.
+"""Compiles what later steps need, in as many processes as there are cores. The steps themselves
+would compile one kernel after the other. Results wait in the caches of Triton and of Inductor.
 
     python -m bench.gpu.ahead --jobs 14
 """

@@ -1,4 +1,4 @@
-"""What is here: device, versions, modules, tools. As JSON, which the other parts read.
+"""What is here: device, versions, modules, tools. Written as JSON, which the other parts read.
 
 python -m bench.gpu.facts FILE
 """

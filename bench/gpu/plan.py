@@ -1,4 +1,5 @@
-"""The steps, most valuable first, and the environment that keeps all they write in the checkout."""
+"""The steps, the most valuable first. And their environment, which keeps all that they write in the
+checkout."""
 
 import os
 import site

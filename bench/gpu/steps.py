@@ -1,4 +1,5 @@
-"""A step: a name, a command, a limit. Its output goes to a file; what it started ends with it."""
+"""A step: a name, a command, a limit of time. Its output goes to a file. Processes that it started
+end with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recalibration blocks as people have them, in plain PyTorch, for `convert` to find."""
+"""The recalibration blocks as people have them, in plain PyTorch. `convert` finds them."""
 
 import torch
 from torch import Tensor, nn

@@ -5,8 +5,8 @@ import os
 
 import torch
 
-#: The versions of Triton with which all kernels were compiled and executed, first and last: those
-#: of torch 2.10 to 2.14. A newer one is used too.
+#: The first and the last version of Triton with which all kernels were compiled and executed. They
+#: come with torch 2.10 and 2.14. A newer one is used too.
 OLDEST, NEWEST = (3, 6), (3, 8)
 
 
@@ -19,7 +19,7 @@ def version(text: str) -> tuple[int, int]:
 def why_not(device: torch.device) -> str | None:
     """None if Triton kernels can run on tensors of `device`, else the reason. Imports Triton.
 
-    torch.compile traces this function: its calls are of kinds that it evaluates while tracing.
+    torch.compile traces this function. So it makes only calls that a trace can evaluate.
     """
     if device.type not in ("cpu", "cuda"):
         return f"it runs on cuda tensors, got {device.type}"

@@ -1,4 +1,5 @@
-"""The hidden layer's activations and the gates: the one place with their formulas."""
+"""The hidden layer's activations and the gates. All Triton kernels take the formulas from here; C++
+has them in csrc/formulas.h."""
 
 import triton
 import triton.language as tl

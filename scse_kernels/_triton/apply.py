@@ -3,9 +3,24 @@
 import triton
 import triton.language as tl
 
-from .combine import CHANNEL, CONCAT, SPATIAL, direct, reads_x, value
+from .combine import CHANNEL, CONCAT, SPATIAL, by_gates, direct, value
 from .parameters import parameter_gradients
 from .primitives import NORMAL, accumulator, index, inside, load, offsets, shown, store
+
+
+@triton.jit
+def load_gates(
+    channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE: tl.constexpr, ACC: tl.constexpr
+):
+    """The gates of sample n, [BLOCK_C, 1] of channels c and [1, BLOCK_S] of positions s; 0 for a
+    branch that is missing."""
+    channel_gate = 0.0
+    spatial_gate = 0.0
+    if COMBINE != SPATIAL:
+        channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
+    if COMBINE != CHANNEL:
+        spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+    return channel_gate, spatial_gate
 
 
 @triton.jit
@@ -16,7 +31,7 @@ def apply_kernel(
     y_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     C,
     S,
-    strips,
+    blocks_s,  # tiles side by side along S
     stride_xn,
     pitch_x,
     stride_yn,
@@ -29,30 +44,35 @@ def apply_kernel(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    POLICY: tl.constexpr = NORMAL,
-    tile=None,
 ):
-    """A program for each tile, or this one does `tile`. Reads x and the gates once, writes y.
+    """A program for each tile. Reads x and the gates once, writes y. Goes from the last tile to the
+    first: the end of x is what the squeeze left in L2."""
+    apply_tile(
+        tl.num_programs(0) - 1 - tl.program_id(0), x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
+        C, S, blocks_s, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
+        COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, NORMAL,
+    )  # fmt: skip
 
-    From the last tile to the first, as the end of x is what the squeeze left in L2. RESIDUAL: y
-    has x added. POLICY: the caches' for x and y.
-    """
+
+@triton.jit
+def apply_tile(
+    tile, x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr, C, S, blocks_s, stride_xn, pitch_x,
+    stride_yn, pitch_y, half_y, COMBINE: tl.constexpr, RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """One of all samples' tiles. RESIDUAL: y has x added. POLICY: the caches' for x and y."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    if tile is None:
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C)
-    n = index(tile // (strips * blocks), WIDE)
-    s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tile % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    n = index(tile // (blocks_s * blocks_c), WIDE)
+    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = (tile % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
     x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
-    channel_gate = 0.0
-    spatial_gate = 0.0
-    if COMBINE != SPATIAL:
-        channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-    if COMBINE != CHANNEL:
-        spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+    channel_gate, spatial_gate = load_gates(
+        channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
+    )
 
     y_ptr += n * shown(stride_yn, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_y, CHANNELS_LAST, ALIGN)
@@ -92,7 +112,7 @@ def apply_backward_kernel(
     C,
     Cr,
     S,
-    strips,
+    blocks_s,
     tiles,  # programs for dx; those before them sum the parameters' gradients over the batch
     stride_dyn,
     pitch_dy,
@@ -111,67 +131,63 @@ def apply_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
-    POLICY: tl.constexpr = NORMAL,
-    tile=None,
 ):
-    """A program for each tile of dx, or this one does `tile`. Reads dy and the small tensors once,
-    and x where the formula needs it; writes dx. Programs of their own form the parameters'
-    gradients meanwhile. RESIDUAL: dx has dy added. POLICY: the caches' for the maps."""
-    if tile is None:
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `apply_kernel`
+    """A program for each tile of dx. Reads dy and the small tensors once, and x where the formula
+    needs it; writes dx. Programs of their own form the parameters' gradients meanwhile."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `apply_kernel`
     if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
         if tile >= tiles:
             parameter_gradients(
-                tile - tiles,
-                d_excited_ptr,
-                d_hidden_ptr,
-                pooled_ptr,
-                hidden_ptr,
-                sample_ws_ptr,
-                sample_bs_ptr,
-                dw1_ptr,
-                db1_ptr,
-                dw2_ptr,
-                db2_ptr,
-                dws_ptr,
-                dbs_ptr,
-                N,
-                C,
-                Cr,
-                BLOCK,
-            )
+                tile - tiles, d_excited_ptr, d_hidden_ptr, pooled_ptr, hidden_ptr,
+                sample_ws_ptr, sample_bs_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, dws_ptr, dbs_ptr,
+                N, C, Cr, BLOCK,
+            )  # fmt: skip
             return
     if NEED_DX:
-        ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-        blocks = tl.cdiv(C, BLOCK_C)
-        n = index(tile // (strips * blocks), WIDE)
-        s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
-        c = (tile % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
-        dy_ptr += n * shown(stride_dyn, ALIGN)
-        at = offsets(index(c, WIDE), index(s, WIDE), pitch_dy, CHANNELS_LAST, ALIGN)
-        dy = load(dy_ptr + at, mask, ACC, POLICY)
-        dy2 = 0.0
-        if COMBINE == CONCAT:
-            dy2 = load(dy_ptr + shown(half_dy, ALIGN) + at, mask, ACC, POLICY)
-        x = 0.0
-        if reads_x(COMBINE):
-            at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
-            x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
-        channel_gate = 0.0
-        spatial_gate = 0.0
-        if COMBINE != SPATIAL:
-            channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-        if COMBINE != CHANNEL:
-            spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
-        dx = direct(x, dy, dy2, channel_gate, spatial_gate, COMBINE)
-        if RESIDUAL:
-            dx += dy
-        if COMBINE != SPATIAL:
-            dx += load(d_mean_ptr + n * C + c, c < C, ACC)[:, None]
-        if COMBINE != CHANNEL:
-            ws = load(ws_ptr + c, c < C, ACC)
-            dx += ws[:, None] * load(dq_ptr + n * S + s, s < S, ACC)[None, :]
-        at = offsets(index(c, WIDE), index(s, WIDE), pitch_dx, CHANNELS_LAST, ALIGN)
-        dx_ptr += n * shown(stride_dxn, ALIGN)
-        store(dx_ptr + at, dx, mask, POLICY)
+        apply_backward_tile(
+            tile, dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr, ws_ptr,
+            dx_ptr, C, S, blocks_s, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x, stride_dxn,
+            pitch_dx, COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, NORMAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def apply_backward_tile(
+    tile, dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr, ws_ptr, dx_ptr,
+    C, S, blocks_s, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x, stride_dxn, pitch_dx,
+    COMBINE: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    POLICY: tl.constexpr,
+):  # fmt: skip
+    """One of all samples' tiles of dx. RESIDUAL: dx has dy added. POLICY: the caches' for the
+    maps."""
+    ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    n = index(tile // (blocks_s * blocks_c), WIDE)
+    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = (tile % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
+    dy_ptr += n * shown(stride_dyn, ALIGN)
+    at = offsets(index(c, WIDE), index(s, WIDE), pitch_dy, CHANNELS_LAST, ALIGN)
+    dy = load(dy_ptr + at, mask, ACC, POLICY)
+    dy2 = 0.0
+    if COMBINE == CONCAT:
+        dy2 = load(dy_ptr + shown(half_dy, ALIGN) + at, mask, ACC, POLICY)
+    x = 0.0
+    if by_gates(COMBINE):
+        at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
+        x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
+    channel_gate, spatial_gate = load_gates(
+        channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
+    )
+    dx = direct(x, dy, dy2, channel_gate, spatial_gate, COMBINE)
+    if RESIDUAL:
+        dx += dy
+    if COMBINE != SPATIAL:
+        dx += load(d_mean_ptr + n * C + c, c < C, ACC)[:, None]
+    if COMBINE != CHANNEL:
+        ws = load(ws_ptr + c, c < C, ACC)
+        dx += ws[:, None] * load(dq_ptr + n * S + s, s < S, ACC)[None, :]
+    at = offsets(index(c, WIDE), index(s, WIDE), pitch_dx, CHANNELS_LAST, ALIGN)
+    dx_ptr += n * shown(stride_dxn, ALIGN)
+    store(dx_ptr + at, dx, mask, POLICY)

@@ -1,10 +1,10 @@
 """The host side of BatchNorm + ReLU + scSE: fills the results of `triton_bn_forward` and
 `triton_bn_backward`. As launch.py, whose helpers it shares; no step waits for the device.
 
-Launches in training: forward five (statistics, their merge, squeeze, excite, apply), backward four
-(reduce, excite, sums over all strips, apply); with running statistics three each way, and one more
-backward where BatchNorm's weight or bias has a gradient. The merge moves the running statistics,
-and where they are what is used, the squeeze writes down what they were.
+Launches in training: five forward (statistics, their merge, squeeze, excite, apply), four backward
+(reduce, excite, sums over all strips, apply). With running statistics there are three each way, and
+one more backward where BatchNorm's weight or bias has a gradient. In training the merge moves the
+running statistics. In evaluation the squeeze keeps a copy of them for the backward.
 """
 
 from dataclasses import replace
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import heuristics
 from .activation import RELU, SIGMOID
 from .launch import (
+    GRADIENTS,
     Map,
     _all_registers,
     _contiguous,
@@ -71,8 +72,8 @@ def forward(
 ) -> None:
     """Fills y, mean, var, pooled, hidden, channel_gate.
 
-    moving: running statistics, contiguous, and the momentum by which they are moved towards those
-    of u, which are used. u is not float64 there: Triton takes numbers in float32.
+    moving: running statistics, contiguous, and the momentum with which they move towards those of
+    u. u is not float64 then: Triton takes numbers in float32.
     """
     of_batch = running_mean is None
     if u.shape[0] == 0:
@@ -112,20 +113,23 @@ def _plan_forward(plan: Plan, choices: tuple, u: Tensor, *others: Tensor | None)
         used, kept = (mean, var), (None, None)
     plan.launch(
         norm_squeeze_kernel, (n * p.strips,),
-        u, *used, bn_weight, bn_bias, ws, bs, partial, spatial_gate, *kept,
-        c, s, p.strips, in_u.sample, in_u.pitch,
+        u_ptr=u, mean_ptr=used[0], var_ptr=used[1], weight_ptr=bn_weight, bias_ptr=bn_bias,
+        ws_ptr=ws, bs_ptr=bs, partial_ptr=partial, spatial_gate_ptr=spatial_gate,
+        kept_mean_ptr=kept[0], kept_var_ptr=kept[1],
+        C=c, S=s, strips=p.strips, **in_u.strides("u"),
         EPS=eps, HOLD=p.tile.hold, TILES=p.tile.tiles, **p.constants(in_u),
     )  # fmt: skip
     if p.has_channel:
         plan_excitation(
-            plan, p, in_u.tensor, partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
-            **_EXCITATION,
+            plan, p, in_u.tensor, partial=partial, w1=w1, b1=b1, w2=w2, b2=b2,
+            pooled=pooled, hidden=hidden, channel_gate=channel_gate, **_EXCITATION,
         )  # fmt: skip
-    strips = triton.cdiv(s, p.tile.block_s)
     plan.launch(
-        norm_apply_kernel, (n * strips * triton.cdiv(c, p.tile.block_c),),
-        u, mean, var, bn_weight, bn_bias, channel_gate, spatial_gate, y,
-        c, s, strips, in_u.sample, in_u.pitch, out_y.sample, out_y.pitch, p.half(out_y),
+        norm_apply_kernel, (n * p.tiles,),
+        u_ptr=u, mean_ptr=mean, var_ptr=var, weight_ptr=bn_weight, bias_ptr=bn_bias,
+        channel_gate_ptr=channel_gate, spatial_gate_ptr=spatial_gate, y_ptr=y,
+        C=c, S=s, blocks_s=p.blocks_s,
+        half_y=p.half(out_y), **in_u.strides("u"), **out_y.strides("y"),
         EPS=eps, **p.constants(in_u, out_y),
     )  # fmt: skip
 
@@ -148,14 +152,17 @@ def _plan_statistics(
     means, squares = plan.scratch(n, q.strips, c), plan.scratch(n, q.strips, c)
     constants = {k: v for k, v in q.constants(in_u).items() if k != "COMBINE"}
     plan.launch(
-        norm_statistics_kernel, (n * q.strips * triton.cdiv(c, tile.block_c),),
-        plan.given[0], means, squares, c, s, q.strips, in_u.sample, in_u.pitch, **constants,
+        norm_statistics_kernel, (n * q.tiles,),
+        u_ptr=plan.given[0], strip_mean_ptr=means, strip_squares_ptr=squares,
+        C=c, S=s, strips=q.strips, **in_u.strides("u"), **constants,
     )  # fmt: skip
     momentum = plan.numbers[0] if plan.numbers else 0.0
     plan.launch(
         norm_merge_kernel, (triton.cdiv(c, _COLUMNS),),
-        means, squares, mean, var, running_mean, running_var, momentum, n * s / max(n * s - 1, 1),
-        c, s, n * q.strips, q.strips,
+        strip_mean_ptr=means, strip_squares_ptr=squares, mean_ptr=mean, var_ptr=var,
+        running_mean_ptr=running_mean, running_var_ptr=running_var,
+        momentum=momentum, unbiased=n * s / max(n * s - 1, 1),
+        C=c, S=s, rows=n * q.strips, strips=q.strips,
         STRIP=tile.block_s, **_columns(q),
     )  # fmt: skip
 
@@ -216,10 +223,12 @@ def _plan_backward(
     (
         u, dy, bn_weight, bn_bias, w1, _, w2, _, ws, bs,
         mean, var, pooled, hidden, channel_gate,
-        du, d_bn_weight, d_bn_bias, dw1, db1, dw2, db2, dws, dbs,
+        du, d_bn_weight, d_bn_bias, *gradients,
     ) = plan.given  # fmt: skip
+    gradients = dict(zip(GRADIENTS, gradients, strict=True))
     need_affine = d_bn_weight is not None or d_bn_bias is not None
-    need_channel, need_spatial = dw1 is not None, dws is not None
+    need_channel = gradients["dw1_ptr"] is not None
+    need_spatial = gradients["dws_ptr"] is not None
     need_sums = need_affine or (need_du and of_batch)
     sum_channel = p.has_channel and (need_du or need_affine or need_channel)
     sum_spatial = p.has_spatial and (need_du or need_affine or need_spatial)
@@ -245,42 +254,44 @@ def _plan_backward(
     block = heuristics.gradient_block(r.tile.warps)
     tasks = gradient_tasks(c, p.hidden, block, need_channel, need_spatial)
     maps = [in_u, in_dy, *([out_du] if need_du else [])]
-    norm = mean, var, bn_weight, bn_bias
+    norm = {"mean_ptr": mean, "var_ptr": var, "weight_ptr": bn_weight, "bias_ptr": bn_bias}
+    read_strides = in_dy.strides("dy") | in_u.strides("u") | {"half_dy": p.half(in_dy)}
     if n:
         plan.launch(
             norm_reduce_kernel, (n * strips,),
-            dy, u, *norm, ws, bs, channel_gate, partial, partial_ws, partial_bs, sums,
-            spatial_gate, dq,
-            c, s, strips, n * strips * c,
-            in_dy.sample, in_dy.pitch, p.half(in_dy), in_u.sample, in_u.pitch,
+            dy_ptr=dy, u_ptr=u, **norm, ws_ptr=ws, bs_ptr=bs, channel_gate_ptr=channel_gate,
+            partial_ptr=partial, partial_ws_ptr=partial_ws, partial_bs_ptr=partial_bs,
+            sums_ptr=sums, spatial_gate_ptr=spatial_gate, dq_ptr=dq,
+            C=c, S=s, strips=strips, plane=n * strips * c, **read_strides,
             EPS=eps, SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
             SUM_NORM=need_sums, STORE_GATES=store_gates, HOLD=r.tile.hold, TILES=r.tile.tiles,
             **r.constants(in_u, in_dy), **_all_registers(),
         )  # fmt: skip
         if sum_channel or need_spatial:
             plan_excitation_backward(
-                plan, r, in_u.tensor, partial, partial_ws, partial_bs, w1, w2, hidden,
-                channel_gate, d_excited, d_hidden, d_mean, sample_ws, sample_bs,
-                _EXCITATION["GATE"],
+                plan, r, in_u.tensor, partial=partial, partial_ws=partial_ws,
+                partial_bs=partial_bs, w1=w1, w2=w2, hidden=hidden, channel_gate=channel_gate,
+                d_excited=d_excited, d_hidden=d_hidden, d_mean=d_mean,
+                sample_ws=sample_ws, sample_bs=sample_bs, GATE=_EXCITATION["GATE"],
             )  # fmt: skip
     if need_sums:
         plan.launch(
             norm_sums_kernel, (triton.cdiv(c, _COLUMNS),),
-            sums, d_mean, var, bn_weight, d_bn_weight, d_bn_bias, through,
-            c, s, n * strips, strips, n * strips * c,
+            sums_ptr=sums, d_mean_ptr=d_mean, var_ptr=var, weight_ptr=bn_weight,
+            dweight_ptr=d_bn_weight, dbias_ptr=d_bn_bias, through_ptr=through,
+            C=c, S=s, rows=n * strips, strips=strips, plane=n * strips * c,
             EPS=eps, **_columns(r),
         )  # fmt: skip
-    row_strips = triton.cdiv(s, r.tile.block_s)
-    tiles = n * row_strips * triton.cdiv(c, r.tile.block_c) if need_du else 0
+    tiles = n * r.tiles if need_du else 0
     if tiles + tasks:
         plan.launch(
             norm_apply_backward_kernel, (tiles + tasks,),
-            dy, u, *norm, through, channel_gate, spatial_gate, dq, d_mean, ws, du,
-            d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs,
-            dw1, db1, dw2, db2, dws, dbs,
-            n, c, p.hidden, s, row_strips, tiles,
-            in_dy.sample, in_dy.pitch, p.half(in_dy), in_u.sample, in_u.pitch,
-            out_du.sample, out_du.pitch,
+            dy_ptr=dy, u_ptr=u, **norm, through_ptr=through, channel_gate_ptr=channel_gate,
+            spatial_gate_ptr=spatial_gate, dq_ptr=dq, d_mean_ptr=d_mean, ws_ptr=ws, du_ptr=du,
+            d_excited_ptr=d_excited, d_hidden_ptr=d_hidden, pooled_ptr=pooled, hidden_ptr=hidden,
+            sample_ws_ptr=sample_ws, sample_bs_ptr=sample_bs, **gradients,
+            N=n, C=c, Cr=p.hidden, S=s, blocks_s=r.blocks_s, tiles=tiles,
+            **read_strides, **out_du.strides("du"),
             EPS=eps, NEED_DU=need_du, NEED_PARAMETERS=tasks > 0, BLOCK=block,
             **r.constants(*maps),
         )  # fmt: skip

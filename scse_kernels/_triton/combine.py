@@ -1,7 +1,8 @@
-"""The combinations of the two branches, element by element: the one place with their formulas.
+"""How the two branches are combined, element by element. All Triton kernels take the formulas from
+here; C++ has them in csrc/formulas.h.
 
-x, dy: [BLOCK_C, BLOCK_S]; c: channel gate [BLOCK_C, 1]; s: spatial gate [1, BLOCK_S]. For CONCAT,
-dy is the gradient of the first half of y and dy2 that of the second; elsewhere nobody looks at dy2.
+x, dy: [BLOCK_C, BLOCK_S]; c: channel gate [BLOCK_C, 1]; s: spatial gate [1, BLOCK_S]. For CONCAT dy
+is the gradient of the first half of y and dy2 that of the second. Elsewhere dy2 is not used.
 """
 
 import triton
@@ -18,19 +19,14 @@ SPATIAL = tl.constexpr(5)
 
 @triton.constexpr_function
 def by_gates(combine):
-    """Whether `shares` needs the gates, so that the spatial gate must be known first."""
-    return combine == MAX.value or combine == MUL.value
-
-
-@triton.constexpr_function
-def reads_x(combine):
-    """Whether `direct` needs x."""
+    """Whether `shares` needs the gates. Then the spatial gate must be known first, and `direct`
+    needs x."""
     return combine == MAX.value or combine == MUL.value
 
 
 @triton.jit
 def value(x, c, s, COMBINE: tl.constexpr):
-    """y; for CONCAT see `apply`, which writes its halves one by one."""
+    """y. Not for CONCAT: `apply_tile` writes its halves one by one."""
     if COMBINE == ADD:
         return x * c + x * s
     elif COMBINE == MAX:  # both products, since a NaN in either must win
@@ -47,7 +43,8 @@ def value(x, c, s, COMBINE: tl.constexpr):
 
 @triton.jit
 def choose(x, c, s, won, lost):
-    """Of what the maximum's winner gets and what its loser, the channel branch's. Ties: half."""
+    """What the channel branch gets: `won` where it is the larger one, `lost` where the spatial one
+    is, half of both in a tie."""
     lead = x * (c - s)
     return tl.where(lead > 0, won, tl.where(lead < 0, lost, 0.5 * (won + lost)))
 

@@ -9,7 +9,7 @@ from .primitives import accumulator, load, matvec, sum_rows, vecmat
 
 @triton.constexpr_function
 def at_once(block, terms, tile):
-    """How many of `block` sums, with so many terms of each side by side, are formed at once: a tile
+    """How many of `block` sums are formed at once, with `terms` terms of each side by side: a tile
     of them at most.
 
     The sums' own order depends on `terms` alone, not on this.
@@ -40,19 +40,28 @@ def excite_kernel(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     GATE: tl.constexpr,
-    n=None,
-    N=None,
 ):
-    """A program for each sample, or this one does sample n. Reads its partial sums and the
-    parameters once; writes pooled, hidden and the gate, and reads the first two again (all threads
-    need all of them). TILE: elements of what is added at once, at most."""
+    """A program for each sample. Reads its partial sums and the parameters once; writes pooled,
+    hidden and the gate, and reads the first two again (all threads need all of them)."""
+    excite_sample(
+        tl.program_id(0), tl.num_programs(0), partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
+        pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
+        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE, ACTIVATION, SLOPE, GATE,
+    )  # fmt: skip
+
+
+@triton.jit
+def excite_sample(
+    n, N, partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, pooled_ptr, hidden_ptr, channel_gate_ptr,
+    C, Cr, S, strips, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, TERMS_C: tl.constexpr,
+    TERMS_J: tl.constexpr, TERMS_STRIPS: tl.constexpr, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Sample n of N. TILE: elements of what is added at once, at most."""
     ACC: tl.constexpr = accumulator(pooled_ptr.dtype.element_ty)
     SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
     HIDDEN: tl.constexpr = at_once(BLOCK_J, TERMS_C, TILE)
     GATES: tl.constexpr = at_once(BLOCK_C, TERMS_J, TILE)
-    if n is None:
-        n = tl.program_id(0)
-        N = tl.num_programs(0)
     n = n.to(tl.int64)
     partial_ptr += n * strips * C
     pooled_ptr += n * C
@@ -107,22 +116,29 @@ def excite_backward_kernel(
     TERMS_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
     GATE: tl.constexpr,
-    n=None,
-    N=None,
 ):
-    """A program for each sample and branch, or this one does both of sample n. Reads its partial
-    sums once, and the weights."""
+    """A program for each sample and branch. Reads its partial sums once, and the weights."""
+    excite_backward_sample(
+        tl.program_id(0), tl.num_programs(0),
+        tl.program_id(1) == 0, tl.program_id(1) == tl.num_programs(1) - 1,
+        partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr, hidden_ptr, channel_gate_ptr,
+        d_excited_ptr, d_hidden_ptr, d_mean_ptr, sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
+        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE, GATE,
+    )  # fmt: skip
+
+
+@triton.jit
+def excite_backward_sample(
+    n, N, do_spatial, do_channel, partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
+    hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr, sample_ws_ptr,
+    sample_bs_ptr, C, Cr, S, strips, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
+    TERMS_C: tl.constexpr, TERMS_J: tl.constexpr, TERMS_STRIPS: tl.constexpr, TILE: tl.constexpr,
+    GATE: tl.constexpr,
+):  # fmt: skip
+    """One branch, or both, of sample n of N."""
     SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
     HIDDEN: tl.constexpr = at_once(BLOCK_J, TERMS_C, TILE)
     MEANS: tl.constexpr = at_once(BLOCK_C, TERMS_J, TILE)
-    if n is None:
-        do_spatial = tl.program_id(1) == 0
-        do_channel = tl.program_id(1) == tl.num_programs(1) - 1
-        n = tl.program_id(0)
-        N = tl.num_programs(0)
-    else:
-        do_spatial = True
-        do_channel = True
     n = n.to(tl.int64)
     row = n * strips
     ACC: tl.constexpr = accumulator(hidden_ptr.dtype.element_ty)

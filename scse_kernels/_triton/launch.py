@@ -1,10 +1,11 @@
 """The host side: fills the results of the operators `triton_forward` and `triton_backward`.
 
-The arguments are those of the operators' schemas in ops.py, after the memory format of y and dx and
-the results' tensors. No step here waits for the device. Scratch comes from torch's allocator.
+The arguments are the memory format of y and dx, the results' tensors, and then those of the
+operators' schemas in ops.py. No step here waits for the device. Scratch comes from torch's
+allocator.
 
-`forward` and `backward` make tensors readable for the kernels and leave the rest to a plan of the
-call's kind (plan.py), which `_plan_forward` and `_plan_backward` write down at its first call.
+`forward` and `backward` make tensors readable for the kernels. The rest is a plan for calls of this
+kind (plan.py): `_plan_forward` and `_plan_backward` write it down at the first one.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from . import heuristics, tuning
 from .apply import apply_backward_kernel, apply_kernel
-from .combine import CHANNEL, SPATIAL, reads_x
+from .combine import CHANNEL, SPATIAL, by_gates
 from .excite import excite_backward_kernel, excite_kernel
 from .excite_rows import (
     excite_backward_hidden_kernel,
@@ -35,11 +36,16 @@ _WIDE = 2**31  # maps of so many elements need 64-bit offsets
 
 
 class Map(NamedTuple):
-    """A map as kernels access it: rows of positions, or (channels_last) of channels, are dense."""
+    """A map as kernels access it. Its rows are dense: rows of positions, in channels_last of
+    channels."""
 
     tensor: Tensor
     sample: int  # elements from one sample to the next
     pitch: int  # and from one row to the next
+
+    def strides(self, name: str) -> dict[str, int]:
+        """A kernel's arguments for the strides of the map that it calls `name`."""
+        return {f"stride_{name}n": self.sample, f"pitch_{name}": self.pitch}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,16 @@ class Problem:
     def strips(self) -> int:
         """Strips of a sample, each with a row of partial sums."""
         return triton.cdiv(self.positions, self.tile.block_s * self.tile.tiles)
+
+    @property
+    def blocks_s(self) -> int:
+        """Tiles of a sample side by side along its positions."""
+        return triton.cdiv(self.positions, self.tile.block_s)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a sample."""
+        return self.blocks_s * triton.cdiv(self.channels, self.tile.block_c)
 
     @property
     def has_channel(self) -> bool:
@@ -108,7 +124,8 @@ class Problem:
         }
 
     def excitation_within(self, x: Tensor) -> dict:
-        """The same for a kernel of the tile's warps: the same sums, fewer of them at once."""
+        """The same, for a kernel with the tile's warps. Sums are the same, but fewer are formed at
+        once."""
         e, _ = self.shared_excitation(x)
         itemsize = accumulation_dtype(x.dtype).itemsize
         return {
@@ -137,7 +154,7 @@ class Problem:
         )
 
     def reach(self, map: Map) -> int:
-        """More than the largest offset of an element, also if the map were dense."""
+        """A bound of the offsets of all elements; also of a dense map of this shape."""
         samples, channels = map.tensor.shape[:2]
         rows = self.positions if self.channels_last else channels
         return samples * max(map.sample, channels * self.positions, rows * map.pitch)
@@ -154,7 +171,7 @@ def _dense(map: Tensor, channels_last: bool) -> Map:
 
 
 def _apart(map: Tensor) -> int:
-    """The distance between neighbouring positions where all are that far apart, else -1; 1 where
+    """The distance between neighbouring positions. -1 where it is not the same for all, 1 where
     there is one position only."""
     apart, following = -1, 0
     for size, stride in zip(reversed(map.shape[2:]), reversed(map.stride()[2:]), strict=True):
@@ -169,9 +186,9 @@ def _apart(map: Tensor) -> int:
 
 
 def _in_format(map: Tensor, memory_format: torch.memory_format) -> Map:
-    """The map in a format that kernels can read: rows are dense; they and samples may be any
-    distance apart, or the same one. A copy where it must be; of what is expanded, of one sample or
-    one row."""
+    """The map in a format that kernels can read: rows are dense, and rows and samples may be any
+    distance apart, zero too. It is copied where it must be; of an expanded map one sample, or one
+    row, is copied."""
     channels_last = memory_format != torch.contiguous_format
     if map.is_contiguous(memory_format=memory_format):
         return _dense(map, channels_last)
@@ -220,8 +237,8 @@ def _describe(
 
 
 def _all_registers() -> dict:
-    """An option for NVIDIA's assembler, which may spill a few registers so that more programs run
-    at once, unless it is told how many there are."""
+    """An option that lets NVIDIA's assembler use all registers. Without it a few may be spilled, so
+    that more programs run at once."""
     return {} if torch.version.hip else {"maxnreg": 255}
 
 
@@ -287,37 +304,38 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
         lag = p.strips + queue.lead
         plan.launch(
             forward_kernel, (queue.programs,),
-            x, w1, b1, w2, b2, ws, bs, partial, spatial_gate,
-            pooled, hidden, channel_gate, y, plan.zeros(1 + n),
-            n, c, p.hidden, s, p.strips, lag,
-            in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
+            x_ptr=x, w1_ptr=w1, b1_ptr=b1, w2_ptr=w2, b2_ptr=b2, ws_ptr=ws, bs_ptr=bs,
+            partial_ptr=partial, spatial_gate_ptr=spatial_gate, pooled_ptr=pooled,
+            hidden_ptr=hidden, channel_gate_ptr=channel_gate, y_ptr=y,
+            counters_ptr=plan.zeros(1 + n),
+            N=n, C=c, Cr=p.hidden, S=s, strips=p.strips, lag=lag,
+            half_y=p.half(out_y), **in_x.strides("x"), **out_y.strides("y"),
             RESIDUAL=residual, HOLD=p.tile.hold, TILES=p.tile.tiles, **excitation,
             **p.constants(in_x, out_y), **p.excitation_within(in_x.tensor),
         )  # fmt: skip
         return
     plan.launch(
         squeeze_kernel, (n * p.strips,),
-        x, ws, bs, partial, spatial_gate,
-        c, s, p.strips, in_x.sample, in_x.pitch,
+        x_ptr=x, ws_ptr=ws, bs_ptr=bs, partial_ptr=partial, spatial_gate_ptr=spatial_gate,
+        C=c, S=s, strips=p.strips, **in_x.strides("x"),
         HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate, **p.constants(in_x),
     )  # fmt: skip
     if p.has_channel:
         plan_excitation(
-            plan, p, in_x.tensor, partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
-            **excitation,
+            plan, p, in_x.tensor, partial=partial, w1=w1, b1=b1, w2=w2, b2=b2,
+            pooled=pooled, hidden=hidden, channel_gate=channel_gate, **excitation,
         )  # fmt: skip
-    strips = triton.cdiv(s, p.tile.block_s)
     plan.launch(
-        apply_kernel, (n * strips * triton.cdiv(c, p.tile.block_c),),
-        x, channel_gate, spatial_gate, y,
-        c, s, strips,
-        in_x.sample, in_x.pitch, out_y.sample, out_y.pitch, p.half(out_y),
+        apply_kernel, (n * p.tiles,),
+        x_ptr=x, channel_gate_ptr=channel_gate, spatial_gate_ptr=spatial_gate, y_ptr=y,
+        C=c, S=s, blocks_s=p.blocks_s,
+        half_y=p.half(out_y), **in_x.strides("x"), **out_y.strides("y"),
         RESIDUAL=residual, **p.constants(in_x, out_y),
     )  # fmt: skip
 
 
 def plan_excitation(
-    plan: Plan, p: Problem, x: Tensor, partial, w1, b1, w2, b2, pooled, hidden, channel_gate, *,
+    plan: Plan, p: Problem, x: Tensor, *, partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
     ACTIVATION: int, SLOPE: float, GATE: int,
 ) -> None:  # fmt: skip
     """Fills pooled, hidden and channel_gate: one launch, or two."""
@@ -327,8 +345,9 @@ def plan_excitation(
     if rows is None:
         plan.launch(
             excite_kernel, (n,),
-            partial, w1, b1, w2, b2, pooled, hidden, channel_gate,
-            c, j, s, p.strips,
+            partial_ptr=partial, w1_ptr=w1, b1_ptr=b1, w2_ptr=w2, b2_ptr=b2,
+            pooled_ptr=pooled, hidden_ptr=hidden, channel_gate_ptr=channel_gate,
+            C=c, Cr=j, S=s, strips=p.strips,
             GATE=GATE, **activation, **p.excitation(x),
         )  # fmt: skip
         return
@@ -348,7 +367,7 @@ def plan_excitation(
 
 
 def plan_excitation_backward(
-    plan: Plan, p: Problem, x: Tensor, partial, partial_ws, partial_bs, w1, w2, hidden,
+    plan: Plan, p: Problem, x: Tensor, *, partial, partial_ws, partial_bs, w1, w2, hidden,
     channel_gate, d_excited, d_hidden, d_mean, sample_ws, sample_bs, GATE: int,
 ) -> None:  # fmt: skip
     """Fills what of d_excited to sample_bs is not None: one launch, or two."""
@@ -358,9 +377,11 @@ def plan_excitation_backward(
     if rows is None or partial is None:
         plan.launch(
             excite_backward_kernel, (n, branches),
-            partial, partial_ws, partial_bs, w1, w2, hidden, channel_gate,
-            d_excited, d_hidden, d_mean, sample_ws, sample_bs,
-            c, j, s, p.strips,
+            partial_ptr=partial, partial_ws_ptr=partial_ws, partial_bs_ptr=partial_bs,
+            w1_ptr=w1, w2_ptr=w2, hidden_ptr=hidden, channel_gate_ptr=channel_gate,
+            d_excited_ptr=d_excited, d_hidden_ptr=d_hidden, d_mean_ptr=d_mean,
+            sample_ws_ptr=sample_ws, sample_bs_ptr=sample_bs,
+            C=c, Cr=j, S=s, strips=p.strips,
             GATE=GATE, **p.excitation(x),
         )  # fmt: skip
         return
@@ -421,6 +442,10 @@ def backward(
     run_plan(_plan_backward, choices, (x, dy), parameters, (pooled, hidden, channel_gate, *results))
 
 
+#: What kernels call the parameters' gradients, in the operators' order.
+GRADIENTS = ("dw1_ptr", "db1_ptr", "dw2_ptr", "db2_ptr", "dws_ptr", "dbs_ptr")
+
+
 def _plan_backward(
     plan: Plan, choices: tuple, x: Tensor, dy: Tensor, *others: Tensor | None
 ) -> None:
@@ -436,7 +461,10 @@ def _plan_backward(
     in_x, in_dy = _in_format(x, memory_format), _in_format(dy, memory_format)
     out_dx = _dense(dx, p.channels_last) if need_dx else Map(dx, 0, 0)
     x, dy, w1, _, w2, _, ws, bs, pooled, hidden, channel_gate, *results = plan.given
-    dx, dw1, db1, dw2, db2, dws, dbs = results
+    dx, *gradients = results
+    gradients = dict(zip(GRADIENTS, gradients, strict=True))
+    read_strides = in_dy.strides("dy") | in_x.strides("x") | {"half_dy": p.half(in_dy)}
+    strides = read_strides | out_dx.strides("dx")
     n, c, s, strips = p.samples, p.channels, p.positions, p.strips
 
     def scratch(needed: bool, *shape: int) -> Pointer | None:
@@ -455,18 +483,18 @@ def _plan_backward(
     tasks = gradient_tasks(c, p.hidden, block, need_channel, need_spatial)
     maps = [in_x, in_dy, *([out_dx] if need_dx else [])]
     if n and p.launches == 1:
-        read = [in_dy.tensor, *([in_x.tensor] if reads_x(p.combine) else [])]
+        read = [in_dy.tensor, *([in_x.tensor] if by_gates(p.combine) else [])]
         queue = p.queue(in_x.tensor, 8, *read)
         lag = strips + queue.lead
         plan.launch(
             backward_kernel, (queue.programs,),
-            dy, x, w1, w2, ws, bs, pooled, hidden, channel_gate,
-            partial, partial_ws, partial_bs, spatial_gate, dq,
-            d_excited, d_hidden, d_mean, sample_ws, sample_bs,
-            dx, dw1, db1, dw2, db2, dws, dbs, plan.zeros(2 + n),
-            n, c, p.hidden, s, strips, lag, tasks,
-            in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
-            out_dx.sample, out_dx.pitch,
+            dy_ptr=dy, x_ptr=x, w1_ptr=w1, w2_ptr=w2, ws_ptr=ws, bs_ptr=bs, pooled_ptr=pooled,
+            hidden_ptr=hidden, channel_gate_ptr=channel_gate, partial_ptr=partial,
+            partial_ws_ptr=partial_ws, partial_bs_ptr=partial_bs, spatial_gate_ptr=spatial_gate,
+            dq_ptr=dq, d_excited_ptr=d_excited, d_hidden_ptr=d_hidden, d_mean_ptr=d_mean,
+            sample_ws_ptr=sample_ws, sample_bs_ptr=sample_bs, dx_ptr=dx, **gradients,
+            counters_ptr=plan.zeros(2 + n),
+            N=n, C=c, Cr=p.hidden, S=s, strips=strips, lag=lag, tasks=tasks, **strides,
             SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
             STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
             BLOCK=block, GATE=gate, RESIDUAL=residual, **p.constants(*maps),
@@ -476,28 +504,30 @@ def _plan_backward(
     if n:
         plan.launch(
             reduce_kernel, (n * strips,),
-            dy, x, ws, bs, channel_gate, partial, partial_ws, partial_bs, spatial_gate, dq,
-            c, s, strips, in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
+            dy_ptr=dy, x_ptr=x, ws_ptr=ws, bs_ptr=bs, channel_gate_ptr=channel_gate,
+            partial_ptr=partial, partial_ws_ptr=partial_ws, partial_bs_ptr=partial_bs,
+            spatial_gate_ptr=spatial_gate, dq_ptr=dq,
+            C=c, S=s, strips=strips, **read_strides,
             SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
             STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate,
             **p.constants(in_x, in_dy),
         )  # fmt: skip
         if sum_channel or need_spatial:
             plan_excitation_backward(
-                plan, p, in_x.tensor, partial, partial_ws, partial_bs, w1, w2, hidden,
-                channel_gate, d_excited, d_hidden, d_mean, sample_ws, sample_bs, gate,
+                plan, p, in_x.tensor, partial=partial, partial_ws=partial_ws,
+                partial_bs=partial_bs, w1=w1, w2=w2, hidden=hidden, channel_gate=channel_gate,
+                d_excited=d_excited, d_hidden=d_hidden, d_mean=d_mean,
+                sample_ws=sample_ws, sample_bs=sample_bs, GATE=gate,
             )  # fmt: skip
-    row_strips = triton.cdiv(s, p.tile.block_s)
-    tiles = n * row_strips * triton.cdiv(c, p.tile.block_c) if need_dx else 0
+    tiles = n * p.tiles if need_dx else 0
     if tiles + tasks:
         plan.launch(
             apply_backward_kernel, (tiles + tasks,),
-            dy, x, channel_gate, spatial_gate, dq, d_mean, ws, dx,
-            d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs,
-            dw1, db1, dw2, db2, dws, dbs,
-            n, c, p.hidden, s, row_strips, tiles,
-            in_dy.sample, in_dy.pitch, p.half(in_dy), in_x.sample, in_x.pitch,
-            out_dx.sample, out_dx.pitch,
+            dy_ptr=dy, x_ptr=x, channel_gate_ptr=channel_gate, spatial_gate_ptr=spatial_gate,
+            dq_ptr=dq, d_mean_ptr=d_mean, ws_ptr=ws, dx_ptr=dx, d_excited_ptr=d_excited,
+            d_hidden_ptr=d_hidden, pooled_ptr=pooled, hidden_ptr=hidden, sample_ws_ptr=sample_ws,
+            sample_bs_ptr=sample_bs, **gradients,
+            N=n, C=c, Cr=p.hidden, S=s, blocks_s=p.blocks_s, tiles=tiles, **strides,
             RESIDUAL=residual, NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=block,
             **p.constants(*maps),
         )  # fmt: skip

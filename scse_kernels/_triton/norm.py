@@ -1,4 +1,4 @@
-"""BatchNorm and ReLU on the way from u to scSE's input: what every pass over the map makes of u.
+"""BatchNorm and ReLU, which every pass over the map applies to u.
 
 v = scale * (u - mean) + shift,  z = relu(v)        scale = weight / sqrt(var + eps)
 """
@@ -11,8 +11,8 @@ from .primitives import load
 
 @triton.jit
 def reciprocal_root(x):
-    """1 / sqrt(x): the hardware's approximation and a step of Newton's method, since an error here
-    would be one of the whole channel."""
+    """1 / sqrt(x): the hardware's approximation and a step of Newton's method. An error here would
+    be one of the whole channel."""
     r = tl.rsqrt(x)
     return r * (1.5 - 0.5 * x * r * r)
 

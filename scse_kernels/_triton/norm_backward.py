@@ -1,31 +1,21 @@
 """The backward's passes over u and dy, and the sums between them. The derivation is in
-scse_kernels/batch_norm/reference.py; with its g, each sample's each strip sums up
+scse_kernels/batch_norm/reference.py. With the g from there, each strip of each sample sums up
 
     one = sum m,  u = sum m ud,  g = sum g,  gu = sum g ud         m = (v > 0), ud = u - mean
 
-besides the sums that scSE has always needed (see reduce.py, with z in place of x).
+besides the sums that scSE needs anyway (see reduce.py; z stands in place of x).
 """
 
 import triton
 import triton.language as tl
 
 from .activation import SIGMOID, gate_gradient
+from .apply import load_gates
 from .combine import CHANNEL, CONCAT, SPATIAL, by_gates, direct, shares
 from .norm import active, load_norm, normalised, reciprocal_root
 from .parameters import parameter_gradients
 from .primitives import accumulator, index, inside, load, offsets, shown, sum_in_pairs
-from .reduce import gate_inside
-
-
-@triton.jit
-def load_tile(
-    ptr, begin, s, C, S, pitch, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The tile [BLOCK_C, BLOCK_S] of one sample, in its own dtype."""
-    c = begin + tl.arange(0, BLOCK_C)
-    at = offsets(index(c, WIDE), index(s, WIDE), pitch, CHANNELS_LAST, ALIGN)
-    return tl.load(ptr + at, mask=inside(c, s, C, S, CHANNELS_LAST, ALIGN), other=0.0)
+from .reduce import gate_inside, load_tile
 
 
 @triton.jit
@@ -33,7 +23,7 @@ def load_gradient(
     ptr, half, begin, s, C, S, pitch, COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of dy and, for CONCAT, of its second half; elsewhere nobody looks at that."""
+    """The tiles of dy and, for CONCAT, of its second half. The second is not used elsewhere."""
     dy = load_tile(ptr, begin, s, C, S, pitch, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
     dy2 = dy
     if COMBINE == CONCAT:
@@ -322,7 +312,7 @@ def norm_apply_backward_kernel(
     C,
     Cr,
     S,
-    strips,
+    blocks_s,  # tiles side by side along S
     tiles,  # programs for du; those before them sum the parameters' gradients over the batch
     stride_dyn,
     pitch_dy,
@@ -348,31 +338,17 @@ def norm_apply_backward_kernel(
     if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
         if tile >= tiles:
             parameter_gradients(
-                tile - tiles,
-                d_excited_ptr,
-                d_hidden_ptr,
-                pooled_ptr,
-                hidden_ptr,
-                sample_ws_ptr,
-                sample_bs_ptr,
-                dw1_ptr,
-                db1_ptr,
-                dw2_ptr,
-                db2_ptr,
-                dws_ptr,
-                dbs_ptr,
-                N,
-                C,
-                Cr,
-                BLOCK,
-            )
+                tile - tiles, d_excited_ptr, d_hidden_ptr, pooled_ptr, hidden_ptr,
+                sample_ws_ptr, sample_bs_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, dws_ptr, dbs_ptr,
+                N, C, Cr, BLOCK,
+            )  # fmt: skip
             return
     if NEED_DU:
         ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
-        blocks = tl.cdiv(C, BLOCK_C)
-        n = index(tile // (strips * blocks), WIDE)
-        s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
-        begin = (tile % blocks) * BLOCK_C
+        blocks_c = tl.cdiv(C, BLOCK_C)
+        n = index(tile // (blocks_s * blocks_c), WIDE)
+        s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+        begin = (tile % blocks_c) * BLOCK_C
         c = begin + tl.arange(0, BLOCK_C)
         dy_ptr += n * shown(stride_dyn, ALIGN)
         u_ptr += n * shown(stride_un, ALIGN)
@@ -384,12 +360,9 @@ def norm_apply_backward_kernel(
         mean, scale, shift = load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC)
         ud = u.to(ACC) - mean
         v = normalised(ud, scale, shift, mask)
-        channel_gate = 0.0
-        spatial_gate = 0.0
-        if COMBINE != SPATIAL:
-            channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-        if COMBINE != CHANNEL:
-            spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+        channel_gate, spatial_gate = load_gates(
+            channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
+        )
         dv = direct(active(v, v), dy.to(ACC), dy2.to(ACC), channel_gate, spatial_gate, COMBINE)
         if COMBINE != SPATIAL:
             dv += load(d_mean_ptr + n * C + c, c < C, ACC)[:, None]

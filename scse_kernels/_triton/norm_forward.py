@@ -1,10 +1,11 @@
-"""The forward's passes over u after its statistics: as squeeze.py and apply.py, with BatchNorm and
-ReLU before them."""
+"""The forward's passes over u once its statistics are known. They are those of squeeze.py and
+apply.py, behind BatchNorm and ReLU."""
 
 import triton
 import triton.language as tl
 
 from .activation import SIGMOID, gate_of
+from .apply import load_gates
 from .combine import CHANNEL, CONCAT, SPATIAL, value
 from .norm import active, load_norm, normalised
 from .primitives import accumulator, index, inside, load, offsets, shown
@@ -97,7 +98,7 @@ def norm_apply_kernel(
     y_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     C,
     S,
-    strips,
+    blocks_s,  # tiles side by side along S
     stride_un,
     pitch_u,
     stride_yn,
@@ -111,26 +112,23 @@ def norm_apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A program for each tile. Reads u and the small tensors once, writes y. From the last tile to
-    the first, as the end of u is what the squeeze left in L2."""
+    """A program for each tile. Reads u and the small tensors once, writes y. Goes from the last
+    tile to the first: the end of u is what the squeeze left in L2."""
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C)
-    n = index(tile // (strips * blocks), WIDE)
-    s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tile % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    n = index(tile // (blocks_s * blocks_c), WIDE)
+    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = (tile % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_u, CHANNELS_LAST, ALIGN)
     u = load(u_ptr + n * shown(stride_un, ALIGN) + at, mask, ACC)
     mean, scale, shift = load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC)
     v = normalised(u - mean, scale, shift, mask)
     z = active(v, v)
-    channel_gate = 0.0
-    spatial_gate = 0.0
-    if COMBINE != SPATIAL:
-        channel_gate = load(channel_gate_ptr + n * C + c, c < C, ACC)[:, None]
-    if COMBINE != CHANNEL:
-        spatial_gate = load(spatial_gate_ptr + n * S + s, s < S, ACC)[None, :]
+    channel_gate, spatial_gate = load_gates(
+        channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
+    )
 
     y_ptr += n * shown(stride_yn, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_y, CHANNELS_LAST, ALIGN)

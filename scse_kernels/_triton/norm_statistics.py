@@ -1,7 +1,7 @@
 """BatchNorm's statistics: each strip's own mean and sum of squared deviations, then merged.
 
-Nowhere is a square of a mean taken from a mean of squares, so a mean of a thousand standard
-deviations does no harm.
+The variance is not formed as the mean of squares minus the square of the mean. So a mean of a
+thousand standard deviations does no harm.
 """
 
 import triton
@@ -50,7 +50,7 @@ def norm_statistics_kernel(
 
 @triton.jit
 def move(ptr, towards, momentum, mask, ACC: tl.constexpr):
-    """What torch.Tensor.lerp_ does, which is exact for a momentum of 0 and of 1."""
+    """Does what torch.Tensor.lerp_ does: exact for a momentum of 0 and of 1."""
     here = load(ptr, mask, ACC)
     step = towards - here
     there = tl.where(momentum < 0.5, here + momentum * step, towards - step * (1 - momentum))

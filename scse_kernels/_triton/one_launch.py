@@ -1,40 +1,43 @@
 """All steps in one launch: a sample's second pass follows its first while the map is still in L2.
 
-A grid of a few programs, about as many as the device runs at once, takes its work from a queue. A
+The grid has about as many programs as the device runs at once. They take their work from a queue. A
 program draws a number from a counter, the ticket t, and does strip t of the first pass, then strip
 t - lag of the second. So a strip is read again when only its own sample and a few more strips have
-passed through L2. Who finishes the last strip of a sample's first pass forms the sample's gates
-(in the backward: the gradients before them). The parameters' gradients follow the first pass.
+passed through L2. The program that finishes the last strip of a sample's first pass forms the
+sample's gates (in the backward: the gradients before them). The parameters' gradients follow the
+first pass.
 
 Nothing deadlocks, however few programs run at once. A strip of the second pass waits for its
-sample, whose strips of the first pass all have lower tickets, or this very one, as lag is a
-sample's strips at least. Lower tickets were drawn by programs that run already, and the lowest
-unfinished one waits for nobody.
+sample. The sample's strips of the first pass have lower tickets, or this very one, as lag is a
+sample's strips at least. Programs that drew lower tickets run already, and the lowest unfinished
+one waits for nobody.
 
-Nothing depends on who does what: the partial sums are the strips', added in their fixed order. So
-results are those of three launches to the last bit.
+No result depends on which program does what: each strip has its partial sums, and they are added in
+a fixed order. So results are those of three launches to the last bit.
 
-`counters` must be zeros: tickets drawn; then for each sample its strips of the first pass that are
-finished, plus one when its excitation is; in the backward at last the finished samples. Between the
-stores of a program's threads and the atomic operation that announces them stands a barrier, and
-another one between seeing an announcement and reading, as Triton sets none.
+`counters` must be zeros. The first counts the tickets. Then each sample has one: its finished
+strips of the first pass, plus one when its excitation is done. In the backward the last one counts
+the finished samples. A barrier stands between the stores of a program's threads and the atomic
+operation that announces them, and another one between seeing an announcement and reading. Triton
+sets none there.
 
-The loop over tickets keeps loop-invariant code inside (`disable_licm`): the addresses of all steps
-would else wait in registers during each.
+Loop-invariant code stays inside of the loop over tickets (`disable_licm`). Else the addresses of
+all steps would occupy registers during each step.
 """
 
 import triton
 import triton.language as tl
 
-from .apply import apply_backward_kernel, apply_kernel
-from .combine import SPATIAL, reads_x
-from .excite import excite_backward_kernel, excite_kernel
+from .apply import apply_backward_tile, apply_tile
+from .combine import SPATIAL, by_gates
+from .excite import excite_backward_sample, excite_sample
 from .parameters import parameter_gradients
-from .reduce import reduce_kernel
-from .squeeze import squeeze_kernel
+from .reduce import reduce_strip
+from .squeeze import squeeze_strip
 
-# For the last time that a map is read, and for what is written: it need not stay in L2.
-LAST = tl.constexpr("evict_first")
+# The caches' policy where a map is read for the last time, and for what is written: neither need
+# stay in L2.
+EVICT_FIRST = tl.constexpr("evict_first")
 
 if triton.knobs.runtime.interpret:
 
@@ -54,7 +57,8 @@ def draw(tickets_ptr):
 
 @triton.jit
 def announce(counter_ptr):
-    """Adds one to a counter, for all that this program's threads did; the count before."""
+    """Adds one to a counter, after all that this program's threads did. Returns the count
+    before."""
     tl.debug_barrier()
     before = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
     tl.debug_barrier()
@@ -118,26 +122,26 @@ def forward_kernel(
     """Reads x twice, the second time from L2; writes y."""
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     items = N * strips
-    rows = tl.cdiv(S, BLOCK_S)
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks_s = tl.cdiv(S, BLOCK_S)
+    blocks_c = tl.cdiv(C, BLOCK_C)
     done_ptr = counters_ptr + 1
     ticket = draw(counters_ptr)
     while condition(ticket < items + lag, disable_licm=True):
         if ticket < items:
             n = ticket // strips
-            squeeze_kernel(
-                x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr,
+            squeeze_strip(
+                ticket, x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr,
                 C, S, strips, stride_xn, pitch_x,
-                COMBINE, CHANNELS_LAST, ALIGN, WIDE, HOLD, TILES, BLOCK_C, BLOCK_S, GATE, ticket,
+                COMBINE, CHANNELS_LAST, ALIGN, WIDE, HOLD, TILES, BLOCK_C, BLOCK_S, GATE,
             )  # fmt: skip
             before = announce(done_ptr + n)
             if HAS_CHANNEL:  # noqa: SIM102 (one is known when compiling, the other when running)
                 if before == strips - 1:
-                    excite_kernel(
-                        partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
+                    excite_sample(
+                        n, N, partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
                         pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
                         EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE,
-                        ACTIVATION, SLOPE, GATE, n, N,
+                        ACTIVATION, SLOPE, GATE,
                     )  # fmt: skip
                     announce(done_ptr + n)
         item = ticket - lag
@@ -145,13 +149,13 @@ def forward_kernel(
             n = item // strips
             strip = item % strips
             wait(done_ptr + n, strips + HAS_CHANNEL)
-            begin = (n * rows + strip * TILES) * blocks
-            end = (n * rows + tl.minimum((strip + 1) * TILES, rows)) * blocks
+            begin = (n * blocks_s + strip * TILES) * blocks_c
+            end = (n * blocks_s + tl.minimum((strip + 1) * TILES, blocks_s)) * blocks_c
             for tile in range(begin, end):
-                apply_kernel(
-                    x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
-                    C, S, rows, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
-                    COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, LAST, tile,
+                apply_tile(
+                    tile, x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
+                    C, S, blocks_s, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
+                    COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, EVICT_FIRST,
                 )  # fmt: skip
         ticket = draw(counters_ptr)
 
@@ -224,10 +228,10 @@ def backward_kernel(
 ):
     """Reads dy twice, the second time from L2, and x once, twice where dx depends on it; writes dx
     and the parameters' gradients."""
-    POLICY_X: tl.constexpr = "" if reads_x(COMBINE) else LAST
+    POLICY_X: tl.constexpr = "" if by_gates(COMBINE) else EVICT_FIRST
     items = N * strips
-    rows = tl.cdiv(S, BLOCK_S)
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks_s = tl.cdiv(S, BLOCK_S)
+    blocks_c = tl.cdiv(C, BLOCK_C)
     done_ptr = counters_ptr + 1
     samples_ptr = done_ptr + N
     tickets = items + tl.maximum(tasks, lag * NEED_DX)
@@ -235,20 +239,19 @@ def backward_kernel(
     while condition(ticket < tickets, disable_licm=True):
         if ticket < items:
             n = ticket // strips
-            reduce_kernel(
-                dy_ptr, x_ptr, ws_ptr, bs_ptr, channel_gate_ptr,
+            reduce_strip(
+                ticket, dy_ptr, x_ptr, ws_ptr, bs_ptr, channel_gate_ptr,
                 partial_ptr, partial_ws_ptr, partial_bs_ptr, spatial_gate_ptr, dq_ptr,
                 C, S, strips, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x,
                 COMBINE, CHANNELS_LAST, ALIGN, WIDE, SUM_CHANNEL, SUM_SPATIAL, WEIGH, STORE_GATES,
-                HOLD, TILES, BLOCK_C, BLOCK_S, GATE, POLICY_X, ticket,
+                HOLD, TILES, BLOCK_C, BLOCK_S, GATE, POLICY_X,
             )  # fmt: skip
             if announce(done_ptr + n) == strips - 1:
-                excite_backward_kernel(
-                    partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
+                excite_backward_sample(
+                    n, N, True, True, partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
                     hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr,
                     sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE,
-                    GATE, n, N,
+                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, GATE,
                 )  # fmt: skip
                 announce(done_ptr + n)
                 announce(samples_ptr)
@@ -265,15 +268,14 @@ def backward_kernel(
                 n = item // strips
                 strip = item % strips
                 wait(done_ptr + n, strips + 1)
-                begin = (n * rows + strip * TILES) * blocks
-                end = (n * rows + tl.minimum((strip + 1) * TILES, rows)) * blocks
+                begin = (n * blocks_s + strip * TILES) * blocks_c
+                end = (n * blocks_s + tl.minimum((strip + 1) * TILES, blocks_s)) * blocks_c
                 for tile in range(begin, end):
-                    apply_backward_kernel(
-                        dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr,
-                        ws_ptr, dx_ptr, None, None, None, None, None, None,
-                        None, None, None, None, None, None,
-                        N, C, Cr, S, rows, 0, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x,
-                        stride_dxn, pitch_dx, COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, True,
-                        False, BLOCK_C, BLOCK_S, BLOCK, LAST, tile,
+                    apply_backward_tile(
+                        tile, dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr,
+                        ws_ptr, dx_ptr, C, S, blocks_s, stride_dyn, pitch_dy, half_dy,
+                        stride_xn, pitch_x, stride_dxn, pitch_dx,
+                        COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S,
+                        EVICT_FIRST,
                     )  # fmt: skip
         ticket = draw(counters_ptr)

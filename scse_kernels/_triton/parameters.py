@@ -5,7 +5,8 @@ import triton.language as tl
 
 from .primitives import accumulator, load, sum_in_pairs, sum_rows
 
-# Samples whose rows are loaded together, before any is used: one wait for memory to so many.
+# The rows of so many samples are loaded before any is used: so there is one wait for memory to all
+# of them.
 SAMPLES = tl.constexpr(16)
 
 
@@ -23,8 +24,8 @@ def dense_gradient(
 ):
     """weight = left.T @ right and bias = left.sum(0), the block-th tile [BLOCK, BLOCK] of it.
 
-    An element of weight is summed by one thread, sample after sample (with matrix units, in
-    float64, four by four), so neither BLOCK nor the number of warps changes a bit.
+    One thread sums an element of weight, sample after sample (matrix units, in float64, take four
+    at a time). So neither BLOCK nor the number of warps changes a bit.
     """
     ACC: tl.constexpr = accumulator(left_ptr.dtype.element_ty)
     blocks = tl.cdiv(columns, BLOCK)

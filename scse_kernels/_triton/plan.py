@@ -1,13 +1,13 @@
-"""What can be known of a call before it comes: a plan for each kind of call, made once.
+"""A plan for each kind of call, made once: all of a call that is known before it comes.
 
-Triton's own way to launch a kernel binds and inspects each argument every time, which takes the
-host longer than the GPU needs for a small map. Here the first call of a kind writes down its
-launches, in `Plan`, and goes Triton's way; that compiles the kernels. The calls after it put
-addresses in the places of a list and hand that to the compiled kernels.
+Triton's own way to launch a kernel binds and inspects each argument every time. That takes the host
+longer than the GPU needs for a small map. Here the first call of a kind writes its launches into a
+`Plan` and goes Triton's way, which compiles the kernels. Later calls put addresses into a list and
+hand them to the compiled kernels.
 
-The kind is all that a plan, or a compiled kernel, was made for: sizes, strides and dtypes, which
-tensors are missing, which addresses are multiples of 16 bytes (Triton compiles other code for
-those), the device, and the settings that are read at each call.
+The kind is all that a plan, or a compiled kernel, depends on: sizes, strides and dtypes; which
+tensors are missing; which addresses are multiples of 16 bytes (Triton compiles other code for
+those); the device; and the settings that are read at each call.
 """
 
 import inspect
@@ -25,18 +25,20 @@ from triton.runtime import driver
 from ..reference import accumulation_dtype
 from . import NEWEST, OLDEST, tuning, version
 
-#: Kernels run in Triton's interpreter; it knows no driver, and its calls take milliseconds.
+#: Kernels run in Triton's interpreter. It has no driver, and its calls take milliseconds.
 _INTERPRETED = knobs.runtime.interpret
 
 #: A piece of scratch begins at a multiple of so many elements, so at one of 128 bytes.
 _LINE = 32
-#: Plans that are kept, at most. Beyond it all are made anew: images of ever new sizes.
+#: So many plans are kept at most: images of ever new sizes would make ever more. Beyond that all
+#: are made anew.
 _MOST = 4096
 
 
 class Pointer(NamedTuple):
-    """Stands for a tensor where launches are written down: the one at `place` among those that are
-    "given", the pieces of "scratch", or the tensors of "zeros". Or for one of a call's "numbers".
+    """Stands for a tensor where launches are written down: the one at `place` among the tensors
+    that are "given", the pieces of "scratch" or the tensors of "zeros". Or it stands for one of a
+    call's "numbers".
     """
 
     kind: str
@@ -44,7 +46,8 @@ class Pointer(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel and its arguments in order, with pointers for tensors; options such as num_warps."""
+    """A kernel, its arguments in order, with pointers for tensors, and options such as
+    num_warps."""
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]
@@ -53,15 +56,15 @@ class Launch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What is left to do for a call: `launches` are launchers with what they take, the last one
+    """What is left to do for a call. `launches`: launchers, and what they take. The last of that
     picks a kernel's arguments from a list of tensors, scratch, zeros, numbers and `constants`."""
 
     launches: list[tuple]
     constants: list
     offsets: list[int]  # bytes from the begin of scratch to each piece
     memory: int  # elements of scratch in all
-    hooks: list[list]  # of each kernel, which want to see its arguments
-    kernels: list  # kept, for one without an owner is unloaded
+    hooks: list[list]  # of each kernel; a hook wants to see its arguments
+    kernels: list  # kept: a kernel without an owner is unloaded
 
 
 class Plan:
@@ -72,10 +75,10 @@ class Plan:
     ) -> None:
         #: A pointer for each tensor, None for what is missing.
         self.given = [None if t is None else Pointer("given", i) for i, t in enumerate(tensors)]
-        #: For what differs from call to call within a kind.
+        #: For floats that differ from call to call within a kind.
         self.numbers = [Pointer("numbers", i) for i in range(numbers)]
         self.launches: list[Launch] = []
-        #: Of timings; kept, for its identity is part of the kind.
+        #: The table of timings. Kept, since its identity is part of the kind.
         self.table = tuning.table(tensors[0].device)
         self._sums, self._sizes, self._zeros = sums, [], []
         self._prepared: Prepared | None = None
@@ -89,11 +92,11 @@ class Plan:
         return Pointer("scratch", len(self._sizes) - 1)
 
     def zeros(self, size: int) -> Pointer:
-        """int32 zeros, for each call anew: counters of a kernel of one launch.
+        """int32 zeros, new ones for each call: counters of a kernel of one launch.
 
-        Filling them is a second, tiny node for the device. A buffer that each launch leaves as
-        zeros would save it, but it would be shared by all graphs captured on a stream, whose
-        replays may overlap, and would live on in a memory pool of theirs.
+        Filling them is a second, tiny piece of work for the device. A buffer that each launch
+        leaves as zeros would save it. But all graphs captured on a stream would share that buffer,
+        their replays may overlap, and it would live on in their memory pool.
         """
         self._zeros.append(size)
         return Pointer("zeros", len(self._zeros) - 1)
@@ -183,8 +186,8 @@ class Plan:
 
 
 def _is_known(kernel) -> bool:
-    """Whether Triton's `kernel[grid](...)` gave a compiled kernel, whose launcher takes what those
-    of the versions take that were tried."""
+    """Whether Triton's `kernel[grid](...)` gave a compiled kernel with a launcher that takes the
+    known arguments: those of the versions that were tried."""
     launcher = getattr(kernel, "run", None)
     return (
         OLDEST <= version(triton.__version__) <= NEWEST
@@ -194,8 +197,8 @@ def _is_known(kernel) -> bool:
 
 
 def _watched() -> bool:
-    """Whether someone wants to know of launches or to change what is compiled: Triton's profilers
-    and debuggers. Then launches go Triton's own way."""
+    """Whether Triton's profilers or debuggers want to know of launches, or to change what is
+    compiled. Then launches go Triton's own way."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
@@ -207,20 +210,20 @@ def _watched() -> bool:
     )
 
 
-#: The driver, and the plans that were made with it. Another driver is another kind of device: one
-#: that stands in for a GPU.
+#: The driver, and the plans that were made with it. Another driver means another kind of device,
+#: such as one that stands in for a GPU.
 _kept: tuple[object, dict[tuple, Plan]] = (None, {})
 
 
 def forget() -> None:
-    """Plans are made anew: the table of timings was changed."""
+    """Has all plans made anew, after the table of timings was changed."""
     global _kept
     _kept = (None, {})
 
 
 def takes_addresses(device: int) -> bool:
-    """Whether launchers for the device get addresses. What stands in for a GPU on tensors of the
-    host gets the tensors, to check their bounds."""
+    """Whether launchers for the device get addresses. A stand-in for a GPU works on tensors of the
+    host; it gets the tensors, to check their bounds."""
     return device >= 0
 
 

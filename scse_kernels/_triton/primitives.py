@@ -1,4 +1,4 @@
-"""What the kernels share: how a program finds its tile, sums over rows, small dense layers.
+"""What the kernels share: finding a tile, sums over rows, small dense layers.
 
 A feature map [N, C, S] is walked in tiles [BLOCK_C, BLOCK_S]. Of its two inner axes one has stride
 1 (S in contiguous maps, C in channels_last ones) and the other one stride `pitch`. ALIGN divides
@@ -26,7 +26,7 @@ def halvings(size):
 
 @triton.jit
 def shown(size, ALIGN: tl.constexpr):
-    """`size`, in a form from which the compiler sees that ALIGN divides it, for wide accesses."""
+    """`size`, written so that the compiler sees that ALIGN divides it. So accesses are wide."""
     return size // ALIGN * ALIGN
 
 
@@ -70,11 +70,11 @@ def store(ptr, elements, mask, POLICY: tl.constexpr):
 def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
     """The sum of x [rows, columns] over one axis, always two elements at a time.
 
-    a + b is b + a: so the result is the same to the last bit however a compiler lays x out over
+    As a + b is b + a, the result is the same to the last bit however the compiler spreads x over
     threads, and for any number of warps. (In `tl.sum` the order of the terms follows the layout.)
     Pairs are neighbours (NEAR) or lie half of the axis apart. NEAR is for the axis that is dense in
-    memory, of which a thread has neighbours: what it has itself should be added first, and what
-    is in other warps last.
+    memory. A thread has neighbours there: it should first add what it has itself, and last what
+    other warps have.
     """
     for _ in tl.static_range(halvings(x.shape[axis])):
         if axis == 0:
@@ -90,8 +90,8 @@ def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
 def sum_rows(ptr, rows, size, i, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """sum_r ptr[r, i] of ptr [rows, size], for the columns i [BLOCK].
 
-    In tiles [BLOCK, BLOCK_ROWS], unlike `vecmat`: tiles of one shape may get one layout, and that
-    of two bytes to an element is a bad one for four.
+    In tiles [BLOCK, BLOCK_ROWS], the other way round than `vecmat`: Triton may give tiles of one
+    shape one layout, and the layout for elements of two bytes is a bad one for four.
     """
     total = tl.zeros([BLOCK, BLOCK_ROWS], ACC)
     for begin in range(0, rows, BLOCK_ROWS):

@@ -29,7 +29,7 @@ def load_tile(
 
 @triton.jit
 def gate_inside(q, s, S, GATE: tl.constexpr):
-    """The spatial gate; 0 outside of the map, where an infinite weight would have made q NaN."""
+    """The spatial gate; 0 outside of the map. (An infinite weight makes q NaN there.)"""
     return tl.where(s < S, gate_of(q, GATE), 0.0)
 
 
@@ -66,12 +66,29 @@ def reduce_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     GATE: tl.constexpr,
-    POLICY: tl.constexpr = NORMAL,
-    item=None,
 ):
-    """A program for each sample and strip (TILES tiles), or this one does the strip `item`. Reads x
-    and dy once from memory; writes what is asked for: the sums for the channel gate (SUM_CHANNEL),
-    those for ws and bs (WEIGH), the spatial gate and dq (STORE_GATES).
+    """A program for each sample and strip (TILES tiles). Reads x and dy once from memory; writes
+    what is asked for: the sums for the channel gate (SUM_CHANNEL), those for ws and bs (WEIGH), the
+    spatial gate and dq (STORE_GATES)."""
+    reduce_strip(
+        tl.program_id(0), dy_ptr, x_ptr, ws_ptr, bs_ptr, channel_gate_ptr,
+        partial_ptr, partial_ws_ptr, partial_bs_ptr, spatial_gate_ptr, dq_ptr,
+        C, S, strips, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x,
+        COMBINE, CHANNELS_LAST, ALIGN, WIDE, SUM_CHANNEL, SUM_SPATIAL, WEIGH, STORE_GATES,
+        HOLD, TILES, BLOCK_C, BLOCK_S, GATE, NORMAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def reduce_strip(
+    item, dy_ptr, x_ptr, ws_ptr, bs_ptr, channel_gate_ptr, partial_ptr, partial_ws_ptr,
+    partial_bs_ptr, spatial_gate_ptr, dq_ptr, C, S, strips, stride_dyn, pitch_dy, half_dy,
+    stride_xn, pitch_x, COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    WIDE: tl.constexpr, SUM_CHANNEL: tl.constexpr, SUM_SPATIAL: tl.constexpr, WEIGH: tl.constexpr,
+    STORE_GATES: tl.constexpr, HOLD: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, GATE: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """The strip `item` of all samples' strips.
 
     HOLD: BLOCK_C covers all channels, and x waits in registers for its later uses. Without, TILES
     is 1 and x is read again for each, from a cache, as a strip is narrow. POLICY: the caches' for
@@ -79,8 +96,6 @@ def reduce_kernel(
     """
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
     GATE_FIRST: tl.constexpr = by_gates(COMBINE)
-    if item is None:
-        item = tl.program_id(0)
     n = index(item // strips, WIDE)
     strip = item % strips
     x_ptr += n * shown(stride_xn, ALIGN)

@@ -29,25 +29,37 @@ def squeeze_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     GATE: tl.constexpr,
-    item=None,
 ):
-    """A program for each sample and strip (TILES tiles), or this one does the strip `item`. Reads x
-    once; writes channel sums and spatial gates. HOLD: BLOCK_C covers all channels; TILES is 1
+    """A program for each sample and strip (TILES tiles). Reads x once; writes channel sums and
+    spatial gates."""
+    squeeze_strip(
+        tl.program_id(0), x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr,
+        C, S, strips, stride_xn, pitch_x,
+        COMBINE, CHANNELS_LAST, ALIGN, WIDE, HOLD, TILES, BLOCK_C, BLOCK_S, GATE,
+    )  # fmt: skip
+
+
+@triton.jit
+def squeeze_strip(
+    item, x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr, C, S, strips, stride_xn, pitch_x,
+    COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    HOLD: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    GATE: tl.constexpr,
+):  # fmt: skip
+    """The strip `item` of all samples' strips. HOLD: BLOCK_C covers all channels; TILES is 1
     without."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
-    if item is None:
-        item = tl.program_id(0)
     n = index(item // strips, WIDE)
     strip = item % strips
     x_ptr += n * shown(stride_xn, ALIGN)
     if HAS_CHANNEL:
         partial_ptr += index(item, WIDE) * C
 
-    # Zeros that the compiler doesn't know as such. In a loop Triton (3.6 to 3.8) rewrites
-    # `constant += sum(load)`, with registers in a wrong order: channels of float32 channels_last
-    # maps were mixed up.
+    # Zeros that the compiler does not recognise. Triton (3.6 to 3.8) rewrites `constant +=
+    # sum(load)` in a loop, with registers in a wrong order: channels of float32 channels_last maps
+    # were mixed up.
     channel_sum = tl.zeros([BLOCK_C], ACC) + (item < 0).to(ACC)
     for tile in range(TILES):
         s = (strip * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S)

@@ -1,8 +1,9 @@
 """What `python -m bench tune` found to be faster on a device than the choices of `heuristics.py`.
 
-One JSON file to a device: SCSE_TUNING names it, else it lies in the user's cache folder. It is read
-once, when a map on the device is first met. A file is used as a whole or not at all: one that can't
-be read, or that was written for another device or another Triton, is left aside with one warning.
+There is one JSON file for each device. SCSE_TUNING names it, else it lies in the user's cache
+folder. It is read once, when a map on the device is first met. A file is used as a whole or not at
+all: with one warning it is left aside where it can't be read, or was written for another device or
+another Triton.
 
     {"device": "NVIDIA H100 80GB HBM3", "triton": "3.7.1", "entries": [
       {"channels": 64, "positions": 4096, "samples": 4, "dtype": "float16",
@@ -31,8 +32,8 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Kind:
-    """What an entry is for: maps of so many channels, and of positions and samples up to a power
-    of two (and more than half of it)."""
+    """The maps that an entry is for: so many channels; positions and samples up to these powers of
+    two, and more than half of them."""
 
     channels: int
     positions: int

@@ -1,7 +1,7 @@
 """BatchNorm, ReLU and scSE as one operator: one map is saved for the backward, the input.
 
-As in the package itself: `modules` -> `functional` -> `autograd` -> `ops`, and `reference`, which
-is the definition and has the derivation of the backward.
+The layers are those of the package itself: `modules` -> `functional` -> `autograd` -> `ops`.
+`reference` is the definition and has the derivation of the backward.
 """
 
 from .functional import bn_relu_scse

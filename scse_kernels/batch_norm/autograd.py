@@ -39,7 +39,7 @@ class BNReLUSCSE(torch.autograd.Function):
             return (None,) * 9 + rest
         saved = ctx.saved_tensors  # the nine inputs, then mean and var and the other small ones
         needs = u, bn_weight, bn_bias, w1, b1, w2, b2, ws, bs = ctx.needs_input_grad[:9]
-        if torch.is_grad_enabled():  # create_graph=True: the result will be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated again
             statistics = (None, None) if ctx.of_batch else saved[9:11]
             return (
                 *_reference_gradients(dy, saved[:9], needs, statistics, ctx.eps, ctx.combine),

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, compiler
-from torch._C import _get_tracing_state
 
 from .. import backends
 from ..functional import (
@@ -11,6 +10,7 @@ from ..functional import (
     _check_parameter,
     _check_spatial,
     _check_x,
+    tracing,
 )
 from ..ops import COMBINE, memory_format, once_differentiable
 from . import ops, reference
@@ -46,15 +46,15 @@ def bn_relu_scse(
                             training, momentum, eps))
         y = scse(z, w1, b1, w2, b2, ws, bs, combine=combine)
 
-    z is never in memory, neither is it saved: the backward computes it again from u.
+    z is never stored: the backward computes it again from u.
 
     Args:
         u: feature map [N, C, *S] with one to three spatial axes, such as a convolution's output;
             float32, float64, float16 or bfloat16, any strides. Sums are formed in float32 (float64
             for float64).
         bn_weight, bn_bias: BatchNorm's, [C] (None: 1 and 0).
-        running_mean, running_var: its running statistics, [C]. In training they are moved towards
-            those of u, in place, once a call, and may be None; else they are used as they are.
+        running_mean, running_var: its running statistics, [C]. In training each call moves them
+            towards those of u, in place; they may be None. Else they are used as they are.
         w1, b1, w2, b2: the channel excitation, as in :func:`scse` (w1 and w2 None: sSE alone).
         ws, bs: the spatial one, as in :func:`scse` (None: cSE alone).
         training: normalise by the statistics of u, as torch.nn.functional.batch_norm does.
@@ -79,7 +79,7 @@ def bn_relu_scse(
         RuntimeError: tensors are on several devices, or the named backend can't be used.
     """
     _check_name(_NAME, "combine", combine, COMBINE)
-    if not _get_tracing_state():  # sizes are tensors there, and comparing them warns
+    if not tracing():
         _check_x(_NAME, u, "u")
         _check_batch_norm(u, bn_weight, bn_bias, running_mean, running_var, training)
         if w1 is None and ws is None:
@@ -102,13 +102,13 @@ def bn_relu_scse(
     if backend in ("operations", "eager"):
         if tracked:
             reference.move(u, *reference.statistics(u), *moving)
-        if backend == "eager" and not training:  # they may change before the backward reads them
+        if backend == "eager" and not training:  # both may change before the backward reads them
             used = (running_mean.clone(), running_var.clone())
         y = reference.bn_relu_scse(*norm, *used, *parameters, eps, combine)
         return y.contiguous(memory_format=memory_format(u)) if backend == "eager" else y
     if torch.is_grad_enabled() and not compiler.is_dynamo_compiling():
-        # Moves them while it runs: when what it saves is packed, torch.utils.checkpoint may end a
-        # recomputation, by an exception.
+        # The statistics move while this runs. Afterwards would be too late: torch.utils.checkpoint
+        # may end a recomputation by an exception, as soon as the saved tensors are packed.
         return BNReLUSCSE.apply(*norm, *parameters, *used, eps, combine, backend, moving)[0]
     if torch.is_grad_enabled():
         inputs = once_differentiable(*norm, *parameters)

@@ -83,14 +83,15 @@ class BatchNormReLUSCSE(nn.Module):
 
 
 def _statistics(norm):
-    """The running statistics that a call uses or updates; in training without tracking neither."""
+    """The running statistics that a call uses or updates; (None, None) in training without
+    tracking."""
     if norm.training and not norm.track_running_stats:
         return None, None
     return norm.running_mean, norm.running_var
 
 
 def _options(norm):
-    """training and momentum of a call, which is counted where torch.nn.BatchNorm counts it."""
+    """training and momentum of a call. The call is counted, as torch.nn.BatchNorm does."""
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

@@ -1,8 +1,8 @@
-"""Schemas and fake implementations of the operators of BatchNorm + ReLU + scSE.
+"""The operators of BatchNorm + ReLU + scSE: their schemas, and what their results look like.
 
 As in the package's ops.py: one operator forward and one backward for each backend,
 `torch.ops.scse_kernels.<backend>_bn_forward` and `..._bn_backward`. They change none of their
-arguments: the running statistics are updated by who calls them, from `mean` and `var`.
+arguments: the caller updates the running statistics, from `mean` and `var`.
 """
 
 from functools import cache
@@ -19,8 +19,8 @@ from . import reference
 #: those of the package's backends that have kernels for this
 BACKENDS = ("cpu", "triton")
 
-# mean, var: the running statistics; None: those of u. What is returned is what was used, in the
-# dtype of sums (the variance biased).
+# mean, var: the running statistics; None: those of u. The operator returns those that it used, in
+# the dtype of sums (the variance biased).
 _FORWARD = (
     "(Tensor u, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? w1,"
     " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? ws, Tensor? bs, float eps, int combine)"
@@ -37,7 +37,8 @@ _BACKWARD = (
 )
 
 
-def _fake_forward(u, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, ws, bs, eps, combine):
+def _forward_results(u, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, ws, bs, eps, combine):
+    """The results, not filled in, as in the package's ops.py."""
     n, c = u.shape[:2]
     concat = w1 is not None and ws is not None and combine == COMBINE["concat"]
     shape = (n, 2 * c, *u.shape[2:]) if concat else u.shape
@@ -50,31 +51,27 @@ def _fake_forward(u, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, ws, bs, eps,
     )
 
 
-def _fake_backward(
+def _backward_results(
     dy, u, bn_weight, bn_bias, w1, b1, w2, b2, ws, bs, mean, var, pooled, hidden, channel_gate, eps,
     of_batch, combine, need_du, need_affine, need_channel, need_spatial,
 ):  # fmt: skip
-    def grad(parameter, needed):
-        if parameter is None or not needed:
-            return u.new_empty((0,))
-        return gradient_memory(parameter)
-
+    """The same for the backward."""
     return (
         torch.empty_like(u, memory_format=memory_format(u)) if need_du else u.new_empty((0,)),
-        *(grad(p, need_affine) for p in (bn_weight, bn_bias)),
-        *(grad(p, need_channel) for p in (w1, b1, w2, b2)),
-        *(grad(p, need_spatial) for p in (ws, bs)),
+        *(gradient_memory(p, need_affine, u) for p in (bn_weight, bn_bias)),
+        *(gradient_memory(p, need_channel, u) for p in (w1, b1, w2, b2)),
+        *(gradient_memory(p, need_spatial, u) for p in (ws, bs)),
     )
 
 
 _library = library()
 for _backend in BACKENDS:
-    for _name, _schema, _fake in (
-        (f"{_backend}_bn_forward", _FORWARD, _fake_forward),
-        (f"{_backend}_bn_backward", _BACKWARD, _fake_backward),
+    for _name, _schema, _results in (
+        (f"{_backend}_bn_forward", _FORWARD, _forward_results),
+        (f"{_backend}_bn_backward", _BACKWARD, _backward_results),
     ):
         _library.define(_name, _schema)
-        _library.register_fake(_name, _fake)
+        _library.register_fake(_name, _results)
         _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # see autograd.py
 
 #: backend -> its operator.
@@ -92,13 +89,13 @@ def _launch():
 
 
 def _triton_forward(u, *others, moving=None):
-    results = _fake_forward(u, *others)
+    results = _forward_results(u, *others)
     _launch().forward(memory_format(u), results, u, *others, moving)
     return results
 
 
 def _triton_backward(dy: Tensor, u: Tensor, *others):
-    results = _fake_backward(dy, u, *others)
+    results = _backward_results(dy, u, *others)
     _launch().backward(memory_format(u), results, dy, u, *others)
     return results
 
@@ -111,8 +108,8 @@ for _key in ("CUDA", "CPU"):  # CPU tensors: under Triton's interpreter
 def forward(
     backend: str, arguments: tuple, moving: tuple[Tensor, Tensor, float] | None = None
 ) -> tuple[Tensor, ...]:
-    """What `FORWARD[backend]` gives; where nobody looks on, by Triton's launcher itself, as in the
-    package's ops.py.
+    """What `FORWARD[backend]` gives. Where nothing observes operators, Triton's launcher is called
+    directly, as in the package's ops.py.
 
     moving: running_mean, running_var and momentum; they are moved towards the statistics that the
     call has found. (The operators change none of their arguments.)

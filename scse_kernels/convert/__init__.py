@@ -36,17 +36,16 @@ def convert(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor | None = 
     the names in the state_dict stay as they are; the blocks stay the same objects, and instances of
     their classes.
 
-    A converted block runs its original forward for calls of a kind that was not seen to agree:
-    another number of axes, other arguments, a subclass of Tensor. It also does so for as long as
-    its own children have hooks or are others than they were, or attributes that its forward reads
-    have other values.
+    Some calls still run the block's original forward: those that the stand-in was not tried with
+    (another number of axes, other arguments, a subclass of Tensor), and all calls while a child has
+    hooks or was replaced, or while an attribute that the forward reads has another value.
 
-    With `example_inputs`, the arguments of a call of the model, copies of the model are run on
-    them, in training and in evaluation. Where a block's input is the very output of a ReLU, whose
-    input is the very output of a BatchNorm, and nothing else reads either, the block computes all
-    three, if the model then has the same outputs, gradients and buffers. BatchNorm's and the
-    caller's classes are swapped as well. A call that goes another way computes them one by one, and
-    so does a call under torch.compile, or while any of them has hooks.
+    `example_inputs` are the arguments of a call of the model. Copies of the model are run on them,
+    in training and in evaluation. Some blocks take the output of a ReLU that takes the output of a
+    BatchNorm, and nothing else reads these two. Such a block then computes all three, if the model
+    keeps its outputs, gradients and buffers. BatchNorm's and the caller's classes are swapped as
+    well. A call that goes another way computes them one by one. So does a call under torch.compile,
+    or while any of them has hooks.
 
     Args:
         model: any network.
@@ -102,7 +101,7 @@ def _is_around(module: nn.Module) -> bool:
 def _with_what_is_before(
     model: nn.Module, entries: tuple[Entry, ...], alone: dict[nn.Module, str]
 ) -> Iterator[Entry]:
-    """The entries, with what blocks compute besides themselves, or why they don't."""
+    """The entries, each with the BatchNorm that its block computes too, or why it computes none."""
     joined = prologue.joined(model)
     for entry in entries:
         if entry.status != "left alone":
@@ -167,7 +166,7 @@ class _Plan:
     def _left_alone(
         self, module: nn.Module, layers: dict[str, nn.Module], reason: Unfit
     ) -> Iterator[Entry]:
-        """What is inside, and the module itself if a reader would expect to be told."""
+        """What is inside; and the module itself, if a reader would ask about it."""
         inside = [entry for child in module.children() for entry in self.visit(child)]
         whole = shapes.is_block(layers) or (
             len(layers) <= 4 and not any(entry.status == "converted" for entry in inside)

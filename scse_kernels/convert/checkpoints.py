@@ -17,7 +17,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> Ma
     the layouts in `layouts.LAYOUTS`, these get the keys and shapes of the model's block. So a
     checkpoint moves between libraries, and between 2-D and 3-D blocks. Everything else stays; a
     warning tells of keys that the model has nothing for.
-    What a state_dict doesn't say, and must be the same in both models: how the branches combine.
+    How the branches combine is not in a state_dict. It must be the same in both models.
 
     Args:
         state_dict: as saved; it isn't changed.
@@ -76,7 +76,7 @@ def _stored(state_dict: Mapping[str, Tensor], prefix: str, target: Layout) -> La
 
 
 def _fits(block: nn.Module, layout: Layout) -> bool:
-    """Whether the block isn't, say, a classifier that happens to have an fc1 and an fc2."""
+    """Whether it is a block, and not a classifier, say, that happens to have an fc1 and an fc2."""
     try:
         weights = {path: block.get_submodule(path).weight.shape for path in _paths(layout)}
         check_shapes(layout, weights)

@@ -1,4 +1,5 @@
-"""What a BatchNorm hands on where a block is to compute both: a tensor that waits for its reader.
+"""What a BatchNorm returns where a later block is to compute it: a tensor that waits for its
+reader.
 
 If the reader is a converted block, and only a ReLU came between, it computes BatchNorm, ReLU and
 itself from BatchNorm's input. Any other reader gets what BatchNorm and ReLU return: they are
@@ -21,7 +22,7 @@ _RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
 
 def context(device: torch.device) -> tuple:
-    """What surrounds a call and decides how autograd records it, and in which dtype."""
+    """The modes that decide how autograd records a call, and in which dtype it computes."""
     kind = device.type
     can = torch.amp.is_autocast_available(kind)  # not on the meta device
     return (
@@ -34,7 +35,7 @@ def context(device: torch.device) -> tuple:
 
 @contextlib.contextmanager
 def _again(was: tuple, device: torch.device) -> Iterator[None]:
-    """Once more in a context that has been left, as after a region of torch.utils.checkpoint."""
+    """Goes back to a context that has been left, as after a region of torch.utils.checkpoint."""
     grad, inference, autocast, saving = was
     with (
         torch.inference_mode(inference),
@@ -57,7 +58,7 @@ class Call:
         u: its input.
         forward: computes it, as `norm` itself would.
         context: that of the call.
-        waiting: where it is for as long as it is not computed.
+        waiting: a set that holds it until it is computed.
     """
 
     def __init__(self, norm: nn.Module, u: Tensor, forward, context: tuple, waiting: set) -> None:
@@ -72,7 +73,7 @@ class Call:
 
     @property
     def done(self) -> bool:
-        """Whether the running statistics have moved, so that they must not move again."""
+        """Whether the running statistics have moved. They must move only once."""
         return self not in self.waiting
 
     def is_ready(self) -> bool:
@@ -104,7 +105,7 @@ class Call:
                 m.value = torch.relu(z) if m.rectified else z
 
     def _repeated(self) -> Tensor:
-        """What it returned, with running statistics as they are by now."""
+        """What it returned, computed anew. The running statistics stay as they are by now."""
         norm = self.norm
         training = _by_batch(norm)
         statistics = (None, None) if training else (norm.running_mean, norm.running_var)
@@ -127,9 +128,9 @@ def _version(tensor: Tensor) -> int | None:
 
 
 class Deferred(Tensor):
-    """The output of a BatchNorm, or of the ReLU after it. It has no memory: whoever reads it by a
-    function of torch gets `value`; whoever reads it otherwise gets an error, and so does a backward
-    that arrives here."""
+    """The output of a BatchNorm, or of the ReLU after it. It has no memory. A function of torch
+    that reads it gets `value`. Any other reader gets an error, and so does a backward that arrives
+    here."""
 
     call: Call
     rectified: bool

@@ -20,8 +20,8 @@ from .probe import _apart, _line
 from .prologue import Pair, Path
 from .shapes import Unfit
 
-#: How far two copies may be apart in float64; in float32, which roundings and ReLUs that fall the
-#: other way amplify; and where half precision takes part.
+#: How far two copies may be apart: in float64; in float32, where a rounding may push a ReLU to its
+#: other side; and where half precision takes part.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-2, None: 0.1}
 
 
@@ -59,7 +59,7 @@ def run(model: nn.Module, example_inputs: tuple) -> Result:
 def _copy(model: nn.Module) -> nn.Module:
     try:
         twin = copy.deepcopy(model)
-    except Exception as error:  # whatever somebody's __deepcopy__ may raise
+    except Exception as error:  # somebody's __deepcopy__ may raise anything
         raise Unfit(f"the model can't be copied: {_line(error)}") from None
     if [type(m) for m in twin.modules()] != [type(m) for m in model.modules()]:
         raise Unfit("a copy of the model is another one")
@@ -67,7 +67,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _modes(model: nn.Module) -> list[list[bool]]:
-    """Training, evaluation, and the mode of each module as it is, where that is neither."""
+    """Training, evaluation; and the modules' own modes, where these are mixed."""
     flags = [module.training for module in model.modules()]
     modes = [[True] * len(flags), [False] * len(flags)]
     return modes if flags in modes else [*modes, flags]
@@ -79,7 +79,7 @@ def _set_modes(model: nn.Module, flags: list[bool]) -> None:
 
 
 def _inputs(example_inputs: tuple, dtype: torch.dtype | None = None) -> tuple:
-    """The model's own, to change as it likes, and to have gradients."""
+    """Copies of the inputs: the model may change them, and they have gradients."""
 
     def own(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().clone()
@@ -184,7 +184,7 @@ def _value(m: Deferred) -> Tensor:
 
 
 def _name(call: Call) -> str:
-    """Of the first that read what a BatchNorm computed."""
+    """The name of the first module that read what a BatchNorm computed."""
     function = call.readers[0]
     return str(resolve_name(function) or getattr(function, "__name__", function))
 
@@ -192,7 +192,7 @@ def _name(call: Call) -> str:
 def _find(
     model: nn.Module, blocks: list[nn.Module], example_inputs: tuple
 ) -> tuple[dict[int, tuple[Pair, ...]], dict[nn.Module, str], bool]:
-    """For each owner, by its index among the modules, its pairs; why other blocks have none; and
+    """The pairs of each owner, by its index among the modules; why other blocks have none; and
     whether autocast was on anywhere."""
     twin = _copy(model)
     twins = dict(zip(model.modules(), twin.modules(), strict=True))
@@ -205,7 +205,7 @@ def _find(
         _set_modes(twin, flags)
         try:
             result = _call(twin, _inputs(example_inputs))
-        except Exception as error:  # whatever somebody's forward may raise
+        except Exception as error:  # somebody's forward may raise anything
             raise Unfit(_does_not_run(flags, error)) from None
         for m in tree_leaves(result):
             if type(m) is Deferred:
@@ -298,7 +298,7 @@ def _compare(
 def _results(
     twin: nn.Module, model: nn.Module, example_inputs: tuple, dtype: torch.dtype | None
 ) -> dict[str, list[Tensor]]:
-    """Outputs, gradients and buffers of one step in each mode; `twin` is used up."""
+    """Outputs, gradients and buffers of one step in each mode. `twin` is changed by them."""
     if dtype is not None:
         twin.to(dtype)
     outputs, gradients = [], []
@@ -330,8 +330,8 @@ def _agree(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]], in_h
 
 
 def _close(theirs: list[Tensor], ours: list[Tensor], in_half: bool) -> bool:
-    """Whether all agree, measured by the largest of them: what is zero but for roundings, as the
-    gradient of a bias before a BatchNorm, has no size of its own."""
+    """Whether all agree. Errors are measured by the largest tensor: a gradient may be zero but for
+    roundings, as that of a bias before a BatchNorm is, and then its own size means nothing."""
     if [(t.shape, t.dtype) for t in theirs] != [(t.shape, t.dtype) for t in ours]:
         return False
     floats = [(a, b) for a, b in zip(theirs, ours, strict=True) if a.is_floating_point()]

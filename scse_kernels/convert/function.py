@@ -1,4 +1,4 @@
-"""What a block may compute, and the one place that computes it."""
+"""What a block may compute: a function of x and the parameters, which is compared and called."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -58,8 +58,8 @@ class Function(NamedTuple):
 
 
 def possible(excitation: str, slopes: dict[str, list[float]]) -> Iterator[Function]:
-    """All functions of this excitation, the usual ones first; with `slopes` the slopes of those
-    activations that have one."""
+    """All functions of this excitation, the usual ones first. `slopes`: for the activations that
+    have one."""
     activations = [
         (activation, slope)
         for activation in (ACTIVATION if excitation != "sse" else ("relu",))

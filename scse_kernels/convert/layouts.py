@@ -19,7 +19,7 @@ class Layout(NamedTuple):
     spatial: str | None  # ws, bs
 
 
-#: A block that holds several of these is the first of them, hence the longest come first.
+#: A block may hold several of these. It is the first of them, so the longest come first.
 LAYOUTS = (
     Layout("the article, ai-med, pytorch-3dunet: scSE", "cSE.fc1", "cSE.fc2", "sSE.conv"),
     Layout("segmentation_models.pytorch: SCSEModule", "cSE.1", "cSE.3", "sSE.0"),

@@ -38,8 +38,8 @@ _HOOKS_OF_ALL_MODULES = (
     nn.modules.module._global_backward_hooks,
 )
 
-#: Maps by number of spatial axes: the smallest first; then one position and one sample; then larger
-#: than common windows, with axes of odd and different sizes.
+#: Maps by number of spatial axes. The smallest come first, then one position and one sample, then
+#: maps larger than common windows, with odd and different sizes.
 _SMALL = {2: (3, 2), 3: (3, 2, 5), 1: (5,)}
 _LARGE = {2: ((41, 29), (3, 307)), 3: ((11, 13, 9), (2, 3, 61)), 1: ((307,), (1031,))}
 #: Elements of a large map beyond which a narrower one is taken.
@@ -47,7 +47,7 @@ _MOST_ELEMENTS = 1 << 20
 
 
 class Found(NamedTuple):
-    """What a block computes, and for which calls that was seen."""
+    """What a block computes, and for which calls the probe saw it."""
 
     function: Function
     reading: Reading
@@ -58,7 +58,7 @@ class Found(NamedTuple):
 
 
 def probe(block: nn.Module) -> Found:
-    """What the block computes; raises `Unfit` with the reason if it is nothing that is known."""
+    """What the block computes. Raises `Unfit`, with the reason, if it is none of the functions."""
     modules = [module for _, module in block.named_modules(remove_duplicate=False)]
     code = source.read(modules)
     if not code.has_gate:
@@ -124,9 +124,10 @@ class _Probe:
         return _feature_map((samples, self.channels, *sizes), self.generator)
 
     def _call(self, x: Tensor, watchers: Sequence[Any] = ()) -> Tensor:
-        """The twin's answer, with these modes on; raises `Unfit` if that left anything behind."""
+        """The twin's answer, with these modes on. Raises `Unfit` if the call left anything
+        behind."""
         before = self._state() if watchers else []
-        # Not a leaf, since those refuse to be changed where others don't.
+        # Not a leaf: a leaf can't be changed in place, other tensors can.
         given = x.clone()
         version = given._version
         written = io.StringIO()
@@ -244,7 +245,7 @@ class _Probe:
         """Whether the twin computes the function on a map of this size; None if it raises."""
         if samples is None and not gradients:
             samples = 2
-        # The largest maps once: what is only done in evaluation was looked at.
+        # The largest maps once: what a forward does in evaluation alone was seen by `_look`.
         for training in (True, False) if torch.Size(sizes).numel() < 100 else (True,):
             x = self._map(sizes, samples)
             self.twin.train(training)
@@ -275,8 +276,8 @@ class _Probe:
         return True
 
     def _check_dtypes(self, function, reading, x) -> bool:
-        """Refuse a twin that computes something else in another dtype; whether it does what the
-        function does under autocast. Ends the twin's life in float64."""
+        """Refuse a twin that computes something else in another dtype. Returns whether it does what
+        the function does under autocast. The twin is in another dtype afterwards."""
 
         def differs(dtype, autocast):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -285,7 +286,7 @@ class _Probe:
                 except Unfit:
                     raise
                 except Exception:
-                    return autocast  # a dtype that this device's operations lack says nothing
+                    return autocast  # operations that this device lacks in a dtype say nothing
             layers = [p if p is None else p.detach().double() for p in self._layers(reading)]
             ours = _reference(function, x.to(dtype).double(), layers)
             error = (theirs.double() - ours).abs().max() if theirs.shape == ours.shape else 1e9
@@ -309,7 +310,8 @@ class _Probe:
         return None
 
     def _unfit(self, what: str) -> Unfit:
-        """What tells the block from squeeze & excitation, and the parts that may be the reason."""
+        """The error for a block that computes something else; it names the parts that may be
+        why."""
         parts = [
             f"{path} is a {type(module).__name__}"
             for path, module in self.block.named_modules()
@@ -397,7 +399,7 @@ class _Operations(TorchDispatchMode):
 
     @staticmethod
     def _is_partial(name, args, result) -> bool:
-        """Whether an operation depends on where it is in the map, or on values as they are."""
+        """Whether an operation looks at single positions or at values."""
         if "pool" in name:  # over everything, or else over windows
             return isinstance(result, Tensor) and any(size != 1 for size in result.shape[-1:])
         if name in ("clamp", "clamp_min", "hardtanh", "threshold"):  # parts of activations only
@@ -407,7 +409,7 @@ class _Operations(TorchDispatchMode):
         return False
 
 
-#: Of ReLU, of hard sigmoid in its parts, and none.
+#: Bounds of clamp: those of ReLU, those of hard sigmoid written in parts, and none.
 _BOUNDS = {(0,), (0, None), (0, 6), (0, 1), (0, 0), (0.0, 6.0)}
 
 
@@ -427,7 +429,7 @@ def _comparing(name: str):
 
     def method(self, other=0):
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        # That a size is one, or nothing, is tried.
+        # Sizes of one and of zero are tried by the probe.
         if caller.partition(".")[0] not in ("torch", "einops", __name__.partition(".")[0]) and (
             isinstance(other, (float, _Size))
             or (isinstance(other, int) and (other > 1 or self.derived))
@@ -515,7 +517,7 @@ class _Sizes(TorchFunctionMode):
         return result
 
     def _is_like_x(self, tensor: Tensor) -> bool:
-        # With the mode on, its own look at a shape would come back here: it is off by now.
+        # Here the mode is off: with it on, its own look at a shape would come back here.
         shape = tuple(tensor.shape)
         return len(shape) == len(self.shape) and (shape[0], *shape[2:]) == (
             self.shape[0],
@@ -525,8 +527,8 @@ class _Sizes(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _apart():
-    """Gradients on; autocast, hooks and modes of all kinds off; random generators put back; our
-    functions by the eager backend, whatever was chosen for real calls."""
+    """Nothing from outside takes part: autocast, hooks and modes are off, gradients are on, our
+    functions use the eager backend. Afterwards the random generators are as before."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with contextlib.ExitStack() as stack:
         modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
@@ -560,8 +562,8 @@ _STATE = (
 
 
 def _stand_in(block: nn.Module, names: frozenset[str], generator: torch.Generator) -> nn.Module:
-    """A module of the same class with copies of the same attributes, but without hooks, in float64
-    on the CPU, with random parameters and buffers: weights of zero or saturated gates would hide
+    """A module of the same class, with copies of the same attributes but without hooks, in float64
+    on the CPU. Its parameters and buffers are random: weights of zero or saturated gates would hide
     what a block computes, and half precision would blur it."""
     memo: dict[int, Any] = {}
     originals = list(block.modules())
@@ -628,14 +630,15 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal values of like's shape; a weight's sums over the inputs have a variance of one."""
+    """Normal values in the shape of `like`. A weight is scaled so that its sums have a variance of
+    one."""
     values = _normal(like.shape, generator)
     return values / max(like[:1].numel() if like.dim() > 1 else 16, 1) ** 0.5
 
 
 def _feature_map(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """[N, C, *S]. What is linear in x, before biases, has both signs, and is far from zero in half
-    of the samples, so that no activation passes for another; zeros make ties."""
+    """[N, C, *S]. Sums that are linear in x get both signs, and in half of the samples they are far
+    from zero: so no activation passes for another. Zeros in x make ties."""
     half = max(shape[0] // 2, 1)
     x = _normal((half, *shape[1:]), generator)
     x += _normal(shape[1:2], generator).reshape(-1, *(1,) * (len(shape) - 2))
@@ -645,8 +648,8 @@ def _feature_map(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _close(ours: Tensor, theirs: Tensor, loose: bool) -> bool:
-    """Whether they differ by float64's rounding, or by float32's where part of it is computed in
-    that; False for NaN."""
+    """Whether they differ by roundings alone: float64's, or float32's where a part is computed in
+    float32. False for NaN."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
     size, error = theirs.abs(), (ours - theirs).abs()

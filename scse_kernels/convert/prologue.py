@@ -1,9 +1,9 @@
-"""BatchNorm and ReLU in front of a block: who hands on, and while what is called.
+"""BatchNorm and ReLU in front of a block: which modules take part, and during which calls.
 
 Like a block (swap.py), a BatchNorm gets a subclass of its own class, and so does the *owner*: the
 innermost module whose forward calls both it and the block. Nothing else of them changes. While the
-owner's forward runs, the BatchNorm returns a `Deferred`; when it has ended, none is left that was
-not computed. Called from anywhere else the BatchNorm is itself.
+owner's forward runs, the BatchNorm returns a `Deferred`. When the forward ends, whatever is still
+deferred is computed. Called from anywhere else, the BatchNorm works as before.
 """
 
 import functools
@@ -29,11 +29,11 @@ Path = tuple[str, ...]
 
 
 class Pair(NamedTuple):
-    """A BatchNorm and the block that computes it, from their owner on."""
+    """A BatchNorm and the block that computes it: where they are below their owner."""
 
     norm: Path
     block: Path
-    #: the other modules that take or return what is not computed: their hooks would see it
+    #: the other modules that take or return a deferred tensor, which their hooks would see
     between: tuple[Path, ...]
 
 
@@ -95,7 +95,7 @@ class _Frame:
             if (norm := _at(owner, pair.norm)) is not None and _is_whole(owner, pair, norm)
         }
         self.contexts: dict[torch.device, tuple] = {}
-        #: what must still be computed; and all that stands for something, if it is still there
+        #: calls that must still be computed; and the tensors that stand for them, while they live
         self.waiting: set[Call] = set()
         self.maps: list[list[weakref.ref[Deferred]]] = []
         # Only contexts on these devices matter, and a model has few.
@@ -117,7 +117,8 @@ class _Frame:
         return call
 
     def leave(self, result):
-        """Compute what was not; the result, with no tensor in it that stands for another."""
+        """Compute what is left. Returns the result, with values in place of the tensors that stood
+        for them."""
         for call in tuple(self.waiting):
             call.compute()
         left = [m for maps in self.maps for m in (ref() for ref in maps) if m is not None]
@@ -153,7 +154,7 @@ def _at(module: nn.Module, path: Path) -> nn.Module | None:
 
 
 def _is_whole(owner: nn.Module, pair: Pair, norm: nn.Module) -> bool:
-    """Whether both are what they were, and nobody looks at what goes from one to the other."""
+    """Whether BatchNorm and block are what they were, and no hook sees what goes between them."""
     block = _at(owner, pair.block)
     if not isinstance(norm, Norm) or block is None or not swap.is_fused(block):
         return False
@@ -162,7 +163,8 @@ def _is_whole(owner: nn.Module, pair: Pair, norm: nn.Module) -> bool:
 
 
 def _fits(norm: nn.Module, u: Tensor) -> bool:
-    """Whether `bn_relu_scse` has kernels for what torch's BatchNorm would compute without error."""
+    """Whether `bn_relu_scse` can compute it: torch's BatchNorm would raise no error, and a backend
+    has kernels for it."""
     norm._check_input_dim(u)
     if u.dim() < 3 or u.layout is not torch.strided or u.is_nested or u.numel() == 0:
         return False

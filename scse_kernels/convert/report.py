@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from .. import backends
 from . import shapes
 
-#: Names of what a reader would call attention on feature maps or squeeze & excitation.
+#: Parts of class names by which a reader expects attention on maps, or squeeze & excitation.
 _NAMES = re.compile(
     r"(?i:excit|attention|attn|recalibrat|scse)"
     r"|(?<![A-Z])(SC|C|S)?SE(?![a-z])"

@@ -1,7 +1,7 @@
 """Which modules may be squeeze & excitation, by the shapes of their layers alone.
 
-w1 is [Cr, C], w2 is [C, Cr] and ws is [1, C], each with trailing axes of size one. Where the shapes
-leave several readings of who is who, all of them are tried.
+w1 is [Cr, C], w2 is [C, Cr] and ws is [1, C], each with trailing axes of size one. Where shapes can
+be read in several ways, all are tried.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-#: Who holds more layers than this is no block, but holds blocks. Some may be unused.
+#: A module with more layers than this is no block; it may hold blocks. Some layers may be unused.
 _MOST, _MOST_OTHERS = 5, 2
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -1,9 +1,9 @@
 """What a block's forward looks at besides x, read from its code before it is ever run.
 
-A probe sees a block on some inputs. What would make it compute something else on others must be in
-its code: this reads the bytecode of every function that the forward may reach, refuses what looks
-at, or changes, anything outside, and lists the values that it depends on, for converted blocks to
-watch. The functions of torch and einops are trusted.
+A probe sees a block on some inputs only. If it computes something else on others, its code says so.
+So this reads the bytecode of every function that the forward may reach. It refuses code that looks
+at anything outside of the block, or changes it. It lists the values that the code depends on, and
+converted blocks watch these. The functions of torch and einops are trusted.
 """
 
 import builtins
@@ -31,7 +31,8 @@ _BUILTINS |= {"len", "list", "map", "max", "min", "next", "object", "pow", "prop
 _BUILTINS |= {"reversed", "round", "set", "slice", "sorted", "sum", "super", "tuple"}
 _BUILTINS |= {"type", "zip", "NotImplemented", "Ellipsis", "__debug__", "__name__"}
 
-#: What tells apart calls that the probe can't all make, and what changes or leaves something.
+#: Names that code must not use: what tells apart calls that the probe can't all make, and what
+#: changes something or leaves it behind.
 _REFUSED = {"is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "get_device", "is_available"}
 _REFUSED |= {"requires_grad", "grad_fn", "is_leaf", "grad", "_version", "is_inference", "names"}
 _REFUSED |= {
@@ -81,8 +82,8 @@ class Reading(NamedTuple):
 
 
 def read(modules: list[nn.Module]) -> Reading:
-    """Read the code of a block, given as itself and the modules below it; raises `Unfit` with the
-    reason if that code reads or changes what a fused function would not."""
+    """Read the code of a block, given as itself and the modules below it. Raises `Unfit`, with the
+    reason, if the code reads or changes what a fused function would not."""
     reader = _Reader(modules)
     reader.run()
     return Reading(
@@ -94,8 +95,8 @@ def read(modules: list[nn.Module]) -> Reading:
 
 
 def frozen(value: Any) -> Any:
-    """What can be compared with a later state of the value: its constants, and functions as they
-    are; None stands for anything else."""
+    """A form of the value that can be compared later: constants and functions as they are, None for
+    anything else."""
     if isinstance(value, (list, tuple)):
         return (type(value).__name__, *map(frozen, value))
     if isinstance(value, dict):
@@ -153,8 +154,8 @@ class _Reader:
                 self._look_up(self.new_names.popleft())
 
     def _watch_settings(self, index, module):
-        # Of layers the parameters are used, by whoever calls them; of others such as Dropout, what
-        # they were made with.
+        # A layer is used by its parameters. Others, such as Dropout, are used by what they were
+        # made with.
         if not any(p is not None for p in module._parameters.values()):
             for name, value in vars(module).items():
                 if not name.startswith("_") and name not in ("training", "inplace"):
@@ -337,7 +338,7 @@ class _Reader:
 
 
 def scope_of(home: str | None, classes: Iterable[type]) -> dict[str, Any] | None:
-    """The globals of the Python module of that name, as the functions of the classes see them."""
+    """The globals of the Python module of that name, as functions of its classes see them."""
     for cls in classes:
         for base in cls.__mro__:
             for value in vars(base).values():

@@ -1,7 +1,7 @@
 """How a block becomes fused: its class is swapped for a subclass of its own, and back.
 
-As `torch.nn.utils.parametrize` does. The object stays: with its parameters, children, hooks, names
-and mode, in all the places that share it, and as the root of a model.
+`torch.nn.utils.parametrize` does the same. The object stays, with its parameters, children, hooks,
+names and mode: in all places that share it, and also where it is the whole model.
 """
 
 import abc
@@ -73,7 +73,7 @@ class Fused:
     _constants: tuple[tuple[dict[str, Any], str, Any], ...]
 
     def __init_subclass__(cls, **kwargs):
-        """The original's, which may register classes, is not for this one."""
+        """Without the original's `__init_subclass__`, which may register classes."""
 
     def forward(self, *args, **kwargs):
         if len(args) == 1 and not kwargs and type(args[0]) is Deferred:
@@ -81,7 +81,7 @@ class Fused:
             if y is not None:
                 return y
             args = (args[0].read(type(self).forward),)
-        # Anything that the probe did not see agree is the original's business.
+        # Calls that the probe did not see agree run the original.
         if len(args) == 1 and not kwargs and type(args[0]) in (Tensor, nn.Parameter, FakeTensor):
             below = _untouched(self)
             if below is not None:
@@ -94,8 +94,8 @@ class Fused:
         return super().forward(*args, **kwargs)
 
     def _after_batch_norm(self, x: Deferred) -> Tensor | None:
-        """What it computes of x, together with the BatchNorm and the ReLU that x stands for; None
-        if that must be done one by one."""
+        """Block, ReLU and BatchNorm at once, where x stands for the output of the two. None if they
+        must be computed one by one."""
         call, function = x.call, self._recipe.function
         if not x.rectified or not function.follows_batch_norm or not call.is_ready():
             return None
@@ -114,7 +114,7 @@ class Fused:
         return twin
 
     def __reduce_ex__(self, protocol):
-        # As the original does it, with the class swapped once the object is complete.
+        # The original builds the object; then the class is swapped.
         return _converted, (as_original(self), *_plain(self._recipe))
 
     def __prepare_scriptable__(self):
@@ -142,8 +142,9 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def inherits(module: nn.Module, home: str, name: str) -> bool:
-    """Whether a module's class was made by `subclass` of the class of that name. By name: after a
-    reload of its Python module it is another class than that of what was converted before."""
+    """Whether a module's class was made by `subclass` of the class of that name. By name, since a
+    reload of this Python module makes a new class, and modules that were converted before have the
+    old one."""
     return any((c.__module__, c.__name__) == (home, name) for c in type(module).__mro__)
 
 
@@ -158,7 +159,7 @@ def _converted(block: nn.Module, function: tuple, *rest: Any) -> nn.Module:
     return block
 
 
-#: A class is as long here as a block has it.
+#: Classes stay here as long as a block has them.
 _classes: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
@@ -213,8 +214,8 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def _untouched(block: Fused) -> list[nn.Module] | None:
-    """The block and the modules below it, or None if one was replaced or must itself be called, or
-    if what the original's code looks at has changed."""
+    """The block and the modules below it. None if one of them was replaced or must itself be
+    called, or if a value that the original's code reads has changed."""
     below = [block]
     for parent, name, kind in block._recipe.tree:
         module = below[parent]._modules.get(name)
@@ -267,6 +268,6 @@ class _Recipe(tuple):
 
 
 def _new(original: type[nn.Module], recipe: _Recipe) -> nn.Module:
-    """An empty block for a pickle of an earlier version to fill. It is not converted: what such a
-    recipe doesn't say must be probed again."""
+    """An empty block, for a pickle of an earlier version to fill. It is not converted: its recipe
+    lacks things that only a new probe can tell."""
     return object.__new__(original)

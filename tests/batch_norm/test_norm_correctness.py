@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from budget import VARIANTS, check
+from budget import VARIANTS, check, with_layouts
 from norm_budget import WITH_KERNELS, make_case  # noqa: F401
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MODES = pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 SMALL = [  # shape, reduction
     ((2, 5, 33), 2),
@@ -24,25 +23,6 @@ LARGE = [  # several strips to a sample, tails in each of them
 ]
 
 
-def layouts(shapes):
-    return [
-        pytest.param(shape, reduction, layout, id=f"{'x'.join(map(str, shape))}-{layout}")
-        for shape, reduction in shapes
-        for layout in ("contiguous", "channels_last")
-        if layout == "contiguous" or len(shape) > 3
-    ]
-
-
-def arranged(case, layout):
-    if layout == "contiguous":
-        return case
-
-    def arrange(t):
-        return t.contiguous(memory_format=CHANNELS_LAST[t.dim()])
-
-    return case.arranged(arrange, arrange)
-
-
 def skip_torchs_sums(target, layout):
     if target.backend == "eager" and layout == "channels_last":
         pytest.skip("torch's own sums over large channels_last maps are less exact than the budget")
@@ -51,26 +31,26 @@ def skip_torchs_sums(target, layout):
 @MODES
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, reduction, layout", layouts(SMALL))
+@pytest.mark.parametrize("shape, reduction, layout", with_layouts(SMALL))
 def test_small_maps(target, shape, reduction, layout, dtype, variant, training):
     case = make_case(shape, variant, dtype, reduction, training)
-    check(arranged(case, layout), target)
+    check(case.in_layout(layout), target)
 
 
 @MODES
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape, reduction, layout", layouts(LARGE))
+@pytest.mark.parametrize("shape, reduction, layout", with_layouts(LARGE))
 def test_maps_of_several_strips(target, shape, reduction, layout, variant, training):
     skip_torchs_sums(target, layout)
     case = make_case(shape, variant, torch.float32, reduction, training)
-    check(arranged(case, layout), target)
+    check(case.in_layout(layout), target)
 
 
 @pytest.mark.parametrize("variant", ("add", "max"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("shape, reduction, layout", layouts(LARGE[1:2]))
+@pytest.mark.parametrize("shape, reduction, layout", with_layouts(LARGE[1:2]))
 def test_maps_of_several_strips_in_other_dtypes(target, shape, reduction, layout, dtype, variant):
-    check(arranged(make_case(shape, variant, dtype, reduction), layout), target)
+    check(make_case(shape, variant, dtype, reduction).in_layout(layout), target)
 
 
 @pytest.mark.parametrize("positions", (*range(2, 20), 31, 33, 63, 65, 127, 129))
@@ -82,7 +62,7 @@ def test_every_tail_of_a_vector(target, positions):
 @pytest.mark.parametrize("channels", (*range(2, 20), 31, 33, 63, 65))
 def test_every_tail_of_a_channels_last_vector(target, channels):
     for variant, dtype in (("add", torch.float32), ("max", torch.float16)):
-        check(arranged(make_case((2, channels, 5, 3), variant, dtype), "channels_last"), target)
+        check(make_case((2, channels, 5, 3), variant, dtype).in_channels_last(), target)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
@@ -90,7 +70,7 @@ def test_every_tail_of_a_channels_last_vector(target, channels):
 def test_a_mean_of_a_thousand_standard_deviations(target, mean, layout):
     skip_torchs_sums(target, layout)
     for variant, shape in (("add", (3, 8, 67, 71)), ("max", (2, 17, 13, 11))):
-        check(arranged(make_case(shape, variant, mean=mean), layout), target)
+        check(make_case(shape, variant, mean=mean).in_layout(layout), target)
 
 
 @MODES
@@ -98,7 +78,7 @@ def test_a_mean_of_a_thousand_standard_deviations(target, mean, layout):
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_without_affine_parameters_and_biases(target, layout, variant, training):
     case = make_case((3, 12, 9, 7), variant, training=training, affine=False, biases=False)
-    check(arranged(case, layout), target)
+    check(case.in_layout(layout), target)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)

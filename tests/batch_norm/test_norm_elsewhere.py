@@ -1,5 +1,5 @@
-"""The same answers from every instruction set that this machine has, and from Triton's interpreter:
-each in a process of its own, since they are chosen when the package or Triton is imported."""
+"""The same answers from every instruction set that this machine has, and from Triton's interpreter.
+Each runs in a process of its own: they are chosen when the package or Triton is imported."""
 
 import os
 import subprocess

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import VARIANTS, output_and_gradients, same_bits
+from budget import VARIANTS, channels_last, output_and_gradients, same_bits
 from norm_budget import WITH_KERNELS, make_case  # noqa: F401
 from torch import nn
 from torch.export import Dim
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # torch warns of its own par
 MODES = pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
 LAYOUTS = {
     "contiguous": lambda t: t,
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "channels_last": channels_last,
     "spatial axes swapped": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
 }
 

@@ -1,5 +1,5 @@
-"""What only a device shows, as functions of kernels and a device: so that test_stand_ins.py can try
-them where there is none."""
+"""What only a device shows, as functions of kernels and a device. test_stand_ins.py tries these
+functions where there is none."""
 
 import contextlib
 from typing import NamedTuple
@@ -37,8 +37,7 @@ class Inputs(NamedTuple):
 
 def inputs(variant, shape, device, channels_last=False, dtype=torch.float16, seed=0) -> Inputs:
     case = make_case(shape, variant, dtype, parameter_dtype=torch.float32, seed=seed)
-    if channels_last:
-        case = case.arranged(*[lambda t: t.contiguous(memory_format=torch.channels_last)] * 2)
+    case = case.in_channels_last(channels_last)
     leaves = [
         None if t is None else t.to(device).requires_grad_() for t in (case.x, *case.parameters)
     ]
@@ -65,8 +64,7 @@ def check_another_device(family, device):
     before = torch.cuda.current_device()
     for variant, shape, channels_last in kinds():
         case = make_case(shape, variant)
-        if channels_last:
-            case = case.arranged(*[lambda t: t.contiguous(memory_format=torch.channels_last)] * 2)
+        case = case.in_channels_last(channels_last)
         with environment(family):
             got = check(case, On(family.backend, str(device)))
         assert all(t.device == device for t in got.values())
@@ -74,8 +72,8 @@ def check_another_device(family, device):
 
 
 def check_side_stream(family, device):
-    """What a side stream computes waits for what that stream did before, and for nothing else: x is
-    there only after a while."""
+    """What a side stream computes waits for what that stream did before, and for nothing else. x is
+    filled late on that stream."""
     for variant, shape, channels_last in kinds():
         wanted = inputs(variant, shape, device, channels_last)
         late = inputs(variant, shape, device, channels_last)

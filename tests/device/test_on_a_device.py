@@ -31,7 +31,7 @@ def family(request):
 
 @pytest.fixture(autouse=True)
 def no_poison():
-    """conftest.py's `poisoned_memory` fills what torch.empty hands out, which takes launches and
+    """Undoes conftest.py's `poisoned_memory`. Filling what torch.empty gives takes launches, and
     hides whose memory was whose."""
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -59,7 +59,7 @@ def test_refused_calls_leave_nothing_behind(family):
 
 
 def test_an_error_that_somebody_else_left_is_theirs(family):
-    """It is not raised by us, and the next operator of torch finds it as if we had not been."""
+    """We don't raise it. The next operator of torch finds it, as it would without us."""
     if family.environment.get("SCSE_TRITON_LAUNCHES") == "1":
         pytest.skip("torch's own fill, which comes first, raises it")
     given = checks.inputs("add", checks.SHAPES[0], DEVICES[0])
@@ -101,8 +101,8 @@ with checks.environment(family):
 
 
 def test_a_failed_launch_that_was_caught(family):
-    """In a capture that is already lost the driver refuses our launch. After it torch's own next
-    launch works. In a process of its own, whatever becomes of it."""
+    """In a capture that is already lost the driver refuses our launch. Afterwards torch's own next
+    launch works. This runs in a process of its own, which may be lost."""
     if family.backend != "cuda":
         pytest.skip("Triton's launches don't go through the runtime, which keeps the last error")
     script = FAILED_LAUNCH.format(family=(family.backend, family.environment))

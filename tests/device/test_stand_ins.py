@@ -1,4 +1,4 @@
-"""The checks of device_checks.py, tried on the CPU: with stand-ins for streams and graphs they pass
+"""The checks of device_checks.py, tried on the CPU with stand-ins for streams and graphs. They pass
 for kernels that are right, and fail for those that are not."""
 
 import contextlib

@@ -28,8 +28,8 @@ ONE_LAUNCH = ("forward_kernel", "backward_kernel")
 def emulator(target=90, launches=3, processors=None, **options):
     """What gpulab.intercept yields, for an H100 (an A100 below 90) or options["device"].
 
-    launches: kernels each way, 3 or 1. processors: for how many the tiles are chosen, to have those
-    of large maps in small ones.
+    launches: kernels each way, 3 or 1. processors: tiles are chosen for so many; few of them give
+    small maps the tiles of large ones.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "why_not", lambda backend, *_: None)

@@ -4,8 +4,8 @@
     python tests/gpu/proof.py FOLDER
 
 is what `make gpu-proof` does. Each test process appends lines of JSON to a file of its own in the
-folder; without the variable nothing is written. Under it a test that can't run here fails, where
-it would be skipped.
+folder. Without the variable nothing is written. With it a test that can't run here fails; without
+it the test is skipped.
 """
 
 import json

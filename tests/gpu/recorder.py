@@ -1,4 +1,4 @@
-"""A driver that stands in for a GPU's, and notes what is launched: kernel and specialisation, grid,
+"""A driver that stands in for a GPU's. It notes what is launched: kernel and specialisation, grid,
 stream, arguments. Nothing is compiled."""
 
 import contextlib

@@ -1,7 +1,7 @@
 """What the Triton kernels become for GPUs: registers, spills, access widths. Needs no GPU.
 
-The host code runs with kernels that only note their arguments, which are then specialised as
-Triton specialises them at a launch, and compiled.
+The host code runs with kernels that only note their arguments. For these arguments the kernels are
+specialised, as Triton does it at a launch, and compiled.
 """
 
 import os
@@ -40,8 +40,9 @@ TYPES = {
     torch.int32: "*i32",
 }
 SHAPE = (2, 64, 64, 64)
-# What leaves an SM of 65536 registers with 64 KiB on their way: 128 bytes of each map that a thread
-# reads (see heuristics.py), eight warps that read two maps or more, sixteen that read one.
+# Registers to a thread, so that an SM with its 65536 has 64 KiB on their way: 128 bytes of each map
+# for each thread (see heuristics.py), in eight warps that read two maps or more, or sixteen that
+# read one.
 REGISTERS = {
     "squeeze_kernel": 128,
     "excite_kernel": 255,
@@ -114,12 +115,7 @@ def launches(monkeypatch):
             kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
             monkeypatch.setattr(launch, name, Recorder(kernel, noted))
         case = make_case(shape, variant, dtype, parameter_dtype=parameter_dtype)
-        if channels_last:
-
-            def change(t):
-                return t.contiguous(memory_format=torch.channels_last)
-
-            case = case.arranged(change, change)
+        case = case.in_channels_last(channels_last)
         combine = ops.COMBINE.get(variant, 0)
         namespace = torch.ops.scse_kernels
         _, *small = namespace.triton_forward(case.x, *case.parameters, combine)

@@ -1,5 +1,5 @@
-"""docs/gpu.md says of the Triton kernels what is counted here: each row stands there to the letter
-(`PYTHONPATH=tests python -m gpu.triton_counts` prints them all)."""
+"""The figures of docs/gpu.md for the Triton kernels are counted here again: each row stands there
+to the letter (`PYTHONPATH=tests python -m gpu.triton_counts` prints them all)."""
 
 import os
 import re

@@ -35,16 +35,6 @@ SEVERAL = ((3, None), (3, 1), (3, 2), (1, None), (1, 1), (1, 2))
 BOTH = ((3, None), (1, 3))
 
 
-def channels_last(case):
-    """The same maps in channels_last (a map of one axis: with its channels dense)."""
-
-    def change(t):
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        return t.contiguous(memory_format=formats[t.dim()])
-
-    return case.arranged(change, change)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant(variant):
     """Odd sizes in one layout, aligned ones with x added in the other; test_triton_versions.py runs
@@ -53,7 +43,7 @@ def test_each_variant(variant):
     assert triton.__version__ == expected
     check(make_case((2, 19, 5, 7), variant, F16), SEVERAL)
     how = {"biases": False, "parameter_dtype": F32, "residual": variant != "concat"}
-    check(channels_last(make_case((2, 32, 8, 16), variant, BF16, **how)), BOTH, target=80)
+    check(make_case((2, 32, 8, 16), variant, BF16, **how).in_channels_last(), BOTH, target=80)
 
 
 # variant, dtype, shape; then layout, target, what else is different, and the orders
@@ -85,14 +75,14 @@ CASES = {
 def test_other_kinds(name):
     variant, dtype, shape, last, target, others, orders = CASES[name]
     case = make_case(shape, variant, dtype, **others)
-    check(channels_last(case) if last else case, orders, target, by_rows=name == "many hidden")
+    check(case.in_channels_last(last), orders, target, by_rows=name == "many hidden")
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_tiles_of_large_maps(last):
     """Eight warps to a program; in channels_last one, and several tiles to a strip."""
     case = make_case((1, 256, 9, 24), "max", F16, reduction=16)
-    check(channels_last(case) if last else case, BOTH, processors=1)
+    check(case.in_channels_last(last), BOTH, processors=1)
 
 
 def test_strips_of_several_tiles(monkeypatch):
@@ -132,7 +122,7 @@ def test_strided_maps():
         assert all(same_bits(plain[name], strided[name]) for name in plain)
     check(case.arranged(None, lambda t: t[:1, :1, :1, :1].expand_as(t)), BOTH)
     aligned = make_case((3, 16, 4, 8), "concat", F16)
-    check(channels_last(aligned).arranged(lambda t: t[::2], lambda t: t[::2]), BOTH)
+    check(aligned.in_channels_last().arranged(lambda t: t[::2], lambda t: t[::2]), BOTH)
 
 
 @pytest.mark.parametrize("variant", ["add", "max"])

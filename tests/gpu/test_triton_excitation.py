@@ -24,8 +24,7 @@ def test_activations_and_gates(activation, gate):
     slope = 0.3 if activation in ("leaky_relu", "elu") else None
     variant, dtype = ("cse", "max", "add")[i % 3], DTYPES[i % 4]
     case = make_case((2, 19, 5, 7), variant, dtype, activation=activation, slope=slope, gate=gate)
-    if i % 2:
-        case = case.arranged(*[lambda t: t.contiguous(memory_format=torch.channels_last)] * 2)
+    case = case.in_channels_last(i % 2 == 1)
     check(case, orders=((3, None), (1, 1)), target=(80, 90)[i % 2])
 
 

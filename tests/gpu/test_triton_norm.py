@@ -36,13 +36,6 @@ OVER_THE_MAP = (
 LAYOUTS = pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
 
 
-def channels_last(case):
-    def change(t):
-        return t.contiguous(memory_format=torch.channels_last)
-
-    return case.arranged(change, change)
-
-
 def spills_little(case, spills):
     """Some registers of the reduction of a channels_last map (see heuristics._NORM_ELEMENTS)."""
     return not case.x.is_contiguous() and all(
@@ -99,14 +92,14 @@ CASES = {
 def test_kinds(name):
     variant, dtype, shape, last, training, target, others = CASES[name]
     case = make_case(shape, variant, dtype, training=training, **others)
-    check(channels_last(case) if last else case, target=target)
+    check(case.in_channels_last(last), target=target)
 
 
 @LAYOUTS
 def test_tiles_of_large_maps(last):
     """Several warps to a program, and several tiles to a strip."""
     case = make_case((2, 64, 16, 32), "max", F16, reduction=16)
-    check(channels_last(case) if last else case, seeds=(None,), processors=1)
+    check(case.in_channels_last(last), seeds=(None,), processors=1)
 
 
 SUBSETS = ((True, False, False, False), (False, True, False, False), (False, False, True, True))
@@ -160,7 +153,7 @@ def passes(case):
 def test_passes_over_the_map(last):
     """Four forward and five backward, and what the sums beside the map take."""
     case = make_case((4, 64, 64, 64), "add", F16, reduction=16, parameter_dtype=F32)
-    case = channels_last(case) if last else case
+    case = case.in_channels_last(last)
     forward, backward = passes(case)
     assert forward[0] <= 4.2
     assert backward[0] <= 5.5

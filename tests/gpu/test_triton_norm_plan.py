@@ -1,5 +1,6 @@
-"""The plans of BatchNorm + ReLU + scSE (scse_kernels/_triton/batch_norm.py), as those of scSE in
-test_triton_plan.py: whatever changes from call to call, they launch what Triton's own way would."""
+"""The plans of BatchNorm + ReLU + scSE (scse_kernels/_triton/batch_norm.py), tested as those of
+scSE in test_triton_plan.py: whatever changes from call to call, they launch what Triton's own way
+would."""
 
 import contextlib
 from dataclasses import replace
@@ -75,10 +76,6 @@ def check(gpu, case, **options):
     return seen[0]
 
 
-def last(t):
-    return t.contiguous(memory_format=torch.channels_last)
-
-
 def sliced(t):
     """With rows of which every second one is used, samples apart."""
     return torch.empty((2, 64, 6, 8), dtype=t.dtype)[:, ::2].copy_(t)
@@ -114,7 +111,7 @@ KINDS = {
         make_case(SHAPE, dtype=torch.float16, parameter_dtype=torch.float32),
         {},
     ),
-    "channels_last": lambda: (make_case(SHAPE).arranged(last, last), {}),
+    "channels_last": lambda: (make_case(SHAPE).in_channels_last(), {}),
     "u in slices": lambda: (changed("u", sliced), {}),
     "dy in slices": lambda: (changed("dy", sliced), {}),
     "dy expanded": lambda: (changed("dy", lambda t: t[:1, :1, :1, :1].expand(t.shape)), {}),

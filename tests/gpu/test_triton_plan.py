@@ -1,6 +1,6 @@
-"""The plans of calls (scse_kernels/_triton/plan.py): what they launch is what Triton's own way to
-launch would, whatever changes from call to call. Nothing is compiled here: a recorder stands in for
-compiled kernels, and what a kernel is specialised on for its code."""
+"""The plans of calls (scse_kernels/_triton/plan.py): they launch what Triton's own way would
+launch, whatever changes from call to call. Nothing is compiled here. A recorder stands in for
+compiled kernels; in place of code it knows what a kernel is specialised on."""
 
 import contextlib
 import json
@@ -70,14 +70,6 @@ def with_moved(case, name):
 SHAPE = (2, 32, 6, 8)
 
 
-def channels_last(case):
-    return replace(
-        case,
-        x=case.x.contiguous(memory_format=torch.channels_last),
-        dy=case.dy.contiguous(memory_format=torch.channels_last),
-    )
-
-
 def sliced(case, name):
     """With rows of which every second one is used, samples apart."""
     whole = torch.empty((2, 64, 6, 8), dtype=case.x.dtype)
@@ -120,7 +112,7 @@ KINDS = {
         make_case(SHAPE, dtype=torch.float16, parameter_dtype=torch.float32),
         {},
     ),
-    "channels_last": lambda: (channels_last(make_case(SHAPE)), {}),
+    "channels_last": lambda: (make_case(SHAPE).in_channels_last(), {}),
     "x in slices": lambda: (sliced(make_case(SHAPE), "x"), {}),
     "dy in slices": lambda: (sliced(make_case(SHAPE), "dy"), {}),
     "dy expanded": lambda: (expanded(make_case(SHAPE)), {}),

@@ -183,8 +183,8 @@ ARGUMENTS = (torch.device("cpu"), 2, 12, 42, torch.float32, False, 0)
 
 @pytest.fixture
 def tune(monkeypatch, tmp_path):
-    """A function that tunes for ARGUMENTS with times made up: the further from `best`, the longer,
-    `gain` times as long at the package's own choice. Eager modules take the kernels' place."""
+    """A function that tunes for ARGUMENTS with times made up: the further from `best`, the longer.
+    The package's own choice takes `gain` times as long. Eager modules take the kernels' place."""
     bench = pytest.importorskip("bench.tune", reason="only a checkout has bench")
     build = bench.providers.build
     own = tuning.choice(*ARGUMENTS)

@@ -1,5 +1,5 @@
-"""The versions of Triton that come with the torch versions that we name, each in a process of its
-own that finds it first; and what becomes of others."""
+"""The versions of Triton that come with the torch versions that we name. Each is tested in a
+process of its own that finds it first. And what happens with other versions."""
 
 import os
 import subprocess

@@ -54,9 +54,7 @@ def count(
 ):
     """Forward and backward in float16, with an L2 of `l2` times x; `parameters`: their dtype."""
     case = make_case(shape, variant, torch.float16, reduction, parameter_dtype=parameters)
-    if layout == "channels_last":
-        last = torch.channels_last
-        case = case.arranged(*[lambda t: t.contiguous(memory_format=last)] * 2)
+    case = case.in_layout(layout)
     code = ops.COMBINE.get(variant, 0)
     device = gpulab.H100.scaled(l2_bytes=int(l2 * case.x.nbytes))
     calls = torch.ops.scse_kernels

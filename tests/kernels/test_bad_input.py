@@ -327,7 +327,8 @@ def test_channels_of_another_layer(cls):
     scse_kernels.backends.why_not("cpu", torch.device("cpu")) is not None, reason="no cpu kernels"
 )
 def test_operators_keep_to_their_memory():
-    """Who calls an operator directly gets no message of ours about shapes, but no stray access."""
+    """A direct call of an operator gets no message of ours about shapes. But it makes no stray
+    access either."""
     c, hidden = 6, 3
     given = {
         "x": torch.ones(2, c, 4, 4),

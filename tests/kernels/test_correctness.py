@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from budget import VARIANTS, check, check_infinite_weight, make_case
+from budget import VARIANTS, check, check_infinite_weight, make_case, with_layouts
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 SMALL = [  # shape, reduction
     ((2, 5, 33), 2),
@@ -28,44 +27,24 @@ LARGE = [  # several strips to a sample, tails in each of them
 ]
 
 
-def _layouts(shapes):
-    return [
-        pytest.param(shape, reduction, layout, id=f"{'x'.join(map(str, shape))}-{layout}")
-        for shape, reduction in shapes
-        for layout in ("contiguous", "channels_last")
-        if layout == "contiguous" or len(shape) > 3
-    ]
-
-
-def _arranged(case, layout):
-    if layout == "contiguous":
-        return case
-    memory_format = CHANNELS_LAST[case.x.dim()]
-
-    def arrange(t):
-        return t.contiguous(memory_format=memory_format)
-
-    return case.arranged(arrange, arrange)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, reduction, layout", _layouts(SMALL))
+@pytest.mark.parametrize("shape, reduction, layout", with_layouts(SMALL))
 def test_small_maps(target, shape, reduction, layout, dtype, variant):
-    check(_arranged(make_case(shape, variant, dtype, reduction), layout), target)
+    check(make_case(shape, variant, dtype, reduction).in_layout(layout), target)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape, reduction, layout", _layouts(LARGE))
+@pytest.mark.parametrize("shape, reduction, layout", with_layouts(LARGE))
 def test_maps_of_several_strips(target, shape, reduction, layout, variant):
-    check(_arranged(make_case(shape, variant, torch.float32, reduction), layout), target)
+    check(make_case(shape, variant, torch.float32, reduction).in_layout(layout), target)
 
 
 @pytest.mark.parametrize("variant", ("add", "max"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("shape, reduction, layout", _layouts(LARGE[2:4]))
+@pytest.mark.parametrize("shape, reduction, layout", with_layouts(LARGE[2:4]))
 def test_maps_of_several_strips_in_other_dtypes(target, shape, reduction, layout, dtype, variant):
-    check(_arranged(make_case(shape, variant, dtype, reduction), layout), target)
+    check(make_case(shape, variant, dtype, reduction).in_layout(layout), target)
 
 
 @pytest.mark.parametrize("positions", (*range(2, 20), 31, 33, 63, 65, 127, 129, 255, 257))
@@ -78,27 +57,27 @@ def test_every_tail_of_a_vector(target, positions):
 def test_every_tail_of_a_channels_last_vector(target, channels):
     for variant, dtype in (("add", torch.float32), ("max", torch.float16)):
         case = make_case((2, channels, 5, 3), variant, dtype)
-        check(_arranged(case, "channels_last"), target)
+        check(case.in_channels_last(), target)
 
 
 @pytest.mark.parametrize("channels", (256, 300, 384, 600, 768))
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_many_channels(target, channels, layout, dtype):
-    check(_arranged(make_case((1, channels, 8, 8), "add", dtype, 16), layout), target)
+    check(make_case((1, channels, 8, 8), "add", dtype, 16).in_layout(layout), target)
 
 
 @pytest.mark.parametrize("variant", ("max", "mul"))
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_an_infinite_weight(target, layout, variant):
-    case = _arranged(make_case((2, 19, 5, 7), variant), layout)
+    case = make_case((2, 19, 5, 7), variant).in_layout(layout)
     check_infinite_weight(case, target)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_without_biases(target, variant, layout):
-    check(_arranged(make_case((3, 12, 9, 7), variant, biases=False), layout), target)
+    check(make_case((3, 12, 9, 7), variant, biases=False).in_layout(layout), target)
 
 
 @pytest.mark.parametrize("missing", range(3))

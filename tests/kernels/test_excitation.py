@@ -54,10 +54,7 @@ def test_hard_gates_of_both_branches(target, layout, variant):
     excitation = {"gate": "hard_sigmoid"}
     if variant != "sse":
         excitation["activation"] = "silu"
-    case = make_case((2, 9, 37, 41), variant, **excitation)
-    if layout == "channels_last":
-        case = case.arranged(*[lambda t: t.contiguous(memory_format=torch.channels_last)] * 2)
-    check(case, target)
+    check(make_case((2, 9, 37, 41), variant, **excitation).in_layout(layout), target)
 
 
 @pytest.mark.parametrize("excitation", EXCITATIONS, ids=_id)

@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from budget import call, check, make_case, moved, output_and_gradients
+from budget import (
+    CHANNELS_LAST,
+    call,
+    channels_last,
+    check,
+    make_case,
+    moved,
+    output_and_gradients,
+)
 
 SHAPES = ((3, 12, 45), (3, 12, 9, 7), (2, 12, 5, 3, 4))
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def channels_last(t):
-    return t.contiguous(memory_format=CHANNELS_LAST[t.dim()]) if t.dim() > 3 else t.contiguous()
 
 
 def within(t, axis, step=1, before=1, after=2, arranged=torch.Tensor.contiguous):
@@ -188,8 +191,8 @@ def _in_channels_last(p):
 @pytest.mark.parametrize("variant", ("cse", "sse", "max"))
 @pytest.mark.parametrize("trailing", (2, 3))
 def test_gradients_have_their_parameters_strides(fused, variant, trailing, parameter_dtype):
-    """Which DistributedDataParallel asks for, also where the strides are those of axes of size one
-    alone; and other strides give right answers."""
+    """DistributedDataParallel asks for that, also where only the strides of axes of size one are
+    special. And other strides give right answers."""
     case = make_case((2, 12, 5, 7), variant, trailing=trailing, parameter_dtype=parameter_dtype)
     arranged = tuple(None if p is None else _in_channels_last(p) for p in case.parameters)
     case = replace(case, parameters=arranged)

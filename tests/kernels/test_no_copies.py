@@ -1,9 +1,9 @@
-"""No copy of a map is made that its layout doesn't need: channels_last passes through from one
-convolution to the next, and parts of a larger tensor with dense rows are read where they are."""
+"""A map is copied only where its layout needs it. channels_last passes through from one convolution
+to the next; parts of a larger tensor with dense rows are read where they are."""
 
 import pytest
 import torch
-from budget import VARIANTS, call, make_case
+from budget import CHANNELS_LAST, VARIANTS, call, channels_last, make_case
 from networks import images, needs_kernels
 from torch.profiler import ProfilerActivity, profile
 
@@ -15,11 +15,6 @@ pytestmark = [
 ]
 
 COPY = "aten::copy_"  # what clone, contiguous and to come down to
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def channels_last(t):
-    return t.contiguous(memory_format=CHANNELS_LAST[t.dim()])
 
 
 def batch_of_a_larger_tensor(t):

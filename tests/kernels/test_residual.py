@@ -43,7 +43,7 @@ def test_of_several_strips_with_another_excitation(target, memory_format, varian
 @pytest.mark.parametrize("variant", WITH_RESIDUAL)
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
 def test_the_parameters_gradients_stay(target, memory_format, variant):
-    """To the last bit; and y and dx differ by x and dy, so it can't be forgotten in either."""
+    """To the last bit. y and dx differ by x and dy: so it can't be forgotten in either."""
     without = _arranged(make_case((3, 16, 9, 8), variant), memory_format)
     plain = _results(target, without)
     added = _results(
@@ -83,8 +83,8 @@ def test_derivatives(target, variant):
 @pytest.mark.parametrize("sign", (-1, 1), ids=("closed", "open"))
 @pytest.mark.parametrize("residual", (False, True))
 def test_an_infinite_element(target, residual, sign, variant):
-    """It closes its sample's channel gates and its position's spatial one, then it is NaN, or opens
-    them, then it stays infinite: with x added and without."""
+    """It closes the channel gates of its sample and the spatial gate of its position: then it
+    becomes NaN. Or it opens them: then it stays infinite. With x added and without."""
     x = torch.randn(2, 4, 6)
     x[0, 1, 2] = torch.inf
     channel = (torch.ones(1, 4), None, torch.full((4, 1), float(sign)), None)

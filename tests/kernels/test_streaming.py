@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(_native.why_not("_C") is not None, reason="no co
 # Rows of whole cache lines, as streaming wants them, in one strip or more; and rows of other sizes.
 SHAPES = ((3, 32, 24, 8), (2, 64, 48, 32), (1, 16, 4, 8, 80), (2, 33, 7, 9))
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Of this module and of what it imports, for a process of its own.
 HERE = Path(__file__).parent
 TESTS = (HERE, HERE.parent)
@@ -29,13 +28,8 @@ def _results():
             for variant in VARIANTS:
                 residual = variant != "concat" and dtype in DTYPES[::2]
                 case = make_case(shape, variant, dtype, residual=residual)
-                for memory_format in (torch.contiguous_format, CHANNELS_LAST[len(shape)]):
-
-                    def arrange(t, memory_format=memory_format):
-                        return t.contiguous(memory_format=memory_format)
-
-                    arranged = case.arranged(arrange, arrange)
-                    yield output_and_gradients(partial(call, backend="cpu"), arranged)
+                for layout in ("contiguous", "channels_last"):
+                    yield output_and_gradients(partial(call, backend="cpu"), case.in_layout(layout))
 
 
 def _run(code, **environment):

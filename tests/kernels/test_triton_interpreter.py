@@ -54,18 +54,13 @@ def test_without_the_interpreter_cpu_tensors_are_refused():
         call("add", case.x, *case.parameters, backend="triton")
 
 
-def channels_last(case: Case) -> Case:
-    memory_format = torch.channels_last if case.x.dim() == 4 else torch.channels_last_3d
-    return case.arranged(*[lambda t: t.contiguous(memory_format=memory_format)] * 2)
-
-
 @interpreted
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_odd_sizes(variant):
     dtype = (torch.float32, torch.float16, torch.float64)[VARIANTS.index(variant) % 3]
     check(make_case((2, 19, 5, 7), variant, dtype), TRITON)
     case = make_case((3, 5, 3, 4, 3), variant, dtype, residual=variant != "concat")
-    check(channels_last(case), TRITON)
+    check(case.in_channels_last(), TRITON)
 
 
 @interpreted
@@ -73,7 +68,7 @@ def test_odd_sizes(variant):
 def test_aligned_sizes_of_several_strips(variant):
     case = make_case((2, 32, 16, 24), variant, torch.float16)
     check(case, TRITON)
-    check(channels_last(case), TRITON)
+    check(case.in_channels_last(), TRITON)
 
 
 @interpreted
@@ -95,7 +90,7 @@ def test_activations_and_gates(activation, monkeypatch):
             (2, 10, 5, 7), "max" if odd else "cse", dtype,
             activation=activation, slope=slope, gate=gate,
         )  # fmt: skip
-        check(channels_last(case) if odd else case, TRITON)
+        check(case.in_channels_last(odd), TRITON)
 
 
 @interpreted
@@ -109,20 +104,20 @@ def test_hard_spatial_gates(variant):
 def test_an_infinite_weight(variant):
     case = make_case((2, 19, 5, 7), variant)
     check_infinite_weight(case, TRITON)
-    check_infinite_weight(channels_last(case), TRITON)
+    check_infinite_weight(case.in_channels_last(), TRITON)
 
 
 @interpreted
 @pytest.mark.parametrize("variant", ("add", "max"))
 def test_more_channels_than_a_tile(variant):
     case = make_case((2, 600, 4, 5), variant, reduction=30)
-    check(channels_last(case) if variant in ("sse", "max") else case, TRITON)
+    check(case.in_channels_last(variant == "max"), TRITON)
 
 
 @interpreted
 @pytest.mark.parametrize("variant", ["max"])
 def test_channels_that_fill_a_warp(variant):
-    check(channels_last(make_case((1, 130, 6, 7), variant)), TRITON)
+    check(make_case((1, 130, 6, 7), variant).in_channels_last(), TRITON)
 
 
 @interpreted
@@ -133,7 +128,7 @@ def test_strips_of_several_tiles(variant, monkeypatch):
     monkeypatch.setattr(heuristics, "_STRIPS", 2)
     case = make_case((1, 33, 11, 13), variant)
     check(case, TRITON)
-    check(channels_last(case), TRITON)
+    check(case.in_channels_last(), TRITON)
 
 
 @interpreted
@@ -265,7 +260,7 @@ def in_both(case: Case, monkeypatch, *need):
 @pytest.mark.parametrize("variant", ["add", "max"])
 def test_one_launch_gives_the_bits_of_three(variant, monkeypatch):
     in_both(make_case((2, 19, 5, 29), variant), monkeypatch)
-    in_both(channels_last(make_case((3, 33, 3, 23), variant, torch.float16)), monkeypatch)
+    in_both(make_case((3, 33, 3, 23), variant, torch.float16).in_channels_last(), monkeypatch)
 
 
 @interpreted
@@ -284,7 +279,7 @@ def test_one_launch_of_more_channels_than_a_tile_and_strips_of_several(monkeypat
 
     in_both(make_case((2, 600, 2, 5), "max", reduction=60), monkeypatch)
     monkeypatch.setattr(heuristics, "_STRIPS", 2)
-    in_both(channels_last(make_case((1, 33, 11, 13), "concat")), monkeypatch)
+    in_both(make_case((1, 33, 11, 13), "concat").in_channels_last(), monkeypatch)
 
 
 @interpreted

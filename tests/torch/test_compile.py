@@ -50,11 +50,8 @@ def test_static_shapes(target, variant, shape):
 
 @pytest.mark.parametrize("variant", ("add", "cse", "sse"))
 def test_channels_last(target, variant):
-    def arrange(t):
-        return t.contiguous(memory_format=torch.channels_last)
-
-    case = make_case((2, 6, 5, 7), variant)
-    _compare(target, variant, case.arranged(arrange, arrange), "aot_eager")
+    case = make_case((2, 6, 5, 7), variant).in_channels_last()
+    _compare(target, variant, case, "aot_eager")
 
 
 @pytest.mark.parametrize("variant", ("cse", "max"))

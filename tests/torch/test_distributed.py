@@ -31,7 +31,8 @@ def _data_parallel():
 
 
 def _channels_last():
-    """Strides of gradients that aren't those of the parameters make a warning, an error here."""
+    """Gradients with other strides than their parameters' give a warning, which is an error
+    here."""
     network = unet().to(memory_format=torch.channels_last)
     return DistributedDataParallel(network), network
 
@@ -72,7 +73,7 @@ def _process(rank, folder):
                 got = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
                 want = expected[name]
                 assert got.dtype == want.dtype, f"{way}: {name} has {got.dtype}"
-                # both average over the processes what is to be a sum over the batch
+                # both average over the processes; here the sum over the batch is wanted
                 error = (WORLD * got - want).norm() / want.norm()
                 assert error < tolerance, f"{way}: {name} is off by {error:.2g}"
         dist.barrier()

@@ -146,7 +146,7 @@ def test_double_precision_module_and_mixed_precision():
 
 
 def test_without_biases():
-    """A converted module may have lost its biases."""
+    """A converted module may have no biases."""
     layer = ours.ChannelSpatialSELayer(12)
     layer.cSE.fc1.bias = layer.cSE.fc2.bias = layer.sSE.conv.bias = None
     x = make_case((2, 12, 5, 7)).x

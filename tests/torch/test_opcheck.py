@@ -2,17 +2,15 @@
 
 import pytest
 import torch
-from budget import make_case, moved
+from budget import channels_last, make_case, moved
 
 from scse_kernels import ops
 
 LAYOUTS = {
     "contiguous": lambda t: t,
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "channels_last": channels_last,
     "channel sliced": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
-    "channels_last, channel sliced": lambda t: torch.cat([t, t], 1).contiguous(
-        memory_format=torch.channels_last
-    )[:, : t.shape[1]],
+    "channels_last, channel sliced": lambda t: channels_last(torch.cat([t, t], 1))[:, : t.shape[1]],
     "spatial axes swapped": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
 }
 VARIANTS = ("cse", "sse", *ops.COMBINE)
