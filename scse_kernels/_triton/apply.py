@@ -5,10 +5,10 @@ import triton.language as tl
 
 from .combine import CHANNEL, CONCAT, SPATIAL, direct, reads_x, value
 from .parameters import parameter_gradients
-from .primitives import NORMAL, accumulator, index, inside, load, offsets, shown, store
+from .primitives import NORMAL, SIZES, accumulator, index, inside, load, offsets, shown, store
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     x_ptr,  # [N, C, S]
     channel_gate_ptr,  # [N, C]
@@ -38,6 +38,7 @@ def apply_kernel(
     has x added. POLICY: the caches' for x and y.
     """
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     if tile is None:
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
@@ -66,7 +67,7 @@ def apply_kernel(
         store(y_ptr + at, y, mask, POLICY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply_backward_kernel(
     dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     x_ptr,  # [N, C, S]
@@ -143,6 +144,7 @@ def apply_backward_kernel(
             return
     if NEED_DX:
         ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+        S = shown(S, 1 if CHANNELS_LAST else ALIGN)
         blocks = tl.cdiv(C, BLOCK_C)
         n = index(tile // (strips * blocks), WIDE)
         s = (tile // blocks % strips) * BLOCK_S + tl.arange(0, BLOCK_S)

@@ -7,10 +7,10 @@ import triton.language as tl
 from .activation import SIGMOID, gate_of
 from .combine import CHANNEL, CONCAT, SPATIAL, value
 from .norm import active, load_norm, normalised
-from .primitives import accumulator, index, inside, load, offsets, shown
+from .primitives import SIZES, accumulator, index, inside, load, offsets, shown
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_squeeze_kernel(
     u_ptr,  # [N, C, S]
     mean_ptr,  # [C]
@@ -41,6 +41,7 @@ def norm_squeeze_kernel(
     """A program for each sample and strip (TILES tiles). Reads u once; writes channel sums and
     spatial gates. HOLD: BLOCK_C covers all channels; TILES is 1 without."""
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
     item = tl.program_id(0)
@@ -85,7 +86,7 @@ def norm_squeeze_kernel(
         tl.store(partial_ptr + c, channel_sum, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_apply_kernel(
     u_ptr,  # [N, C, S]
     mean_ptr,  # [C]
@@ -114,6 +115,7 @@ def norm_apply_kernel(
     """A program for each tile. Reads u and the small tensors once, writes y. From the last tile to
     the first, as the end of u is what the squeeze left in L2."""
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
     n = index(tile // (strips * blocks), WIDE)

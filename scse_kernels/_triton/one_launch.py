@@ -30,6 +30,7 @@ from .apply import apply_backward_kernel, apply_kernel
 from .combine import SPATIAL, reads_x
 from .excite import excite_backward_kernel, excite_kernel
 from .parameters import parameter_gradients
+from .primitives import SIZES
 from .reduce import reduce_kernel
 from .squeeze import squeeze_kernel
 
@@ -69,7 +70,7 @@ def wait(counter_ptr, count):
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     x_ptr,  # [N, C, S]
     w1_ptr,  # [Cr, C]; the parameters may be None
@@ -156,7 +157,7 @@ def forward_kernel(
         ticket = draw(counters_ptr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     x_ptr,  # [N, C, S]
