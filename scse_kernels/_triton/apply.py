@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .combine import CHANNEL, CONCAT, SPATIAL, by_gates, direct, value
 from .parameters import parameter_gradients
-from .primitives import NORMAL, accumulator, index, inside, load, offsets, shown, store
+from .primitives import NORMAL, SIZES, accumulator, index, inside, load, offsets, shown, store
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def load_gates(
     return channel_gate, spatial_gate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     x_ptr,  # [N, C, S]
     channel_gate_ptr,  # [N, C]
@@ -63,6 +63,7 @@ def apply_tile(
 ):  # fmt: skip
     """One of all samples' tiles. RESIDUAL: y has x added. POLICY: the caches' for x and y."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     blocks_c = tl.cdiv(C, BLOCK_C)
     n = index(tile // (blocks_s * blocks_c), WIDE)
     s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -86,7 +87,7 @@ def apply_tile(
         store(y_ptr + at, y, mask, POLICY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply_backward_kernel(
     dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     x_ptr,  # [N, C, S]
@@ -162,6 +163,7 @@ def apply_backward_tile(
     """One of all samples' tiles of dx. RESIDUAL: dx has dy added. POLICY: the caches' for the
     maps."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     blocks_c = tl.cdiv(C, BLOCK_C)
     n = index(tile // (blocks_s * blocks_c), WIDE)
     s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)

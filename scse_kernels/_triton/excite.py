@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate, gate_gradient, gate_of
-from .primitives import accumulator, load, matvec, sum_rows, vecmat
+from .primitives import SIZES, accumulator, load, matvec, sum_rows, vecmat
 
 
 @triton.constexpr_function
@@ -17,7 +17,7 @@ def at_once(block, terms, tile):
     return max(1, min(block, tile // terms))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def excite_kernel(
     partial_ptr,  # [N, strips, C]: sums of x
     w1_ptr,  # [Cr, C]
@@ -91,7 +91,7 @@ def excite_sample(
         tl.store(channel_gate_ptr + c, gate_of(excited, GATE), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def excite_backward_kernel(
     partial_ptr,  # [N, strips, C]: sums for the channel gate's gradient, or None
     partial_ws_ptr,  # [N, strips, C]: sums of dq * x, or None

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from .activation import activate, gate_gradient, gate_of
-from .primitives import accumulator, load, matvec, sum_in_pairs, sum_rows, vecmat
+from .primitives import SIZES, accumulator, load, matvec, sum_in_pairs, sum_rows, vecmat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def excite_hidden_kernel(
     partial_ptr,  # [N, strips, C]: sums of x
     w1_ptr,  # [Cr, C]
@@ -55,7 +55,7 @@ def excite_hidden_kernel(
     tl.store(slope_ptr + j, slope, mask=j < Cr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def excite_gates_kernel(
     w2_ptr,  # [C, Cr]
     b2_ptr,  # [C] or None
@@ -77,7 +77,7 @@ def excite_gates_kernel(
     tl.store(channel_gate_ptr + n * C + c, gate_of(excited, GATE), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def excite_backward_hidden_kernel(
     partial_ptr,  # [N, strips, C]: sums for the channel gate's gradient
     w2_ptr,  # [C, Cr]
@@ -117,7 +117,7 @@ def excite_backward_hidden_kernel(
     tl.store(d_hidden_ptr + n * Cr + j, tl.where(slope == 0, 0.0, slope * d), mask=j < Cr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def excite_backward_mean_kernel(
     partial_ws_ptr,  # [N, strips, C]: sums of dq * x, or None
     partial_bs_ptr,  # [N, strips]: sums of dq, or None

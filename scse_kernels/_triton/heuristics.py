@@ -113,7 +113,7 @@ def tile(
     have 128 bytes, less where channels are many. In channels_last ones a single warp can sum alone
     if a position's channels fill it; then strips take several tiles, for fewer partial sums.
 
-    Small maps get shorter strips, then smaller tiles, until most `processors` have a program.
+    Small maps get shorter strips, then smaller tiles, until half the `processors` have a program.
     """
     filled = 16 * lanes // itemsize  # elements with which a warp is full: 16 bytes to a thread
     size = _BYTES // 16 * filled  # a warp's part of a tile
@@ -136,9 +136,10 @@ def tile(
     def in_flight() -> int:
         return programs() * block_c * block_s * itemsize
 
-    enough = processors * 3 // 4  # programs; twice as many of half the size would not be better
+    # Programs; of twice as many of half the size a multiprocessor would get two.
+    enough = processors // 2
     # Of a small map half: each strip is a row of partial sums more for the excitation to add.
-    wanted = min(enough * _IN_FLIGHT, samples * block_c * positions * itemsize // 2)
+    wanted = min(processors * _IN_FLIGHT * 3 // 4, samples * block_c * positions * itemsize // 2)
     while tiles > 1 and (programs() < enough or in_flight() < wanted):
         tiles //= 2
     while programs() < enough:

@@ -14,7 +14,7 @@ from .apply import load_gates
 from .combine import CHANNEL, CONCAT, SPATIAL, by_gates, direct, shares
 from .norm import active, load_norm, normalised, reciprocal_root
 from .parameters import parameter_gradients
-from .primitives import accumulator, index, inside, load, offsets, shown, sum_in_pairs
+from .primitives import SIZES, accumulator, index, inside, load, offsets, shown, sum_in_pairs
 from .reduce import gate_inside, load_tile
 
 
@@ -32,7 +32,7 @@ def load_gradient(
     return dy, dy2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_reduce_kernel(
     dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     u_ptr,  # [N, C, S]
@@ -82,6 +82,7 @@ def norm_reduce_kernel(
     narrow.
     """
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     GATE_FIRST: tl.constexpr = by_gates(COMBINE)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
@@ -233,7 +234,7 @@ def norm_reduce_kernel(
         tl.store(partial_bs_ptr + item, tl.sum(bs_sum, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_sums_kernel(
     sums_ptr,  # [4, N, strips, C]: g, gu, one, u
     d_mean_ptr,  # [N, C] or None: no channel branch
@@ -281,7 +282,7 @@ def norm_sums_kernel(
         tl.store(through_ptr + C + c, scale * rstd * rstd * sum_dvu, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_apply_backward_kernel(
     dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     u_ptr,  # [N, C, S]
@@ -345,6 +346,7 @@ def norm_apply_backward_kernel(
             return
     if NEED_DU:
         ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
+        S = shown(S, 1 if CHANNELS_LAST else ALIGN)
         blocks_c = tl.cdiv(C, BLOCK_C)
         n = index(tile // (blocks_s * blocks_c), WIDE)
         s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)

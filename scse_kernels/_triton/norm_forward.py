@@ -8,10 +8,10 @@ from .activation import SIGMOID, gate_of
 from .apply import load_gates
 from .combine import CHANNEL, CONCAT, SPATIAL, value
 from .norm import active, load_norm, normalised
-from .primitives import accumulator, index, inside, load, offsets, shown
+from .primitives import SIZES, accumulator, index, inside, load, offsets, shown
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_squeeze_kernel(
     u_ptr,  # [N, C, S]
     mean_ptr,  # [C]
@@ -42,6 +42,7 @@ def norm_squeeze_kernel(
     """A program for each sample and strip (TILES tiles). Reads u once; writes channel sums and
     spatial gates. HOLD: BLOCK_C covers all channels; TILES is 1 without."""
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
     item = tl.program_id(0)
@@ -86,7 +87,7 @@ def norm_squeeze_kernel(
         tl.store(partial_ptr + c, channel_sum, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_apply_kernel(
     u_ptr,  # [N, C, S]
     mean_ptr,  # [C]
@@ -115,6 +116,7 @@ def norm_apply_kernel(
     """A program for each tile. Reads u and the small tensors once, writes y. Goes from the last
     tile to the first: the end of u is what the squeeze left in L2."""
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks_c = tl.cdiv(C, BLOCK_C)
     n = index(tile // (blocks_s * blocks_c), WIDE)

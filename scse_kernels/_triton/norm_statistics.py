@@ -7,10 +7,10 @@ thousand standard deviations does no harm.
 import triton
 import triton.language as tl
 
-from .primitives import accumulator, index, inside, load, offsets, shown, sum_in_pairs
+from .primitives import SIZES, accumulator, index, inside, load, offsets, shown, sum_in_pairs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_statistics_kernel(
     u_ptr,  # [N, C, S]
     strip_mean_ptr,  # [N, strips, C]: the means of a strip
@@ -57,7 +57,7 @@ def move(ptr, towards, momentum, mask, ACC: tl.constexpr):
     tl.store(ptr, there.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_merge_kernel(
     strip_mean_ptr,  # [N, strips, C]
     strip_squares_ptr,  # [N, strips, C]

@@ -32,6 +32,7 @@ from .apply import apply_backward_tile, apply_tile
 from .combine import SPATIAL, by_gates
 from .excite import excite_backward_sample, excite_sample
 from .parameters import parameter_gradients
+from .primitives import SIZES
 from .reduce import reduce_strip
 from .squeeze import squeeze_strip
 
@@ -73,7 +74,7 @@ def wait(counter_ptr, count):
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     x_ptr,  # [N, C, S]
     w1_ptr,  # [Cr, C]; the parameters may be None
@@ -160,7 +161,7 @@ def forward_kernel(
         ticket = draw(counters_ptr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     x_ptr,  # [N, C, S]

@@ -11,6 +11,16 @@ import triton.language as tl
 # No policy of eviction. (Triton 3.6 takes no plain string for the default of an argument.)
 NORMAL = tl.constexpr("")
 
+# Integers that differ from map to map. No kernel is compiled for some values of these (1, multiples
+# of 16), or images of many sizes would wait for the compiler again and again. What wide accesses
+# need to know of them ALIGN says.
+SIZES = (
+    *("N", "S", "strips", "rows", "tiles", "blocks_s", "blocks", "tasks", "lag", "plane"),
+    *("stride_xn", "pitch_x", "stride_yn", "pitch_y", "half_y"),
+    *("stride_dyn", "pitch_dy", "half_dy", "stride_dxn", "pitch_dx"),
+    *("stride_un", "pitch_u", "stride_dun", "pitch_du"),
+)
+
 
 @triton.constexpr_function
 def accumulator(dtype):

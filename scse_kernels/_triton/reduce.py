@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .activation import gate_gradient, gate_of
 from .combine import CONCAT, by_gates, shares
-from .primitives import NORMAL, accumulator, index, inside, load, offsets, shown
+from .primitives import NORMAL, SIZES, accumulator, index, inside, load, offsets, shown
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def gate_inside(q, s, S, GATE: tl.constexpr):
     return tl.where(s < S, gate_of(q, GATE), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reduce_kernel(
     dy_ptr,  # [N, C, S]; CONCAT: [N, 2 * C, S]
     x_ptr,  # [N, C, S]
@@ -95,7 +95,11 @@ def reduce_strip(
     the last read of x.
     """
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     GATE_FIRST: tl.constexpr = by_gates(COMBINE)
+    # With HOLD no loop is left over the channels: from a loop the compiler may take products, in
+    # one kernel and not in another, that it else contracts with the sums.
+    END = BLOCK_C if HOLD else C
     n = index(item // strips, WIDE)
     strip = item % strips
     x_ptr += n * shown(stride_xn, ALIGN)
@@ -117,7 +121,7 @@ def reduce_strip(
         d_gate = tl.zeros([BLOCK_S], ACC)
 
         if GATE_FIRST:
-            for begin in range(0, C, BLOCK_C):
+            for begin in range(0, END, BLOCK_C):
                 if not HOLD:
                     x = load_tile(
                         x_ptr, begin, s, C, S, pitch_x, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C
@@ -126,7 +130,7 @@ def reduce_strip(
                 q += tl.sum(x.to(ACC) * load(ws_ptr + c, c < C, ACC)[:, None], 0)
             gate = gate_inside(q, s, S, GATE)
 
-        for begin in range(0, C, BLOCK_C):
+        for begin in range(0, END, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
             if not HOLD:
                 x = load_tile(x_ptr, begin, s, C, S, pitch_x, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
@@ -162,7 +166,7 @@ def reduce_strip(
                 tl.store(dq_ptr + n * S + s, dq, mask=s < S)
             if WEIGH:
                 bs_sum += dq
-                for begin in range(0, C, BLOCK_C):
+                for begin in range(0, END, BLOCK_C):
                     if HOLD:
                         ws_sum += tl.sum(x.to(ACC) * dq[None, :], 1)
                     else:

@@ -5,10 +5,10 @@ import triton.language as tl
 
 from .activation import gate_of
 from .combine import CHANNEL, SPATIAL
-from .primitives import accumulator, index, inside, load, offsets, shown
+from .primitives import SIZES, accumulator, index, inside, load, offsets, shown
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def squeeze_kernel(
     x_ptr,  # [N, C, S]
     ws_ptr,  # [C]
@@ -49,8 +49,12 @@ def squeeze_strip(
     """The strip `item` of all samples' strips. HOLD: BLOCK_C covers all channels; TILES is 1
     without."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
+    # With HOLD no loop is left over the channels: from a loop the compiler may take products, in
+    # one kernel and not in another, that it else contracts with the sums.
+    END = BLOCK_C if HOLD else C
     n = index(item // strips, WIDE)
     strip = item % strips
     x_ptr += n * shown(stride_xn, ALIGN)
@@ -64,7 +68,7 @@ def squeeze_strip(
     for tile in range(TILES):
         s = (strip * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S)
         squeezed = tl.zeros([BLOCK_S], ACC)
-        for begin in range(0, C, BLOCK_C):
+        for begin in range(0, END, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
             at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
             x = load(x_ptr + at, inside(c, s, C, S, CHANNELS_LAST, ALIGN), ACC)
