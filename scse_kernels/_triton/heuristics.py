@@ -204,9 +204,9 @@ def _rows(e: Excitation, samples: int, channels: int, hidden: int, processors: i
 
 
 def gradient_block(warps: int) -> int:
-    """Rows and columns of a piece of the parameters' gradients in a kernel of so many warps: 8 to
+    """Rows and columns of a piece of the parameters' gradients in a kernel of so many warps: 16 to
     32 sums to a thread, no more registers than the pass over the map needs."""
-    return 64 if warps >= 8 else 32
+    return 64 if warps >= 4 else 32
 
 
 @dataclass(frozen=True)

@@ -236,10 +236,10 @@ def _describe(
     )
 
 
-def _all_registers() -> dict:
-    """An option that lets NVIDIA's assembler use all registers. Without it a few may be spilled, so
-    that more programs run at once."""
-    return {} if torch.version.hip else {"maxnreg": 255}
+def _all_registers(most: int = 255) -> dict:
+    """An option that lets NVIDIA's assembler use `most` registers. Without it a few may be spilled,
+    so that more programs run at once."""
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
@@ -300,7 +300,7 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
     partial = plan.scratch(n, p.strips, c) if p.has_channel else None
     spatial_gate = plan.scratch(n, s) if p.has_spatial else None
     if p.launches == 1:
-        queue = p.queue(in_x.tensor, 16, in_x.tensor)
+        queue = p.queue(in_x.tensor, 16, in_x.tensor)  # sixteen warps of 128 registers
         lag = p.strips + queue.lead
         plan.launch(
             forward_kernel, (queue.programs,),
@@ -312,6 +312,7 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
             half_y=p.half(out_y), **in_x.strides("x"), **out_y.strides("y"),
             RESIDUAL=residual, HOLD=p.tile.hold, TILES=p.tile.tiles, **excitation,
             **p.constants(in_x, out_y), **p.excitation_within(in_x.tensor),
+            **_all_registers(255 if in_x.tensor.dtype == torch.float64 else 128),
         )  # fmt: skip
         return
     plan.launch(
