@@ -412,7 +412,7 @@ BackwardResult cpu_backward(const Tensor& dy, const Tensor& x, const Optional& w
                 need_dx, need_channel, need_spatial, gate, residual);
 }
 
-#include "batch_norm/ops.h"
+#include "batch_norm/ops.inc"
 
 std::string cpu_capability() { return kIsaNames[static_cast<int>(isa())]; }
 

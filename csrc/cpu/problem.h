@@ -13,7 +13,7 @@
 
 namespace scse {
 
-// Storage of the half types; arithmetic happens in float, see vec.h.
+// Storage of the half types; arithmetic happens in float, see vec.inc.
 struct half {
   uint16_t bits;
 };

@@ -1,5 +1,5 @@
 // The backward's first pass: every sum over positions or channels. With shares gc, gs of dy in the
-// gradients of the two gates (see formulas.h), for each sample
+// gradients of the two gates (see formulas.inc), for each sample
 //
 //   d channel_gate[c] = sum_s gc[c, s]
 //   dq[s]             = gate'[s] * sum_c gs[c, s], gate' being the spatial gate's derivative

@@ -1,7 +1,7 @@
 // The backward in one launch, a cluster to a sample. Reads x and dy once and writes dx once; what
 // is left are sums over the samples, of vectors with a value for each channel.
 //
-// With shares gc, gs of dy in the gradients of the two gates (see formulas.h), for each sample
+// With shares gc, gs of dy in the gradients of the two gates (see formulas.inc), for each sample
 //
 //     dq[s]             = gate'[s] * sum_c gs[c, s], gate' being the spatial gate's derivative
 //     d channel_gate[c] = sum_s gc[c, s]

@@ -1,4 +1,4 @@
-// The on-chip kernels for one element type; defined in passes.cuh.
+// The on-chip kernels for one element type; defined in kernels.cuh.
 #pragma once
 
 #include "plan.h"
