@@ -41,7 +41,7 @@ struct Along {
 };
 
 // Reads x and the gates once, writes y.
-template <typename T, int W, Combine K, bool LAST>
+template <typename T, int W, Combine K, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(kMaxThreads, 4)
     apply(const T* x,                 // [N, C, S] or [N, S, C]
           const float* channel_gate,  // [N, C]
@@ -53,21 +53,21 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
           int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles) {
   let_next_start();
   const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
-  const int64_t row = LAST ? channels : positions;
-  const int64_t inside = at.inner < row ? (LAST ? positions : channels) - at.outer : 0;
+  const int64_t row = CHANNELS_LAST ? channels : positions;
+  const int64_t inside = at.inner < row ? (CHANNELS_LAST ? positions : channels) - at.outer : 0;
   const int64_t across = row - at.inner;
   const bool whole = is_whole<W>(x, x_sample, x_pitch, row) && is_whole<W>(y, 0, 0, 0);
   x += at.n * x_sample + at.outer * x_pitch + at.inner;
   const Accesses<T, W> in = load_accesses<W>(whole, x, x_pitch, inside, across);
 
   wait_for_previous();
-  Along<W, LAST> c;
-  Along<W, !LAST> s;
+  Along<W, CHANNELS_LAST> c;
+  Along<W, !CHANNELS_LAST> s;
   if (has_channel(K)) c.load(channel_gate + at.n * channels, at, channels);
   if (has_spatial(K)) s.load(spatial_gate + at.n * positions, at, positions);
 
   constexpr int halves = K == Combine::concat ? 2 : 1;
-  const int64_t y_pitch = LAST ? halves * channels : positions;
+  const int64_t y_pitch = CHANNELS_LAST ? halves * channels : positions;
   y += at.n * halves * channels * positions + at.outer * y_pitch + at.inner;
 #pragma unroll
   for (int u = 0; u < kOuter; ++u) {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
       Floats<W> second;
 #pragma unroll
       for (int i = 0; i < W; ++i) out[i] = f[i] * c.of(u, i), second[i] = f[i] * s.of(u, i);
-      store_access<W>(whole, y + channels * (LAST ? 1 : positions) + u * y_pitch,
+      store_access<W>(whole, y + channels * (CHANNELS_LAST ? 1 : positions) + u * y_pitch,
                       narrow<T, W>(second), across);
     } else {
 #pragma unroll
@@ -98,7 +98,7 @@ constexpr bool reads_two = Formula<float, K>::by_gates || K == Combine::concat;
 // Reads dy and the small tensors once, and x where the formula needs it; writes dx. The first
 // blocks form the parameters' gradients meanwhile: started last they would be what the end waits
 // for.
-template <typename T, int W, Combine K, bool LAST>
+template <typename T, int W, Combine K, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     apply_backward(const T* dy,                // as y
                    const T* x,                 // [N, C, S] or [N, S, C]
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     return;
   }
   const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
-  const int64_t row = LAST ? channels : positions;
-  const int64_t inside = at.inner < row ? (LAST ? positions : channels) - at.outer : 0;
+  const int64_t row = CHANNELS_LAST ? channels : positions;
+  const int64_t inside = at.inner < row ? (CHANNELS_LAST ? positions : channels) - at.outer : 0;
   const int64_t across = row - at.inner;
   const bool whole = is_whole<W>(dy, dy_sample, dy_pitch, row) && is_whole<W>(dx, 0, 0, 0) &&
                      (!reads_x || is_whole<W>(x, x_sample, x_pitch, row));
@@ -154,13 +154,13 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     constexpr bool WHOLE = decltype(all)::value;
     d_in = load_accesses<W, WHOLE>(dy, dy_pitch, inside, across);
     if (K == Combine::concat) {
-      d2_in =
-          load_accesses<W, WHOLE>(dy + channels * (LAST ? 1 : dy_pitch), dy_pitch, inside, across);
+      d2_in = load_accesses<W, WHOLE>(dy + channels * (CHANNELS_LAST ? 1 : dy_pitch), dy_pitch,
+                                      inside, across);
     }
     if (reads_x) in = load_accesses<W, WHOLE>(x, x_pitch, inside, across);
   });
-  Along<W, LAST> c, mean, weight;
-  Along<W, !LAST> s, d;
+  Along<W, CHANNELS_LAST> c, mean, weight;
+  Along<W, !CHANNELS_LAST> s, d;
   if (has_spatial(K)) weight.load(ws, dtype_of(dtypes, Parameter::ws), at, channels);
 
   wait_for_previous();

@@ -167,7 +167,7 @@ struct Rows {
   }
   // body(r, sum), by one thread for each r.
   template <typename Body>
-  SCSE_DEVICE void multiply(const float* vector, int first, const Body& body) {
+  SCSE_DEVICE void matvec(const float* vector, int first, const Body& body) {
     const int step = tall ? 4 << bits : 16 << bits;
     const int rows = static_cast<int>(blockDim.x) >> bits << (tall ? 2 : 0);
     float sum[4] = {};
@@ -232,7 +232,7 @@ struct Columns {
   }
   // body(k, sum), by one thread for each k. `shared`: four floats for each thread.
   template <typename Body>
-  SCSE_DEVICE void multiply(const float* vector, float* shared, const Body& body) {
+  SCSE_DEVICE void vecmat(const float* vector, float* shared, const Body& body) {
     const int step = blockDim.x >> bits;
     // Rows of threads that are left to be summed after a warp has summed its own.
     const int left = blockDim.x >> max(5, bits);
@@ -305,21 +305,21 @@ __global__ void __launch_bounds__(kExciteThreads, 1)
 
   wait_for_previous();
   Columns<float, WHOLE> sums(partial, Dtype::float32, strips, channels, make_int2(0, channels));
-  sums.multiply(nullptr, shared, [&](int c, float sum) {
+  sums.vecmat(nullptr, shared, [&](int c, float sum) {
     const float mean = sum / static_cast<float>(positions);
     all_pooled[c] = mean;
     if (!std::is_void_v<P> && c >= own.x && c < own.y) pooled[c] = mean;
   });
   team.meet();
   __syncthreads();
-  first.multiply(all_pooled, own_hidden.x, [&](int j, float h) {
+  first.matvec(all_pooled, own_hidden.x, [&](int j, float h) {
     const Activated<float> a = activate(activation, activation_parameter, h);
     if constexpr (!std::is_void_v<P>) team.give(all_hidden, j, a.value);
     hidden[j] = a.value, hidden_slope[j] = a.slope;
   });
   team.sync();
-  second.multiply(all_hidden, own.x,
-                  [&](int c, float excited) { channel_gate[c] = gate_of(gate, excited); });
+  second.matvec(all_hidden, own.x,
+                [&](int c, float excited) { channel_gate[c] = gate_of(gate, excited); });
 }
 
 // A team for each sample and branch that has sums to be added up.
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kExciteThreads, 1)
   if (partial_ws != nullptr && (branches == 1 || number % 2 == 0)) {
     wait_for_previous();
     Columns<float, WHOLE> sums(partial_ws + sums_of, Dtype::float32, strips, channels, own);
-    sums.multiply(nullptr, shared, [&](int c, float sum) { sample_ws[n * channels + c] = sum; });
+    sums.vecmat(nullptr, shared, [&](int c, float sum) { sample_ws[n * channels + c] = sum; });
     if (own.x > 0) return team.meet();
     float sum = 0;
 #pragma unroll 1
@@ -370,21 +370,21 @@ __global__ void __launch_bounds__(kExciteThreads, 1)
   wait_for_previous();
   Columns<float, WHOLE> sums(partial + sums_of, Dtype::float32, strips, channels,
                              make_int2(0, channels));
-  sums.multiply(nullptr, shared, [&](int c, float sum) {
+  sums.vecmat(nullptr, shared, [&](int c, float sum) {
     const float d = gate_gradient(gate, sum, channel_gate[c]);
     all_excited[c] = d;
     if (!std::is_void_v<P> && c >= own.x && c < own.y) d_excited[c] = d;
   });
   team.meet();
   __syncthreads();
-  second.multiply(all_excited, shared, [&](int j, float d) {
+  second.vecmat(all_excited, shared, [&](int j, float d) {
     d = through(hidden_slope[j], d);
     if constexpr (!std::is_void_v<P>) team.give(all_hidden, j, d);
     d_hidden[j] = d;
   });
   team.sync();
   if (d_mean == nullptr) return;
-  first.multiply(all_hidden, shared, [&](int c, float d) {
+  first.vecmat(all_hidden, shared, [&](int c, float d) {
     d_mean[n * channels + c] = d / static_cast<float>(positions);
   });
 }

@@ -172,11 +172,11 @@ Backward plan_backward(const Problem& p, float* scratch) {
   const bool need_dx = p.dx != nullptr;
   const bool channel = p.has_channel() && (need_dx || p.need_channel());
   const bool gates = p.has_spatial() && need_dx;
-  const int64_t rows = p.samples * b.tile.strips, vector = p.samples * p.channels;
+  const int64_t all_strips = p.samples * b.tile.strips, vector = p.samples * p.channels;
   Pieces pieces(scratch);
-  b.partial = pieces.take(channel, rows * p.channels);
-  b.partial_ws = pieces.take(p.need_spatial(), rows * p.channels);
-  b.partial_bs = pieces.take(p.need_spatial(), rows);
+  b.partial = pieces.take(channel, all_strips * p.channels);
+  b.partial_ws = pieces.take(p.need_spatial(), all_strips * p.channels);
+  b.partial_bs = pieces.take(p.need_spatial(), all_strips);
   b.spatial_gate = pieces.take(gates, p.samples * p.positions);
   b.dq = pieces.take(gates, p.samples * p.positions);
   b.d_excited = pieces.take(channel, vector);

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
   const Place me(lanes);
   const Kept<T, W> xs(kept);
   const int64_t n = blockIdx.x / strips, strip = blockIdx.x % strips;
-  const int64_t row = int64_t(blockIdx.x) * channels;
+  const int64_t strip_sums = int64_t(blockIdx.x) * channels;  // in partial and partial_ws
   const bool spatial = partial_ws != nullptr || dq != nullptr;
   const Dtype ws_dtype = dtype_of(dtypes, Parameter::ws);
   float bias = 0, dbs = 0;
@@ -103,15 +103,15 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
       with_whole<W, T>(whole, [&](auto all) { in = load_x_of(all, step, first); });
       return in;
     };
-    Floats<W> gate{}, squeezed{}, d_gate{};
+    Floats<W> gate{}, q{}, d_gate{};
     const auto squeeze = [&](const Floats<W>& f, float weight) {
 #pragma unroll
-      for (int i = 0; i < W; ++i) squeezed[i] += f[i] * weight;
+      for (int i = 0; i < W; ++i) q[i] += f[i] * weight;
     };
     const auto store_gates = [&] {
       // Zero outside of the map: an infinite weight would make it NaN there, and NaN times the
       // zeros that x has there is NaN.
-      sum_rows(squeezed, lanes, shared, [&](int i, float sum) {
+      sum_rows(q, lanes, shared, [&](int i, float sum) {
         const bool exists = begin + i < positions;
         gates[inner_index<W>(i, lanes)] = exists ? gate_of(gating, sum + bias) : 0.f;
       });
@@ -156,14 +156,14 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
                         g2 = widen<T, W>(d2_in.at[u]);
 #pragma unroll
         for (int i = 0; i < W; ++i) {
-          const Shares<float> share = F::gradient(f[i], g[i], g2[i], channel[u], gate[i]);
+          const Shares<float> share = F::shares(f[i], g[i], g2[i], channel[u], gate[i]);
           sum[u] += share.c;
           d_gate[i] += share.s;
         }
         if (!F::by_gates) squeeze(f, weight[u]);
       }
       if (partial != nullptr) {
-        sum_and_add(sum, lanes, me.lane, partial + row + c, channels - c, tile == 0);
+        sum_and_add(sum, lanes, me.lane, partial + strip_sums + c, channels - c, tile == 0);
       }
     }
 
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
 #pragma unroll
             for (int i = 0; i < W; ++i) sum[u] += f[i] * d[i];
           }
-          sum_and_add(sum, lanes, me.lane, partial_ws + row + c, channels - c, tile == 0);
+          sum_and_add(sum, lanes, me.lane, partial_ws + strip_sums + c, channels - c, tile == 0);
         }
       }
     }
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
   const Place me(lanes);
   const Kept<T, W> xs(kept);
   const int64_t n = blockIdx.x / strips, strip = blockIdx.x % strips;
-  const int64_t row = int64_t(blockIdx.x) * channels;
+  const int64_t strip_sums = int64_t(blockIdx.x) * channels;  // in partial and partial_ws
   const bool spatial = partial_ws != nullptr || dq != nullptr;
   const bool one_step = channels <= lanes * W;  // it has all channels
   const Dtype ws_dtype = dtype_of(dtypes, Parameter::ws);
@@ -244,22 +244,22 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
       if (one_step && tile < tiles - 1) return;
       sum_rows(sums, lanes, shared, [&](int i, float total) {
         if (first + i < channels) {
-          float* at = p + row + first + i;
+          float* at = p + strip_sums + first + i;
           *at = (one_step || tile == 0 ? 0.f : *at) + total;
         }
       });
       sums = {};
     };
-    float gate[kOuter] = {}, squeezed[kOuter] = {}, d_gate[kOuter] = {};
+    float gate[kOuter] = {}, q[kOuter] = {}, d_gate[kOuter] = {};
     const auto squeeze = [&](int u, const Floats<W>& f, const float (&weight)[W]) {
 #pragma unroll
-      for (int i = 0; i < W; ++i) squeezed[u] += f[i] * weight[i];
+      for (int i = 0; i < W; ++i) q[u] += f[i] * weight[i];
     };
     const auto find_gates = [&] {
-      sum_lanes(squeezed, lanes);
+      sum_lanes(q, lanes);
 #pragma unroll
       for (int u = 0; u < kOuter; ++u) {
-        gate[u] = u < positions - s ? gate_of(gating, squeezed[u] + bias) : 0.f;
+        gate[u] = u < positions - s ? gate_of(gating, q[u] + bias) : 0.f;
       }
     };
 
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
                         g2 = widen<T, W>(d2_in.at[u]);
 #pragma unroll
         for (int i = 0; i < W; ++i) {
-          const Shares<float> share = F::gradient(f[i], g[i], g2[i], channel[i], gate[u]);
+          const Shares<float> share = F::shares(f[i], g[i], g2[i], channel[i], gate[u]);
           sum[i] += share.c;
           d_gate[u] += share.s;
         }

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_AR
   for (int tile = 0; tile < tiles; ++tile) {
     const int64_t begin = (int64_t(blockIdx.x % strips) * tiles + tile) * (lanes * W);
     const int64_t s = begin + me.lane * W;
-    Floats<W> squeezed{};
+    Floats<W> q{};
     for (int first = 0; first < channels; first += me.rows * kOuter) {
       const int c = first + me.row * kOuter;
       const Accesses<T, W> in = load_accesses<W>(whole, x + c * x_pitch + s, x_pitch,
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_AR
 #pragma unroll
         for (int i = 0; i < W; ++i) {
           if (CHANNEL) sum[u] += f[i];
-          if (SPATIAL) squeezed[i] += f[i] * weight[u];
+          if (SPATIAL) q[i] += f[i] * weight[u];
         }
       }
       if (CHANNEL) {
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_AR
       }
     }
     if (SPATIAL) {
-      sum_rows(squeezed, lanes, shared, [&](int i, float sum) {
+      sum_rows(q, lanes, shared, [&](int i, float sum) {
         if (begin + i < positions) spatial_gate[begin + i] = gate_of(gate, sum + bias);
       });
     }
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQU
   for (int tile = 0; tile < tiles; ++tile) {
     const int64_t s =
         (int64_t(blockIdx.x % strips) * tiles + tile) * (me.rows * kOuter) + me.row * kOuter;
-    float squeezed[kOuter] = {};
+    float q[kOuter] = {};
     for (int first = 0; first < channels; first += lanes * W) {
       const int c = first + me.lane * W;
       const Accesses<T, W> in = load_accesses<W>(whole, x + s * x_pitch + c, x_pitch,
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQU
 #pragma unroll
         for (int i = 0; i < W; ++i) {
           if (CHANNEL) sum[i] += f[i];
-          if (SPATIAL) squeezed[u] += f[i] * weight[i];
+          if (SPATIAL) q[u] += f[i] * weight[i];
         }
       }
       if (CHANNEL && (!one_step || tile == tiles - 1)) {
@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQU
       }
     }
     if (SPATIAL) {
-      sum_lanes(squeezed, lanes);
+      sum_lanes(q, lanes);
 #pragma unroll
-      for (int u = 0; u < kOuter; ++u) squeezed[u] = gate_of(gate, squeezed[u] + bias);
-      if (me.lane == 0) store_four(spatial_gate + s, positions - s, squeezed);
+      for (int u = 0; u < kOuter; ++u) q[u] = gate_of(gate, q[u] + bias);
+      if (me.lane == 0) store_four(spatial_gate + s, positions - s, q);
     }
   }
 }

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
               const float gc = F::by_gates ? c.at(row, i) : 0.f;
               const float gs = F::by_gates ? s.at(row, i) : 0.f;
               if constexpr (!F::by_gates) sum.add(0, i, w.at(row, i) * xs[i]);
-              sum.add(both - 1, i, F::gradient(xs[i], dys[i], dys[i], gc, gs).s);
+              sum.add(both - 1, i, F::shares(xs[i], dys[i], dys[i], gc, gs).s);
             }
           };
         },
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
             for (int i = 0; i < W; ++i) {
               const float gc = F::by_gates ? c.at(row, i) : 0.f;
               const float gs = F::by_gates ? s.at(row, i) : 0.f;
-              if (by_channel) sum.add(0, i, F::gradient(xs[i], dys[i], dys[i], gc, gs).c);
+              if (by_channel) sum.add(0, i, F::shares(xs[i], dys[i], dys[i], gc, gs).c);
               if (by_position) sum.add(branches - 1, i, d.at(row, i) * xs[i]);
             }
           };
@@ -182,9 +182,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     if (thread() == 0) *bs_sum = sum[0];
   }
 
-  // Excite, backwards. Each block has its share of the channels: it adds up their sums over the
-  // cluster, and forms their part of the hidden layer's gradient and, of all parts, their d_mean.
-  const Share own(cluster, C);
+  // Excite, backwards. Each block has some of the channels as its own. It adds up their sums over
+  // the cluster. It forms their part of the hidden layer's gradient; and once it has all parts,
+  // their d_mean.
+  const OwnChannels own(cluster, C);
   if (by_channel || sample_ws) cluster.sync();
   if (by_position && sample_ws) {
     for (int c = own.begin + thread(); c < own.end; c += threads()) {
@@ -202,9 +203,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       d_excited[n * C + own.begin + i] = d;
     }
     __syncthreads();
-    matvec_transposed(
-        {w2, dtype_of(dtypes, Parameter::w2), int64_t{own.begin} * Cr, Cr, own.size(), Cr},
-        own_excited, partial, part);
+    vecmat({w2, dtype_of(dtypes, Parameter::w2), int64_t{own.begin} * Cr, Cr, own.size(), Cr},
+           own_excited, partial, part);
     cluster.sync();
     for (int j = thread(); j < Cr; j += threads()) {
       const float sum = sum_over_blocks(cluster, part, j);
@@ -213,11 +213,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       if (j % blocks == rank) d_hidden[n * Cr + j] = d;
     }
     __syncthreads();
-    matvec_transposed({w1, dtype_of(dtypes, Parameter::w1), own.begin, C, Cr, own.size()},
-                      all_hidden, partial, own_mean);
+    vecmat({w1, dtype_of(dtypes, Parameter::w1), own.begin, C, Cr, own.size()}, all_hidden, partial,
+           own_mean);
     __syncthreads();
     for (int i = thread(); i < own.size(); i += threads()) own_mean[i] /= S;
-    share_with_blocks(cluster, own_mean, own.size(), d_mean, own.begin);
+    give_to_blocks(cluster, own_mean, own.size(), d_mean, own.begin);
     cluster.sync();
   }
 

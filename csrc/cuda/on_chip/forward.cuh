@@ -96,10 +96,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   if constexpr (by_position) sums_s.finish(partial, take_position);
   if constexpr (by_channel) sums_c.finish(partial, take_channel);
 
-  // Excite. Each block has its share of the channels: it adds up their sums over the cluster, and
-  // forms their part of the hidden layer and, of all parts, their gates.
+  // Excite. Each block has some of the channels as its own. It adds up their sums over the cluster.
+  // It forms their part of the hidden layer; and once it has all parts, their gates.
   if constexpr (by_channel) {
-    const Share own(cluster, C);
+    const OwnChannels own(cluster, C);
     float *const own_pooled = floats(at.pooled), *const own_gate = floats(at.own_gate);
     float* const part = floats(at.hidden_part);
     float* const all_hidden = floats(at.hidden);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       own_gate[i] = gate;
       channel_gate[n * C + own.begin + i] = gate;
     }
-    share_with_blocks(cluster, own_gate, own.size(), gate_c, own.begin);
+    give_to_blocks(cluster, own_gate, own.size(), gate_c, own.begin);
     cluster.sync();
   } else {
     __syncthreads();
