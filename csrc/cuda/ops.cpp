@@ -118,9 +118,8 @@ const Launcher& kernels(const Problem& p, bool (*fits)(const Problem&),
 }
 
 bool forward_is_faster_on_chip(const Problem& p) {
-  const int64_t itemsize = p.dtype == Dtype::float32 ? 4 : 2;
-  return prefer_on_chip_forward(p.samples * p.channels * p.positions * itemsize, on_chip_blocks(p),
-                                p.channels, p.hidden_channels);
+  const int64_t bytes = p.samples * p.channels * p.positions * itemsize(p.dtype);
+  return prefer_on_chip_forward(bytes, on_chip_blocks(p), p.channels, p.hidden_channels);
 }
 
 Tensor scratch(int64_t floats, const Tensor& x) { return empty({floats}, ScalarType::Float, x); }

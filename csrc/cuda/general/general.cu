@@ -6,54 +6,21 @@
 #include "../gradient_tasks.h"
 #include "../launch.h"
 #include "../per_device.h"
+#include "../scratch.h"
 
 namespace scse::cuda {
 namespace {
 
-// Cuts scratch memory into pieces that begin at multiples of 256 bytes.
-class Pieces {
- public:
-  explicit Pieces(float* memory) : memory_(memory) {}
-  float* take(bool needed, int64_t floats) {
-    if (!needed) return nullptr;
-    float* piece = memory_ + size_;
-    size_ += ceil_div(floats, 64) * 64;
-    return piece;
-  }
-  int64_t size() const { return size_; }
-
- private:
-  float* memory_;
-  int64_t size_ = 0;
-};
-
-int itemsize(const Problem& p) { return p.dtype == Dtype::float32 ? 4 : 2; }
-
 Tile tile_for(const Problem& p) {
-  const int wide = 16 / itemsize(p);
+  const int size = itemsize(p.dtype), wide = 16 / size;
   // Everything that a vector's address is made of. Zero for a map that is absent.
   int64_t parts = p.row() | p.x_sample | p.x_pitch | p.dy_sample | p.dy_pitch;
   for (const void* map :
        {p.x, p.dy, static_cast<const void*>(p.y), static_cast<const void*>(p.dx)}) {
-    parts |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(map) / itemsize(p));
+    parts |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(map) / size);
   }
-  return tile_of(p.channels, p.positions, itemsize(p), parts % wide == 0 ? wide : wide / 2,
+  return tile_of(p.channels, p.positions, size, parts % wide == 0 ? wide : wide / 2,
                  p.channels_last);
-}
-
-// Calls body(Passes<T>()) with the map's element type.
-template <typename Body>
-void with_passes(const Problem& p, const Body& body) {
-  switch (p.dtype) {
-    case Dtype::float32:
-      return body(Passes<float>());
-    case Dtype::float16:
-      return body(Passes<__half>());
-    case Dtype::bfloat16:
-      return body(Passes<__nv_bfloat16>());
-    case Dtype::float64:
-      throw std::runtime_error("scse_kernels: no CUDA kernels for float64");
-  }
 }
 
 // Blocks to a cluster that any launch of the excitation may have on p.device, see Team.
@@ -118,7 +85,7 @@ void with_excitation(const Problem& p, bool biases, const Body& body) {
 void forward(const Problem& p, float* scratch) {
   if (p.samples == 0) return;
   const Forward f = plan_forward(p, scratch);
-  with_passes(p, [&](auto passes) {
+  with_dtype<Passes>(p.dtype, [&](auto passes) {
     passes.squeeze(p, f);
     if (p.has_channel()) {
       with_excitation(p, true, [&](auto* type, auto whole, bool fit) {
@@ -137,7 +104,7 @@ void forward(const Problem& p, float* scratch) {
 void backward(const Problem& p, float* scratch) {
   const Backward b = plan_backward(p, scratch);
   const bool sums = b.partial != nullptr || b.partial_ws != nullptr;
-  with_passes(p, [&](auto passes) {
+  with_dtype<Passes>(p.dtype, [&](auto passes) {
     if (p.samples > 0 && (sums || b.dq != nullptr)) passes.reduce(p, b);
     if (p.samples > 0 && sums) {
       const int branches = (b.partial != nullptr) + (b.partial_ws != nullptr);
