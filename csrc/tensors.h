@@ -12,6 +12,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "activations.h"
 #include "combine.h"
 
 namespace scse {
@@ -167,6 +168,30 @@ inline void check_arguments(const Tensor& x, const Optional& w1, const Optional&
   STD_TORCH_CHECK(x.size(1) > 0 && positions_of(x) > 0,
                   "scse_kernels: x must have channels and positions, got ", x.size(1), " and ",
                   positions_of(x));
+}
+
+// Notes in a backend's problem what a call's tensors and options say, but for memory. `map`: of x.
+template <typename Problem>
+void describe_call(Problem& p, const Tensor& x, const Map& map, const Optional& w1,
+                   const Optional& w2, const Optional& ws, int64_t combine, int64_t gate,
+                   bool residual, bool channels_last) {
+  check_arguments(x, w1, w2, ws, combine, residual);
+  check_code("gate", gate, 1);
+  p.samples = x.size(0);
+  p.channels = x.size(1);
+  p.hidden_channels = w1 ? w1->size(0) : 0;
+  p.positions = positions_of(x);
+  p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
+  p.gate = static_cast<Gate>(gate);
+  p.residual = residual;
+  p.channels_last = channels_last;
+  p.x_sample = map.sample, p.x_pitch = map.pitch;
+}
+
+inline void check_dy(const Tensor& dy, const Tensor& x, int64_t out_channels) {
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
+                      dy.numel() == x.size(0) * out_channels * positions_of(x),
+                  "scse_kernels: dy must have y's shape and dtype");
 }
 
 // Elements of a small tensor that the forward returned and the backward got.
