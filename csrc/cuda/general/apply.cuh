@@ -13,30 +13,17 @@
 
 namespace scse::cuda {
 
-// Where a thread's part of a tile begins. A sample has inner_tiles * outer_tiles tiles.
-struct Corner {
-  int64_t n, inner, outer;
-  SCSE_DEVICE Corner(int64_t tile, int lanes, int width, int inner_tiles, int outer_tiles) {
+// A thread's part of tile `tile` in a map of `rows` rows of `row` elements, and its sample. A
+// sample has inner_tiles * outer_tiles tiles.
+struct TilePart : Part {
+  int64_t n;
+  SCSE_DEVICE TilePart(int64_t tile, int lanes, int width, int inner_tiles, int outer_tiles,
+                       int64_t rows, int64_t row) {
     const Place me(lanes);
     n = tile / outer_tiles / inner_tiles;
     inner = (tile / outer_tiles % inner_tiles * lanes + me.lane) * width;
     outer = (tile % outer_tiles * me.rows + me.row) * kOuter;
-  }
-};
-
-// Values over one axis for a thread's part of a tile: over the inner axis, W of them, or over the
-// outer one. of(u, i) is that of element i of access u.
-template <int W, bool INNER>
-struct Along {
-  float v[INNER ? W : kOuter] = {};
-  SCSE_DEVICE float of(int u, int i) const { return v[INNER ? i : u]; }
-  SCSE_DEVICE void load(const float* p, const Corner& at, int64_t size) {
-    const int64_t begin = INNER ? at.inner : at.outer;
-    load_some(p + begin, size - begin, v);
-  }
-  SCSE_DEVICE void load(const void* p, Dtype dtype, const Corner& at, int64_t size) {
-    const int64_t begin = INNER ? at.inner : at.outer;
-    load_parameters(p, dtype, begin, size - begin, v);
+    this->rows = rows, this->row = row;
   }
 };
 
@@ -52,23 +39,22 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
           bool residual,              // y has x added
           int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles) {
   let_next_start();
-  const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
   const int64_t row = CHANNELS_LAST ? channels : positions;
-  const int64_t inside = at.inner < row ? (CHANNELS_LAST ? positions : channels) - at.outer : 0;
-  const int64_t across = row - at.inner;
+  const TilePart part(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles,
+                      CHANNELS_LAST ? positions : channels, row);
+  const int64_t inside = part.inside(), across = part.across();
   const bool whole = is_whole<W>(x, x_sample, x_pitch, row) && is_whole<W>(y, 0, 0, 0);
-  x += at.n * x_sample + at.outer * x_pitch + at.inner;
-  const Accesses<T, W> in = load_accesses<W>(whole, x, x_pitch, inside, across);
+  const Accesses<T, W> in = load_part<W>(whole, x + part.n * x_sample, x_pitch, part);
 
   wait_for_previous();
   Along<W, CHANNELS_LAST> c;
   Along<W, !CHANNELS_LAST> s;
-  if (has_channel(K)) c.load(channel_gate + at.n * channels, at, channels);
-  if (has_spatial(K)) s.load(spatial_gate + at.n * positions, at, positions);
+  if (has_channel(K)) c.load(channel_gate + part.n * channels, part);
+  if (has_spatial(K)) s.load(spatial_gate + part.n * positions, part);
 
   constexpr int halves = K == Combine::concat ? 2 : 1;
   const int64_t y_pitch = CHANNELS_LAST ? halves * channels : positions;
-  y += at.n * halves * channels * positions + at.outer * y_pitch + at.inner;
+  y = part.in(y + part.n * halves * channels * positions, y_pitch);
 #pragma unroll
   for (int u = 0; u < kOuter; ++u) {
     if (u >= inside) break;
@@ -77,13 +63,13 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     if constexpr (K == Combine::concat) {
       Floats<W> second;
 #pragma unroll
-      for (int i = 0; i < W; ++i) out[i] = f[i] * c.of(u, i), second[i] = f[i] * s.of(u, i);
+      for (int i = 0; i < W; ++i) out[i] = f[i] * c.at(u, i), second[i] = f[i] * s.at(u, i);
       store_access<W>(whole, y + channels * (CHANNELS_LAST ? 1 : positions) + u * y_pitch,
                       narrow<T, W>(second), across);
     } else {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        out[i] = Formula<float, K>::value(f[i], c.of(u, i), s.of(u, i));
+        out[i] = Formula<float, K>::value(f[i], c.at(u, i), s.at(u, i));
         if (residual) out[i] += f[i];
       }
     }
@@ -141,38 +127,36 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
         .compute(blockIdx.x);
     return;
   }
-  const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
   const int64_t row = CHANNELS_LAST ? channels : positions;
-  const int64_t inside = at.inner < row ? (CHANNELS_LAST ? positions : channels) - at.outer : 0;
-  const int64_t across = row - at.inner;
+  const TilePart part(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles,
+                      CHANNELS_LAST ? positions : channels, row);
+  const int64_t inside = part.inside(), across = part.across();
   const bool whole = is_whole<W>(dy, dy_sample, dy_pitch, row) && is_whole<W>(dx, 0, 0, 0) &&
                      (!reads_x || is_whole<W>(x, x_sample, x_pitch, row));
-  dy += at.n * dy_sample + at.outer * dy_pitch + at.inner;
-  x += at.n * x_sample + at.outer * x_pitch + at.inner;
+  dy += part.n * dy_sample, x += part.n * x_sample;
   Accesses<T, W> d_in, d2_in{}, in{};
   with_whole<W, T>(whole, [&](auto all) {
     constexpr bool WHOLE = decltype(all)::value;
-    d_in = load_accesses<W, WHOLE>(dy, dy_pitch, inside, across);
+    d_in = load_part<W, WHOLE>(dy, dy_pitch, part);
     if (K == Combine::concat) {
-      d2_in = load_accesses<W, WHOLE>(dy + channels * (CHANNELS_LAST ? 1 : dy_pitch), dy_pitch,
-                                      inside, across);
+      d2_in = load_part<W, WHOLE>(dy + channels * (CHANNELS_LAST ? 1 : dy_pitch), dy_pitch, part);
     }
-    if (reads_x) in = load_accesses<W, WHOLE>(x, x_pitch, inside, across);
+    if (reads_x) in = load_part<W, WHOLE>(x, x_pitch, part);
   });
   Along<W, CHANNELS_LAST> c, mean, weight;
   Along<W, !CHANNELS_LAST> s, d;
-  if (has_spatial(K)) weight.load(ws, dtype_of(dtypes, Parameter::ws), at, channels);
+  if (has_spatial(K)) weight.load(ws, dtype_of(dtypes, Parameter::ws), part);
 
   wait_for_previous();
   if (has_channel(K)) {
-    c.load(channel_gate + at.n * channels, at, channels);
-    mean.load(d_mean + at.n * channels, at, channels);
+    c.load(channel_gate + part.n * channels, part);
+    mean.load(d_mean + part.n * channels, part);
   }
   if (has_spatial(K)) {
-    s.load(spatial_gate + at.n * positions, at, positions);
-    d.load(dq + at.n * positions, at, positions);
+    s.load(spatial_gate + part.n * positions, part);
+    d.load(dq + part.n * positions, part);
   }
-  dx += at.n * channels * positions + at.outer * row + at.inner;
+  dx = part.in(dx + part.n * channels * positions, row);
 #pragma unroll
   for (int u = 0; u < kOuter; ++u) {
     if (u >= inside) break;
@@ -181,10 +165,10 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     Floats<W> out;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      out[i] = F::direct(f[i], g[i], g2[i], c.of(u, i), s.of(u, i));
+      out[i] = F::direct(f[i], g[i], g2[i], c.at(u, i), s.at(u, i));
       if (K != Combine::concat) out[i] += __int_as_float(__float_as_int(g[i]) & residual);
-      if (has_channel(K)) out[i] += mean.of(u, i);
-      if (has_spatial(K)) out[i] += weight.of(u, i) * d.of(u, i);
+      if (has_channel(K)) out[i] += mean.at(u, i);
+      if (has_spatial(K)) out[i] += weight.at(u, i) * d.at(u, i);
     }
     store_access<W>(whole, dx + u * row, narrow<T, W>(out), across);
   }

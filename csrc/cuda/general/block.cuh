@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../parameters.cuh"
 #include "../sums.cuh"
 #include "tile.h"
 #include "../vector.cuh"
@@ -16,7 +17,44 @@ struct Place {
       : lane(threadIdx.x % lanes), row(threadIdx.x / lanes), rows(blockDim.x / lanes) {}
 };
 
-// A thread's part of a step: an access at each of kOuter neighbours, 0 outside of the map.
+// A thread's part of a step in a map of `rows` rows of `row` elements: kOuter rows from `outer` on,
+// and of each one access, to W elements from `inner` on.
+struct Part {
+  int64_t outer, inner, rows, row;
+  // The rows that are left; none or less where the part is outside of the map.
+  SCSE_DEVICE int64_t inside() const { return inner < row ? rows - outer : 0; }
+  // The elements that are left in the row.
+  SCSE_DEVICE int64_t across() const { return row - inner; }
+  // Its first element, in a map with that distance between rows.
+  template <typename T>
+  SCSE_DEVICE T* in(T* map, int64_t pitch) const {
+    return map + outer * pitch + inner;
+  }
+};
+
+// Values for a thread's part that lie along one axis: W of them along the inner one, or kOuter
+// along the outer one.
+template <int W, bool INNER>
+struct Along {
+  Floats<INNER ? W : kOuter> v{};
+  // The value for element i of access u.
+  SCSE_DEVICE float& at(int u, int i) { return v[INNER ? i : u]; }
+  SCSE_DEVICE float at(int u, int i) const { return v[INNER ? i : u]; }
+  SCSE_DEVICE void load(const float* p, const Part& part) {
+    load_some(p + begin(part), left(part), v.of);
+  }
+  SCSE_DEVICE void load(const void* p, Dtype dtype, const Part& part) {
+    load_parameters(p, dtype, begin(part), left(part), v.of);
+  }
+
+ private:
+  static SCSE_DEVICE int64_t begin(const Part& part) { return INNER ? part.inner : part.outer; }
+  static SCSE_DEVICE int64_t left(const Part& part) {
+    return INNER ? part.across() : part.rows - part.outer;
+  }
+};
+
+// What a thread loads in a step: an access of each row of its part, 0 outside of the map.
 template <typename T, int W>
 struct Accesses {
   Bits<T, W> at[kOuter];
@@ -42,11 +80,10 @@ SCSE_DEVICE void with_whole(bool whole, const Body& body) {
   }
 }
 
-// `inside`: how many of the neighbours are in the map; none or less: no access. `across`: how many
-// elements are left in the row.
 template <int W, bool WHOLE, typename T>
-SCSE_DEVICE Accesses<T, W> load_accesses(const T* p, int64_t pitch, int64_t inside,
-                                         int64_t across) {
+SCSE_DEVICE Accesses<T, W> load_part(const T* map, int64_t pitch, const Part& part) {
+  const T* p = part.in(map, pitch);
+  const int64_t inside = part.inside(), across = part.across();
   Accesses<T, W> in;
 #pragma unroll
   for (int u = 0; u < kOuter; ++u) {
@@ -59,12 +96,10 @@ SCSE_DEVICE Accesses<T, W> load_accesses(const T* p, int64_t pitch, int64_t insi
   return in;
 }
 template <int W, typename T>
-SCSE_DEVICE Accesses<T, W> load_accesses(bool whole, const T* p, int64_t pitch, int64_t inside,
-                                         int64_t across) {
+SCSE_DEVICE Accesses<T, W> load_part(bool whole, const T* map, int64_t pitch, const Part& part) {
   Accesses<T, W> in;
-  with_whole<W, T>(whole, [&](auto all) {
-    in = load_accesses<W, decltype(all)::value>(p, pitch, inside, across);
-  });
+  with_whole<W, T>(whole,
+                   [&](auto all) { in = load_part<W, decltype(all)::value>(map, pitch, part); });
   return in;
 }
 template <int W, typename T>
