@@ -6,8 +6,10 @@
 // has to be asked for. Sums have an order that shapes alone decide.
 #pragma once
 
+#include "count.h"
 #include "gradient_tasks.h"
 #include "parameters.cuh"
+#include "problem.h"
 
 namespace scse::cuda {
 
@@ -20,7 +22,25 @@ struct ParameterGradients {
   const float* sample_bs;                   // [N]
   void *dw1, *db1, *dw2, *db2, *dws, *dbs;  // null: not needed
   int dtypes;
-  int samples, channels, hidden_channels;
+  Count samples, channels, hidden_channels;
+
+  ParameterGradients(const Problem& p, const PerSample& sums)
+      : d_excited(sums.d_excited),
+        d_hidden(sums.d_hidden),
+        pooled(p.pooled),
+        hidden(p.hidden),
+        sample_ws(sums.sample_ws),
+        sample_bs(sums.sample_bs),
+        dw1(p.dw1),
+        db1(p.db1),
+        dw2(p.dw2),
+        db2(p.db2),
+        dws(p.dws),
+        dbs(p.dbs),
+        dtypes(p.dtypes),
+        samples(p.samples),
+        channels(p.channels),
+        hidden_channels(p.hidden_channels) {}
 
   // The task-th piece of work; their number: `gradient_tasks`. Blocks have a power of two of warps,
   // kMostWarps at most.

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "per_device.h"
 #include "problem.h"
@@ -59,9 +60,11 @@ inline void ask_for(const char* name, const void* kernel, const Grid& grid, int 
   }
 }
 
+// The arguments have the types of the kernel's parameters: a conversion could lose something.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const Problem& p,
-            Arguments... arguments) {
+            const Arguments&... arguments) {
+  static_assert((std::is_same_v<Parameters, Arguments> && ...));
   if (grid.blocks > INT32_MAX) {
     throw std::runtime_error(std::string("scse_kernels: ") + name + ": more than 2**31 - 1 blocks");
   }
@@ -85,7 +88,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   }
   // What it returns is about this launch (or says that the device is lost); the runtime's last
   // error may be somebody else's.
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
 }  // namespace scse::cuda

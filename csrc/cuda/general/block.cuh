@@ -80,9 +80,9 @@ SCSE_DEVICE void with_whole(bool whole, const Body& body) {
   }
 }
 
+// `p`: where the part begins.
 template <int W, bool WHOLE, typename T>
-SCSE_DEVICE Accesses<T, W> load_part(const T* map, int64_t pitch, const Part& part) {
-  const T* p = part.in(map, pitch);
+SCSE_DEVICE Accesses<T, W> load_part(const T* p, int64_t pitch, const Part& part) {
   const int64_t inside = part.inside(), across = part.across();
   Accesses<T, W> in;
 #pragma unroll
@@ -96,10 +96,10 @@ SCSE_DEVICE Accesses<T, W> load_part(const T* map, int64_t pitch, const Part& pa
   return in;
 }
 template <int W, typename T>
-SCSE_DEVICE Accesses<T, W> load_part(bool whole, const T* map, int64_t pitch, const Part& part) {
+SCSE_DEVICE Accesses<T, W> load_part(bool whole, const T* p, int64_t pitch, const Part& part) {
   Accesses<T, W> in;
   with_whole<W, T>(whole,
-                   [&](auto all) { in = load_part<W, decltype(all)::value>(map, pitch, part); });
+                   [&](auto all) { in = load_part<W, decltype(all)::value>(p, pitch, part); });
   return in;
 }
 template <int W, typename T>

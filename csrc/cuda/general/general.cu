@@ -82,6 +82,29 @@ void with_excitation(const Problem& p, bool biases, const Body& body) {
   whole_or_not(static_cast<const __nv_bfloat16*>(nullptr));
 }
 
+ExciteArguments excite_arguments(const Problem& p, const Forward& f) {
+  ExciteArguments a{};
+  a.partial = f.partial;
+  a.w1 = p.w1, a.b1 = p.b1, a.w2 = p.w2, a.b2 = p.b2, a.dtypes = p.dtypes;
+  a.pooled = p.pooled, a.hidden = p.hidden, a.hidden_slope = p.hidden_slope;
+  a.channel_gate = p.channel_gate;
+  a.activation = p.activation, a.activation_parameter = p.activation_parameter, a.gate = p.gate;
+  a.channels = p.channels, a.hidden_channels = p.hidden_channels, a.positions = p.positions;
+  a.strips = f.tile.strips;
+  return a;
+}
+
+ExciteBackwardArguments excite_backward_arguments(const Problem& p, const Backward& b) {
+  ExciteBackwardArguments a{};
+  a.partial = b.partial, a.partial_ws = b.partial_ws, a.partial_bs = b.partial_bs;
+  a.w1 = p.w1, a.w2 = p.w2, a.dtypes = p.dtypes;
+  a.hidden_slope = p.hidden_slope, a.channel_gate = p.channel_gate, a.gate = p.gate;
+  a.d_mean = b.d_mean, a.sums = b;
+  a.channels = p.channels, a.hidden_channels = p.hidden_channels, a.positions = p.positions;
+  a.strips = b.tile.strips;
+  return a;
+}
+
 void forward(const Problem& p, float* scratch) {
   if (p.samples == 0) return;
   const Forward f = plan_forward(p, scratch);
@@ -91,10 +114,7 @@ void forward(const Problem& p, float* scratch) {
       with_excitation(p, true, [&](auto* type, auto whole, bool fit) {
         using P = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
         launch("excite", excite<P, decltype(whole)::value>,
-               excitation_grid(p, p.samples, f.tile.strips, fit), p, f.partial, p.w1, p.b1, p.w2,
-               p.b2, p.dtypes, p.pooled, p.hidden, p.hidden_slope, p.channel_gate, p.activation,
-               p.activation_parameter, p.gate, p.channels, p.hidden_channels, p.positions,
-               f.tile.strips);
+               excitation_grid(p, p.samples, f.tile.strips, fit), p, excite_arguments(p, f));
       });
     }
     passes.apply(p, f);
@@ -111,10 +131,8 @@ void backward(const Problem& p, float* scratch) {
       with_excitation(p, false, [&](auto* type, auto whole, bool fit) {
         using P = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
         launch("excite_backward", excite_backward<P, decltype(whole)::value>,
-               excitation_grid(p, p.samples * branches, b.tile.strips, fit), p, b.partial,
-               b.partial_ws, b.partial_bs, p.w1, p.w2, p.dtypes, p.hidden_slope, p.channel_gate,
-               b.d_excited, b.d_hidden, b.d_mean, b.sample_ws, b.sample_bs, p.gate, p.channels,
-               p.hidden_channels, p.positions, b.tile.strips);
+               excitation_grid(p, p.samples * branches, b.tile.strips, fit), p,
+               excite_backward_arguments(p, b));
       });
     }
     passes.apply_backward(p, b);

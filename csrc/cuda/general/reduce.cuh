@@ -12,6 +12,7 @@
 
 #include "block.cuh"
 #include "../combine.cuh"
+#include "../count.h"
 #include "../overlap.cuh"
 #include "../parameters.cuh"
 
@@ -19,23 +20,20 @@ namespace scse::cuda {
 
 // Results with a null pointer are not asked for: the sums for the channel gate (partial), those for
 // ws and bs (partial_ws), the gates (spatial_gate and dq).
-#define SCSE_REDUCE_ARGUMENTS                                                  \
-  const T *__restrict__ dy,                   /* as y */                       \
-      const T *__restrict__ x,                /* [N, C, S] or [N, S, C] */     \
-      const void *__restrict__ ws,            /* [C] */                        \
-      const void *__restrict__ bs,            /* [1] or null */                \
-      int dtypes,                             /* of ws and bs, see dtypes.h */ \
-      const float *__restrict__ channel_gate, /* [N, C] */                     \
-      float *partial,                         /* [N, strips, C]: of gc */      \
-      float *partial_ws,                      /* [N, strips, C]: of dq * x */  \
-      float *partial_bs,                      /* [N, strips]: of dq */         \
-      float *spatial_gate,                    /* [N, S] */                     \
-      float *dq,                              /* [N, S] */                     \
-      int64_t dy_sample, int64_t dy_pitch,    /* to the next sample, row */    \
-      int64_t x_sample, int64_t x_pitch,      /* the same of x */              \
-      Gate gating,                            /* the spatial gate */           \
-      int channels, int64_t positions, int lanes, int tiles, int strips,       \
-      int kept /* accesses of a thread that wait in shared memory */
+struct ReduceArguments {
+  float* partial;               // [N, strips, C]: of gc
+  float* partial_ws;            // [N, strips, C]: of dq * x
+  float* partial_bs;            // [N, strips]: of dq
+  float* spatial_gate;          // [N, S]
+  float* dq;                    // [N, S]
+  int64_t dy_sample, x_sample;  // from one sample to the next
+  int64_t dy_pitch, x_pitch;    // from one row to the next
+  int64_t positions;
+  Count channels, lanes, tiles, strips;
+  Count kept;  // accesses of a thread that wait in shared memory
+  int dtypes;  // of ws and bs, see dtypes.h
+  Gate gate;   // the spatial one
+};
 
 // What waits in shared memory.
 template <typename T, int W>
@@ -47,9 +45,9 @@ struct Kept {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     memory = reinterpret_cast<Bits<T, W>*>(dynamic_shared) + threadIdx.x;
   }
-  // A step's part of x: the first time from the map, and later from where it waits.
+  // A step's part of x: the first time from p, and later from where it waits.
   template <bool WHOLE>
-  SCSE_DEVICE Accesses<T, W> load(int step, bool first, const T* map, int64_t pitch,
+  SCSE_DEVICE Accesses<T, W> load(int step, bool first, const T* p, int64_t pitch,
                                   const Part& part) const {
     const bool keep = (step + 1) * kOuter <= count;
     Bits<T, W>* at = memory + step * kOuter * blockDim.x;
@@ -58,7 +56,7 @@ struct Kept {
 #pragma unroll
       for (int u = 0; u < kOuter; ++u) in.at[u] = at[u * blockDim.x];
     } else {
-      in = load_part<W, WHOLE>(map, pitch, part);
+      in = load_part<W, WHOLE>(p, pitch, part);
     }
     if (keep && first) {
 #pragma unroll
@@ -86,10 +84,26 @@ struct Reduce {
   const void* ws;
   Dtype dtype;
 
+  SCSE_DEVICE Reduce(const T* dy, const T* x, const void* ws, const float* channel_gate,
+                     const ReduceArguments& a, int64_t n)
+      : kept(a.kept),
+        x(x + n * a.x_sample),
+        dy(dy + n * a.dy_sample),
+        x_pitch(a.x_pitch),
+        dy_pitch(a.dy_pitch),
+        half(a.channels * (CHANNELS_LAST ? 1 : a.dy_pitch)),
+        channel_gate(channel_gate + n * a.channels),
+        ws(ws),
+        dtype(dtype_of(a.dtypes, Parameter::ws)) {
+    const int64_t row = CHANNELS_LAST ? int64_t{a.channels} : a.positions;
+    whole = is_whole<W>(x, a.x_sample, x_pitch, row) && is_whole<W>(dy, a.dy_sample, dy_pitch, row);
+  }
+
   SCSE_DEVICE Accesses<T, W> load_x(int step, bool first, const Part& part) const {
     Accesses<T, W> in;
     with_whole<W, T>(whole, [&](auto all) {
-      in = kept.template load<decltype(all)::value>(step, first, x, x_pitch, part);
+      in =
+          kept.template load<decltype(all)::value>(step, first, part.in(x, x_pitch), x_pitch, part);
     });
     return in;
   }
@@ -107,12 +121,13 @@ struct Reduce {
   // and q, where it isn't known yet and `spatial` asks for it.
   SCSE_DEVICE void shares(int step, const Part& part, bool spatial, const ByPosition& gate,
                           ByChannel& sum, ByPosition& d_gate, ByPosition& q) const {
+    const T* const d = part.in(dy, dy_pitch);
     Accesses<T, W> in, d_in, d2_in{};
     with_whole<W, T>(whole, [&](auto all) {
       constexpr bool WHOLE = decltype(all)::value;
-      in = kept.template load<WHOLE>(step, !F::by_gates, x, x_pitch, part);
-      d_in = load_part<W, WHOLE>(dy, dy_pitch, part);
-      if (K == Combine::concat) d2_in = load_part<W, WHOLE>(dy + half, dy_pitch, part);
+      in = kept.template load<WHOLE>(step, !F::by_gates, part.in(x, x_pitch), x_pitch, part);
+      d_in = load_part<W, WHOLE>(d, dy_pitch, part);
+      if (K == Combine::concat) d2_in = load_part<W, WHOLE>(d + half, dy_pitch, part);
     });
     ByChannel weight, channel;
     if (F::by_gates) {
@@ -152,30 +167,26 @@ struct Reduce {
   }
 };
 
+// Outside of the structure: __restrict__ has an effect on parameters alone.
+//   dy as y, x [N, C, S] or [N, S, C], ws [C], bs [1] or null, channel_gate [N, C]
 template <typename T, int W, Combine K>
 __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
-    reduce_planes(SCSE_REDUCE_ARGUMENTS) {
+    reduce_planes(const T* __restrict__ dy, const T* __restrict__ x, const void* __restrict__ ws,
+                  const void* __restrict__ bs, const float* __restrict__ channel_gate,
+                  const __grid_constant__ ReduceArguments a) {
   using F = Formula<float, K>;
   __shared__ __align__(16) float shared[kSumRows<W>], gates[kInner<W>], dqs[kInner<W>];
   static_assert(sizeof shared + sizeof gates + sizeof dqs <= 16 * 1024, "see kSharedByDefault");
   let_next_start();
+  const int channels = a.channels, lanes = a.lanes, tiles = a.tiles;
+  const int64_t positions = a.positions;
   const Place me(lanes);
-  const int64_t n = blockIdx.x / strips, strip = blockIdx.x % strips;
+  const int64_t n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t strip_sums = int64_t(blockIdx.x) * channels;  // in partial and partial_ws
-  const bool spatial = partial_ws != nullptr || dq != nullptr;
+  const bool spatial = a.partial_ws != nullptr || a.dq != nullptr;
   float bias = 0, dbs = 0;
-  if (bs != nullptr) bias = load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0);
-  const Reduce<T, W, K, false> reduce{Kept<T, W>(kept),
-                                      x + n * x_sample,
-                                      dy + n * dy_sample,
-                                      x_pitch,
-                                      dy_pitch,
-                                      channels * dy_pitch,
-                                      is_whole<W>(x, x_sample, x_pitch, positions) &&
-                                          is_whole<W>(dy, dy_sample, dy_pitch, positions),
-                                      channel_gate + n * channels,
-                                      ws,
-                                      dtype_of(dtypes, Parameter::ws)};
+  if (bs != nullptr) bias = load_parameter(bs, dtype_of(a.dtypes, Parameter::bs), 0);
+  const Reduce<T, W, K, false> reduce(dy, x, ws, channel_gate, a, n);
 
   for (int tile = 0; tile < tiles; ++tile) {
     const int64_t begin = (strip * tiles + tile) * (lanes * W);
@@ -194,7 +205,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
       // zeros that x has there is NaN.
       sum_rows(q.v, lanes, shared, [&](int i, float sum) {
         const bool exists = begin + i < positions;
-        gates[inner_index<W>(i, lanes)] = exists ? gate_of(gating, sum + bias) : 0.f;
+        gates[inner_index<W>(i, lanes)] = exists ? gate_of(a.gate, sum + bias) : 0.f;
       });
     };
 
@@ -207,7 +218,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
     for (int step = 0; step * size < channels; ++step) {
       Along<W, false> sum;
       reduce.shares(step, part_of(step), spatial, gate, sum, d_gate, q);
-      if (partial != nullptr) add_to(partial, step, sum);
+      if (a.partial != nullptr) add_to(a.partial, step, sum);
     }
     if (!spatial) continue;
 
@@ -216,15 +227,15 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
     sum_rows(d_gate.v, lanes, shared, [&](int i, float sum) {
       const int64_t position = begin + i;
       const float g = gates[inner_index<W>(i, lanes)];
-      const float d = position < positions ? gate_gradient(gating, sum, g) : 0.f;
+      const float d = position < positions ? gate_gradient(a.gate, sum, g) : 0.f;
       dqs[inner_index<W>(i, lanes)] = d;
       dbs += d;
-      if (dq != nullptr && position < positions) {
-        spatial_gate[n * positions + position] = g;
-        dq[n * positions + position] = d;
+      if (a.dq != nullptr && position < positions) {
+        a.spatial_gate[n * positions + position] = g;
+        a.dq[n * positions + position] = d;
       }
     });
-    if (partial_ws == nullptr) continue;
+    if (a.partial_ws == nullptr) continue;
 
     __syncthreads();
     Along<W, true> d;
@@ -232,38 +243,34 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
     for (int step = 0; step * size < channels; ++step) {
       Along<W, false> sum;
       reduce.weigh(step, part_of(step), d, sum);
-      add_to(partial_ws, step, sum);
+      add_to(a.partial_ws, step, sum);
     }
   }
-  if (partial_ws != nullptr) {
+  if (a.partial_ws != nullptr) {
     const float sum = sum_block(dbs, shared);
-    if (threadIdx.x == 0) partial_bs[blockIdx.x] = sum;
+    if (threadIdx.x == 0) a.partial_bs[blockIdx.x] = sum;
   }
 }
 
 template <typename T, int W, Combine K>
-__global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDUCE_ARGUMENTS) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    reduce_channels_last(const T* __restrict__ dy, const T* __restrict__ x,
+                         const void* __restrict__ ws, const void* __restrict__ bs,
+                         const float* __restrict__ channel_gate,
+                         const __grid_constant__ ReduceArguments a) {
   using F = Formula<float, K>;
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
+  const int channels = a.channels, lanes = a.lanes, tiles = a.tiles;
+  const int64_t positions = a.positions;
   const Place me(lanes);
-  const int64_t n = blockIdx.x / strips, strip = blockIdx.x % strips;
+  const int64_t n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t strip_sums = int64_t(blockIdx.x) * channels;  // in partial and partial_ws
-  const bool spatial = partial_ws != nullptr || dq != nullptr;
+  const bool spatial = a.partial_ws != nullptr || a.dq != nullptr;
   const bool one_step = channels <= lanes * W;  // it has all channels
   float bias = 0, dbs = 0;
-  if (bs != nullptr) bias = load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0);
-  const Reduce<T, W, K, true> reduce{
-      Kept<T, W>(kept),
-      x + n * x_sample,
-      dy + n * dy_sample,
-      x_pitch,
-      dy_pitch,
-      channels,
-      is_whole<W>(x, x_sample, x_pitch, channels) && is_whole<W>(dy, dy_sample, dy_pitch, channels),
-      channel_gate + n * channels,
-      ws,
-      dtype_of(dtypes, Parameter::ws)};
+  if (bs != nullptr) bias = load_parameter(bs, dtype_of(a.dtypes, Parameter::bs), 0);
+  const Reduce<T, W, K, true> reduce(dy, x, ws, channel_gate, a, n);
 
   Along<W, true> sum, sum_ws;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -290,7 +297,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
       sum_lanes(q.v.of, lanes);
 #pragma unroll
       for (int u = 0; u < kOuter; ++u) {
-        gate.v[u] = u < positions - s ? gate_of(gating, q.v[u] + bias) : 0.f;
+        gate.v[u] = u < positions - s ? gate_of(a.gate, q.v[u] + bias) : 0.f;
       }
     };
 
@@ -300,7 +307,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
     }
     for (int step = 0; step * size < channels; ++step) {
       reduce.shares(step, part_of(step), spatial, gate, sum, d_gate, q);
-      if (partial != nullptr) flush(sum, step, partial);
+      if (a.partial != nullptr) flush(sum, step, a.partial);
     }
     if (!spatial) continue;
 
@@ -309,23 +316,23 @@ __global__ void __launch_bounds__(kMaxThreads, 2) reduce_channels_last(SCSE_REDU
     Along<W, false> d;
 #pragma unroll
     for (int u = 0; u < kOuter; ++u) {
-      d.v[u] = u < positions - s ? gate_gradient(gating, d_gate.v[u], gate.v[u]) : 0.f;
+      d.v[u] = u < positions - s ? gate_gradient(a.gate, d_gate.v[u], gate.v[u]) : 0.f;
       if (me.lane == 0) dbs += d.v[u];
     }
-    if (dq != nullptr && me.lane == 0) {
-      store_four(spatial_gate + n * positions + s, positions - s, gate.v.of);
-      store_four(dq + n * positions + s, positions - s, d.v.of);
+    if (a.dq != nullptr && me.lane == 0) {
+      store_four(a.spatial_gate + n * positions + s, positions - s, gate.v.of);
+      store_four(a.dq + n * positions + s, positions - s, d.v.of);
     }
-    if (partial_ws == nullptr) continue;
+    if (a.partial_ws == nullptr) continue;
 
     for (int step = 0; step * size < channels; ++step) {
       reduce.weigh(step, part_of(step), d, sum_ws);
-      flush(sum_ws, step, partial_ws);
+      flush(sum_ws, step, a.partial_ws);
     }
   }
-  if (partial_ws != nullptr) {
+  if (a.partial_ws != nullptr) {
     const float total = sum_block(dbs, shared);
-    if (threadIdx.x == 0) partial_bs[blockIdx.x] = total;
+    if (threadIdx.x == 0) a.partial_bs[blockIdx.x] = total;
   }
 }
 

@@ -4,22 +4,22 @@
 
 #include "block.cuh"
 #include "../combine.cuh"
+#include "../count.h"
 #include "../overlap.cuh"
 #include "../parameters.cuh"
 
 namespace scse::cuda {
 
-#define SCSE_SQUEEZE_ARGUMENTS                                       \
-  const T *__restrict__ x,         /* [N, C, S] or [N, S, C] */      \
-      const void *__restrict__ ws, /* [C] */                         \
-      const void *__restrict__ bs, /* [1] or null */                 \
-      int dtypes,                  /* of ws and bs, see dtypes.h */  \
-      float *partial,              /* [N, strips, C]: sums of x */   \
-      float *spatial_gate,         /* [N, S] */                      \
-      int64_t x_sample,            /* from one sample to the next */ \
-      int64_t x_pitch,             /* from one row to the next */    \
-      Gate gate,                   /* the spatial one */             \
-      int channels, int64_t positions, int lanes, int tiles, int strips
+struct SqueezeArguments {
+  float* partial;       // [N, strips, C]: sums of x
+  float* spatial_gate;  // [N, S]
+  int64_t x_sample;     // from one sample to the next
+  int64_t x_pitch;      // from one row to the next
+  int64_t positions;
+  Count channels, lanes, tiles, strips;
+  int dtypes;  // of ws and bs, see dtypes.h
+  Gate gate;   // the spatial one
+};
 
 // A strip's x, as a thread reads it, and what a step adds to the sums: `sum` over positions, q over
 // channels. CHANNELS_LAST: channels are the inner axis.
@@ -31,9 +31,17 @@ struct Squeeze {
   const void* ws;
   Dtype dtype;
 
+  SCSE_DEVICE Squeeze(const T* x, const void* ws, const SqueezeArguments& a, int64_t n)
+      : x(x + n * a.x_sample),
+        x_pitch(a.x_pitch),
+        whole(is_whole<W>(x, a.x_sample, a.x_pitch,
+                          CHANNELS_LAST ? int64_t{a.channels} : a.positions)),
+        ws(ws),
+        dtype(dtype_of(a.dtypes, Parameter::ws)) {}
+
   SCSE_DEVICE void step(const Part& part, Along<W, CHANNELS_LAST>& sum,
                         Along<W, !CHANNELS_LAST>& q) const {
-    const Accesses<T, W> in = load_part<W>(whole, x, x_pitch, part);
+    const Accesses<T, W> in = load_part<W>(whole, part.in(x, x_pitch), x_pitch, part);
     Along<W, CHANNELS_LAST> weight;
     if (SPATIAL) weight.load(ws, dtype, part);
 #pragma unroll
@@ -48,19 +56,23 @@ struct Squeeze {
   }
 };
 
+// Outside of the structure: __restrict__ has an effect on parameters alone.
+//   x [N, C, S] or [N, S, C], ws [C], bs [1] or null
 template <typename T, int W, bool CHANNEL, bool SPATIAL>
-__global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_ARGUMENTS) {
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    squeeze_planes(const T* __restrict__ x, const void* __restrict__ ws,
+                   const void* __restrict__ bs, const __grid_constant__ SqueezeArguments a) {
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
+  const int channels = a.channels, lanes = a.lanes, tiles = a.tiles;
+  const int64_t positions = a.positions;
   const Place me(lanes);
-  const int64_t n = blockIdx.x / strips, strip = blockIdx.x % strips;
-  const Squeeze<T, W, CHANNEL, SPATIAL, false> squeeze{x + n * x_sample, x_pitch,
-                                                       is_whole<W>(x, x_sample, x_pitch, positions),
-                                                       ws, dtype_of(dtypes, Parameter::ws)};
-  spatial_gate += n * positions;
-  partial += int64_t(blockIdx.x) * channels;
+  const int64_t n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
+  const Squeeze<T, W, CHANNEL, SPATIAL, false> squeeze(x, ws, a, n);
+  float* const spatial_gate = a.spatial_gate + n * positions;
+  float* const partial = a.partial + int64_t(blockIdx.x) * channels;
   float bias = 0;
-  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0);
+  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, dtype_of(a.dtypes, Parameter::bs), 0);
 
   for (int tile = 0; tile < tiles; ++tile) {
     const int64_t begin = (strip * tiles + tile) * (lanes * W);
@@ -75,26 +87,28 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_planes(SCSE_SQUEEZE_AR
     }
     if (SPATIAL) {
       sum_rows(q.v, lanes, shared, [&](int i, float sum) {
-        if (begin + i < positions) spatial_gate[begin + i] = gate_of(gate, sum + bias);
+        if (begin + i < positions) spatial_gate[begin + i] = gate_of(a.gate, sum + bias);
       });
     }
   }
 }
 
 template <typename T, int W, bool CHANNEL, bool SPATIAL>
-__global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQUEEZE_ARGUMENTS) {
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    squeeze_channels_last(const T* __restrict__ x, const void* __restrict__ ws,
+                          const void* __restrict__ bs, const __grid_constant__ SqueezeArguments a) {
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
+  const int channels = a.channels, lanes = a.lanes, tiles = a.tiles;
+  const int64_t positions = a.positions;
   const Place me(lanes);
-  const int64_t n = blockIdx.x / strips, strip = blockIdx.x % strips;
-  const Squeeze<T, W, CHANNEL, SPATIAL, true> squeeze{x + n * x_sample, x_pitch,
-                                                      is_whole<W>(x, x_sample, x_pitch, channels),
-                                                      ws, dtype_of(dtypes, Parameter::ws)};
-  spatial_gate += n * positions;
-  partial += int64_t(blockIdx.x) * channels;
+  const int64_t n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
+  const Squeeze<T, W, CHANNEL, SPATIAL, true> squeeze(x, ws, a, n);
+  float* const spatial_gate = a.spatial_gate + n * positions;
+  float* const partial = a.partial + int64_t(blockIdx.x) * channels;
   const bool one_step = channels <= lanes * W;  // it has all channels
   float bias = 0;
-  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0);
+  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, dtype_of(a.dtypes, Parameter::bs), 0);
 
   Along<W, true> sum;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -115,7 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) squeeze_channels_last(SCSE_SQU
     if (SPATIAL) {
       sum_lanes(q.v.of, lanes);
 #pragma unroll
-      for (int u = 0; u < kOuter; ++u) q.v[u] = gate_of(gate, q.v[u] + bias);
+      for (int u = 0; u < kOuter; ++u) q.v[u] = gate_of(a.gate, q.v[u] + bias);
       if (me.lane == 0) store_four(spatial_gate + s, positions - s, q.v.of);
     }
   }

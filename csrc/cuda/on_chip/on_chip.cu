@@ -29,15 +29,9 @@ constexpr int kThreads = 256;
 // take a counter that is zeroed before, which costs a step on the stream as this does, and leave
 // the work to the few SMs of one cluster.
 __global__ void __launch_bounds__(kThreads)
-    gradients_kernel(const float* d_excited, const float* d_hidden, const float* pooled,
-                     const float* hidden, const float* sample_ws, const float* sample_bs, void* dw1,
-                     void* db1, void* dw2, void* db2, void* dws, void* dbs, int dtypes, int samples,
-                     int channels, int hidden_channels) {
+    gradients_kernel(const __grid_constant__ ParameterGradients gradients) {
   wait_for_previous();
-  ParameterGradients{
-      d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs, dw1,      db1,
-      dw2,       db2,      dws,    dbs,    dtypes,    samples,   channels, hidden_channels}
-      .compute(blockIdx.x);
+  gradients.compute(blockIdx.x);
 }
 
 PerSample per_sample(const Problem& p, Pieces& pieces) {
@@ -68,9 +62,7 @@ void backward(const Problem& p, float* scratch) {
   if (tasks == 0) return;
   Grid grid{tasks, kThreads};
   grid.overlap = true;
-  launch("on_chip_gradients", gradients_kernel, grid, p, sums.d_excited, sums.d_hidden, p.pooled,
-         p.hidden, sums.sample_ws, sums.sample_bs, p.dw1, p.db1, p.dw2, p.db2, p.dws, p.dbs,
-         p.dtypes, p.samples, p.channels, p.hidden_channels);
+  launch("on_chip_gradients", gradients_kernel, grid, p, ParameterGradients(p, sums));
 }
 
 }  // namespace
