@@ -98,7 +98,6 @@ struct ApplyBackwardArguments {
   const float* dq;              // [N, S]: gradient before the spatial gate
   const float* d_mean;          // [N, C]
   const void* ws;               // [C]
-  T* dx;                        // as x
   int64_t dy_sample, x_sample;  // from one sample to the next
   int64_t dy_pitch, x_pitch;    // from one row to the next
   int64_t channels, positions;
@@ -110,11 +109,12 @@ struct ApplyBackwardArguments {
 
 // Reads dy and the small tensors once, and x where the formula needs it; writes dx. The first
 // blocks form the parameters' gradients meanwhile: started last they would be what the end waits
-// for.
+// for. dx is not in the structure, and the structures are not __grid_constant__: with either, some
+// of these kernels spill registers.
 template <typename T, int W, Combine K, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
-    apply_backward(const __grid_constant__ ApplyBackwardArguments<T> a,
-                   const __grid_constant__ ParameterGradients gradients) {
+    apply_backward(T* __restrict__ dx,  // as x
+                   ApplyBackwardArguments<T> a, ParameterGradients gradients) {
   using F = Formula<float, K>;
   constexpr bool reads_x = F::by_gates;
   if (static_cast<int>(blockIdx.x) < a.tasks) {
@@ -126,8 +126,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
   const int64_t tile = int64_t(gridDim.x) - 1 - blockIdx.x, n = a.walk.sample(tile);
   const Part part = a.walk.part(tile, W, CHANNELS_LAST ? positions : channels, row);
   const int64_t inside = part.inside(), across = part.across();
-  const bool whole = is_whole<W>(a.dy, a.dy_sample, a.dy_pitch, row) &&
-                     is_whole<W>(a.dx, 0, 0, 0) &&
+  const bool whole = is_whole<W>(a.dy, a.dy_sample, a.dy_pitch, row) && is_whole<W>(dx, 0, 0, 0) &&
                      (!reads_x || is_whole<W>(a.x, a.x_sample, a.x_pitch, row));
   const T* const dy = part.in(a.dy + n * a.dy_sample, a.dy_pitch);
   const T* const x = part.in(a.x + n * a.x_sample, a.x_pitch);
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     s.load(a.spatial_gate + n * positions, part);
     d.load(a.dq + n * positions, part);
   }
-  T* const dx = part.in(a.dx + n * channels * positions, row);
+  dx = part.in(dx + n * channels * positions, row);
 #pragma unroll
   for (int u = 0; u < kOuter; ++u) {
     if (u >= inside) break;

@@ -108,7 +108,7 @@ void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
   ApplyBackwardArguments<T> a{};
   a.dy = static_cast<const T*>(p.dy), a.x = static_cast<const T*>(p.x);
   a.channel_gate = p.channel_gate, a.spatial_gate = b.spatial_gate, a.dq = b.dq;
-  a.d_mean = b.d_mean, a.ws = p.ws, a.dx = static_cast<T*>(p.dx);
+  a.d_mean = b.d_mean, a.ws = p.ws;
   a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
   a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
   a.channels = p.channels, a.positions = p.positions;
@@ -120,7 +120,7 @@ void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
         launch("apply_backward",
                cuda::apply_backward<T, decltype(width)::value, decltype(combine)::value,
                                     decltype(last)::value>,
-               grid, p, a, ParameterGradients(p, b));
+               grid, p, static_cast<T*>(p.dx), a, ParameterGradients(p, b));
       });
     });
   });
