@@ -112,9 +112,9 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty({sizes.begin(), sizes.size()}, dtype);
 }
 
-// A result as large as a map. From 32 MiB on malloc gives fresh memory for each, which Linux fills
-// with zeros at its first touch, 4 KiB at a time: three quarters of the call's time. Asked for, it
-// gives 2 MiB at a time. It may refuse, and nothing is lost.
+// A result as large as a map. From 32 MiB on, malloc takes fresh memory for each. Linux fills that
+// with zeros at the first touch, 4 KiB at a time: three quarters of the call's time. This asks
+// Linux for 2 MiB at a time. It may refuse; nothing is lost then.
 Tensor empty_map(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
                  bool channels_last) {
   const Tensor map = empty(sizes, dtype, channels_last);
@@ -155,8 +155,8 @@ class Parameter {
   const A* data_ = nullptr;
 };
 
-// A parameter's gradient: written in the accumulator's dtype, handed out in the parameter's, with
-// its strides.
+// A parameter's gradient. The kernels write it in the accumulator's dtype; the operator returns it
+// in the parameter's dtype, with the parameter's strides.
 template <typename A>
 class Gradient {
  public:
@@ -233,13 +233,13 @@ Optional set_parking(Problem<T>& p, T* map, int64_t channels, int slots, ScalarT
   return buffer;
 }
 
-// A call that reads and writes more bytes than this stores its result past the caches. A line that
-// is stored into them is read from memory first and evicted to it later; stored past them it is
-// only written. SavedTensors results are better off in the cache, where whoever comes next finds
-// them. A quarter of the last-level cache, since x, y and their gradients are four maps together:
-// with 32 MB of it, forwards of 4 and 8 MB mostly took a fifth longer when they streamed; of 16 MB
-// and more 30 % less to 4 % longer, and with their backwards 13 to 29 % less. SCSE_CPU_STREAM names
-// another number of bytes.
+// A call that reads and writes more bytes than this stores its result past the caches. A store into
+// the caches first reads the line from memory, and the line is written back later. A store past
+// them only writes. Small results are better in the cache, where the next layer finds them. The
+// limit is a quarter of the last-level cache, since x, y and their gradients are four maps. With 32
+// MB of cache, forwards of 4 and 8 MB mostly took a fifth longer when they streamed. Forwards of 16
+// MB and more took between 30 % less and 4 % more, and forward and backward together 13 to 29 %
+// less. SCSE_CPU_STREAM names another number of bytes.
 int64_t choose_stream_threshold() {
   if (const char* wanted = std::getenv("SCSE_CPU_STREAM")) {
     char* end;

@@ -1,4 +1,4 @@
-// From what is known when running to what a kernel was compiled for.
+// From what is known at run time to the kernel that was compiled for it.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,9 +1,9 @@
 // Sums over the batch: the parameters' gradients, once every sample has its own part of them. Each
 // is a matrix product over the samples, or the sum of a matrix's rows.
 //
-// A pass over few bytes, whose time is that of its accesses' latencies: many are on their way at
-// once, and all are of single elements, neighbours for neighbouring threads, so that no alignment
-// has to be asked for. Sums have an order that shapes alone decide.
+// It reads few bytes, and its time is spent on waiting for them. So each thread has many loads on
+// their way at once. A load is of one element, and neighbouring threads load neighbours: nothing
+// has to be aligned. Shapes alone decide the order of sums.
 #pragma once
 
 #include "count.h"

@@ -1,8 +1,8 @@
 // The second pass over the map, forward (y) and backward (dx, with the parameters' gradients). A
-// block for each tile, from the last to the first: the end of x is what the pass before left in L2.
-// These kernels overlap: what they read of the map is on its way while the excitation still works.
-// So the maps they read are not __restrict__: loads of memory that never changes ptxas moves to
-// where they are used, after the wait.
+// block for each tile, from the last to the first: the end of x is what the pass before has left in
+// L2. These kernels overlap: what they read of the map is on its way while the excitation still
+// works. Do not add __restrict__ to x or dy. ptxas would move their loads behind the wait, and the
+// overlap would be lost.
 #pragma once
 
 #include "block.cuh"
@@ -107,10 +107,10 @@ struct ApplyBackwardArguments {
   Count tasks;   // blocks for the parameters' gradients
 };
 
-// Reads dy and the small tensors once, and x where the formula needs it; writes dx. The first
-// blocks form the parameters' gradients meanwhile: started last they would be what the end waits
-// for. dx is not in the structure, and the structures are not __grid_constant__: with either, some
-// of these kernels spill registers.
+// Reads dy and the small tensors once, and x if the formula needs it; writes dx. The first blocks
+// form the parameters' gradients. If they came last, the launch would end later. dx is not in the
+// structure, and the structures are not __grid_constant__: some of these kernels would spill
+// registers.
 template <typename T, int W, Combine K, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     apply_backward(T* __restrict__ dx,  // as x

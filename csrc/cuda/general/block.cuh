@@ -60,9 +60,9 @@ struct Accesses {
   Bits<T, W> at[kOuter];
 };
 
-// Whether each access to a map can be moved as a whole, or only element by element: rows of 14
-// elements of two bytes are multiples of W = 4, rows of 7 are not. Rows, samples and the address of
-// wide<T> elements are such multiples always.
+// Whether every access to a map can move its W elements as a whole, or only one by one. With W = 4
+// a contiguous map of 14 x 14 (rows of 196 elements) is moved as a whole, one of 7 x 7 (rows of 49)
+// is not. W = wide<T> is chosen only where every access can move a whole.
 template <int W, typename T>
 SCSE_DEVICE bool is_whole(const T* p, int64_t sample, int64_t pitch, int64_t row) {
   const auto elements = reinterpret_cast<uintptr_t>(p) / sizeof(T);
@@ -197,10 +197,10 @@ SCSE_DEVICE float sum_block(float v, float* shared) {
   return total;
 }
 
-// Sums each of four over `lanes` lanes and adds it to one of four neighbouring partial sums, or
-// begins it: always the same thread. Lanes give away half of what they have at the first two steps,
-// so that there are fewer shuffles than if all had every sum; the order of additions is that of
-// sum_lanes. All lanes of the warp call this.
+// Sums each of four values over `lanes` lanes, and adds the four sums to four neighbouring partial
+// sums; `begin`: writes them there. Each is always added by the same thread. At the first two steps
+// a lane gives away half of what it has: fewer shuffles than if every lane had every sum. The order
+// of additions is that of sum_lanes. All lanes of the warp call this.
 SCSE_DEVICE void sum_and_add(float (&sum)[kOuter], int lanes, int lane, float* p, int64_t inside,
                              bool begin) {
   static_assert(kOuter == 4, "two steps");

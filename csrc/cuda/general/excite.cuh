@@ -1,9 +1,9 @@
 // The channel excitation, two small dense layers per sample, and its backward. A sample has one
 // block; where its weights are many, a cluster of blocks, each with a part of both layers' results.
 //
-// Their time is that of latencies, of memory and of fetching instructions: so code is compiled for
-// each dtype and stays short, and weights, which no kernel before writes, are on their way before
-// the kernel before has ended: a thread's first ones to its registers, all others to L2.
+// These kernels mostly wait, for memory and for their own code. So the code is compiled for each
+// dtype and stays short. And weights are asked for before the kernel before has ended, which
+// does not write them. A thread's first ones go to its registers, all others to L2.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -120,14 +120,14 @@ SCSE_DEVICE void prefetch(const void* p, int64_t pitch, int rows, int bytes) {
   }
 }
 
-// Threads that share a row of `columns` elements, four to each: a power of two, at most `most`.
-// Its logarithm, as divisions are long code.
+// How many threads share a row of `columns` elements, four to each: a power of two, at most `most`.
+// Returns the logarithm, since divisions are long code.
 SCSE_DEVICE int lane_bits_of(int columns, int most) {
   return columns <= 4 ? 0 : min(31 - __clz(most), 32 - __clz((columns - 1) >> 2));
 }
 
-// sum_k matrix[r, k] * vector[k] for the rows r of a part. Groups of `lanes` threads, four or more,
-// take four rows at a time, or of long rows one, with four times as much of it.
+// sum_k matrix[r, k] * vector[k] for the rows r of a part. A group of threads, four or more, takes
+// four rows at a time. Where rows are long it takes one row, and four times as much of it.
 template <typename P, bool WHOLE>
 struct Rows {
   const Elements<P> matrix, bias;

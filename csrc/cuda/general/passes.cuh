@@ -1,4 +1,5 @@
-// Launches the passes over the map: from what is known when running to the kernel compiled for it.
+// Launches the passes over the map: from what is known at run time to the kernel that was compiled
+// for it.
 #pragma once
 
 #include <type_traits>

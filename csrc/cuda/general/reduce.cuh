@@ -5,9 +5,9 @@
 //   dq[s]             = gate'[s] * sum_c gs[c, s], gate' being the spatial gate's derivative
 //   dws[c]            = sum_s dq[s] * x[c, s],  dbs = sum_s dq[s]
 //
-// A block for each sample and strip. Reads x and dy once from memory: x waits in shared memory for
-// its later uses, each thread's part for that thread alone. Of maps with so many channels that not
-// all of it fits there, the rest is read again, from a cache, as a tile is narrow.
+// A block for each sample and strip. Reads x and dy once from memory. For its later uses x waits in
+// shared memory, where a thread reads only what it has written itself. If a tile has too many
+// channels for that, the rest of x is read again, from a cache, since a tile is narrow.
 #pragma once
 
 #include "block.cuh"
@@ -18,8 +18,8 @@
 
 namespace scse::cuda {
 
-// Results with a null pointer are not asked for: the sums for the channel gate (partial), those for
-// ws and bs (partial_ws), the gates (spatial_gate and dq).
+// What is not asked for has a null pointer: the sums for the channel gate (partial), those for ws
+// and bs (partial_ws and partial_bs), the gates (spatial_gate and dq).
 struct ReduceArguments {
   float* partial;               // [N, strips, C]: of gc
   float* partial_ws;            // [N, strips, C]: of dq * x
@@ -167,7 +167,7 @@ struct Reduce {
   }
 };
 
-// Outside of the structure: __restrict__ has an effect on parameters alone.
+// The inputs are not in the structure: __restrict__ works for parameters only.
 //   dy as y, x [N, C, S] or [N, S, C], ws [C], bs [1] or null, channel_gate [N, C]
 template <typename T, int W, Combine K>
 __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
     };
     Along<W, true> gate, q, d_gate;
     const auto store_gates = [&] {
-      // Zero outside of the map: an infinite weight would make it NaN there, and NaN times the
-      // zeros that x has there is NaN.
+      // Outside of the map the gate is 0. An infinite weight would make it NaN, and NaN times the
+      // zeros that stand there for x is NaN.
       sum_rows(q.v, lanes, shared, [&](int i, float sum) {
         const bool exists = begin + i < positions;
         gates[inner_index<W>(i, lanes)] = exists ? gate_of(a.gate, sum + bias) : 0.f;
@@ -280,7 +280,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const auto part_of = [&](int step) {
       return Part{s, step * size + me.lane * W, positions, channels};
     };
-    // Adds sums over the tile's positions to the strip's, or keeps them for the strip's end.
+    // Adds sums over the tile's positions to the strip's. If one step has all channels, they wait
+    // in registers until the strip ends.
     const auto flush = [&](Along<W, true>& sums, int step, float* p) {
       if (one_step && tile < tiles - 1) return;
       sum_rows(sums.v, lanes, shared, [&](int i, float total) {

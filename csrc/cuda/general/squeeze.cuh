@@ -56,7 +56,7 @@ struct Squeeze {
   }
 };
 
-// Outside of the structure: __restrict__ has an effect on parameters alone.
+// x, ws and bs are not in the structure: __restrict__ works for parameters only.
 //   x [N, C, S] or [N, S, C], ws [C], bs [1] or null
 template <typename T, int W, bool CHANNEL, bool SPATIAL>
 __global__ void __launch_bounds__(kMaxThreads, 4)

@@ -1,4 +1,5 @@
-// Launches the on-chip kernels: from what is known when running to the kernel compiled for it.
+// Launches the on-chip kernels: from what is known at run time to the kernel that was compiled for
+// it.
 #pragma once
 
 #include "../launch.h"
@@ -9,7 +10,8 @@
 
 namespace scse::cuda::on_chip {
 
-// The most bytes, of 16, 4 and an element's, at multiples of which all rows of a map begin and end.
+// How many bytes can be moved at once: 16, 4, or those of an element. All rows of the map begin and
+// end at multiples of that.
 inline int access_bytes(const Problem& p, const void* map, int64_t sample, int64_t pitch) {
   const int size = itemsize(p.dtype);
   const int64_t parts =

@@ -24,10 +24,10 @@ Plan plan_of(const Problem& p, bool backward) { return plan(p, backward, limits_
 
 constexpr int kThreads = 256;
 
-// The parameters' gradients, in a launch of their own: only after all samples are through can they
-// be formed, and no cluster waits for another one. To let the cluster that ends last do it would
-// take a counter that is zeroed before, which costs a step on the stream as this does, and leave
-// the work to the few SMs of one cluster.
+// The parameters' gradients have a launch of their own. They need all samples, and no cluster waits
+// for another one. The cluster that ends last could form them. But it would need a counter that is
+// zeroed before, which is a step on the stream as well. And the work would be left to the few SMs
+// of one cluster.
 __global__ void __launch_bounds__(kThreads)
     gradients_kernel(const __grid_constant__ ParameterGradients gradients) {
   wait_for_previous();

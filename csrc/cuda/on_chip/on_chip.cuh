@@ -361,7 +361,7 @@ struct OwnChannels {
 // --- dense layers ---
 
 // to[i] = parameter[at + i * pitch] while i * step < inside, and 0 for the others. The dtype is
-// looked at once for all of them, as code for four dtypes around whole loops would be most of a
+// looked at once for all of them. Around whole loops the code for four dtypes would be most of a
 // kernel.
 template <int count>
 SCSE_DEVICE void load_apart(const void* parameter, Dtype dtype, int64_t at, int64_t pitch,
