@@ -113,7 +113,7 @@ void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
   a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
   a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
   a.channels = p.channels, a.positions = p.positions;
-  a.walk = {t.lanes, t.inner_tiles, t.outer_tiles};
+  if (tiles > 0) a.walk = {t.lanes, t.inner_tiles, t.outer_tiles};
   a.dtypes = p.dtypes, a.residual = p.residual ? -1 : 0, a.tasks = b.tasks;
   with_width<T>(t.width, [&](auto width) {
     with_combine(p.combine, [&](auto combine) {
