@@ -59,7 +59,7 @@ test: lint test-pure $(KERNELS) $(PEERS) $(TRITONS) $(NVCC)
 lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.*h')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.*h' -o -name '*.inc')
 
 # From tests/, since in the checkout's own folder `import scse_kernels` finds the checkout. Without
 # the tests of kernels, where the eager backend is tested too, and those of the code around them.

@@ -160,7 +160,7 @@ def last_errors(lines: list[str]) -> str:
 def arguments_of_both() -> dict:
     """What both extensions are given."""
     return {
-        "depends": [*sorted(str(p) for p in Path("csrc").rglob("*.*h")), "setup.py"],
+        "depends": [*sources("", ".h", ".cuh", ".inc"), "setup.py"],
         "py_limited_api": True,
     }
 

@@ -1,4 +1,4 @@
-// What the excitation is made of. The formulas are in formulas.h.
+// What the excitation is made of. The formulas are in formulas.inc.
 #pragma once
 
 namespace scse {

@@ -1,4 +1,4 @@
-// How the two branches are combined. The formulas are in formulas.h.
+// How the two branches are combined. The formulas are in formulas.inc.
 #pragma once
 
 namespace scse {

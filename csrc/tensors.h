@@ -12,6 +12,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "activations.h"
 #include "combine.h"
 
 namespace scse {
@@ -32,8 +33,8 @@ inline int64_t positions_of(const Tensor& x) {
   return positions;
 }
 
-// The distance between neighbouring positions where all are that far apart, else -1; 1 where there
-// is one position only.
+// The distance between neighbouring positions, if it is the same for all; else -1. If there is only
+// one position: 1.
 inline int64_t stride_of_positions(const Tensor& t) {
   int64_t stride = -1, next = 0;
   for (int64_t axis = t.dim(); axis-- > 2;) {
@@ -68,14 +69,15 @@ inline MemoryFormat format_of(const Tensor& t, bool channels_last) {
 }
 
 // A map as the kernels read it: rows of channels (channels_last) or of positions, each dense. Rows
-// and samples may be any distance apart, as in a slice of a concatenation; where a map is expanded,
-// none.
+// and samples may be any distance apart, as in a slice of a concatenation. In an expanded map the
+// distance is 0.
 struct Map {
   Tensor tensor;          // its memory
   int64_t sample, pitch;  // elements from one sample to the next, and from one row to the next
 };
 
-// `t` itself where its rows are dense, else a copy; of what is expanded, one sample or one row.
+// `t` itself if its rows are dense, else a copy. Of an expanded map one sample or one row is
+// copied.
 inline Map map_of(const Tensor& t, bool channels_last) {
   const int64_t channels = t.size(1), positions = positions_of(t);
   const int64_t apart = stride_of_positions(t);
@@ -96,14 +98,15 @@ inline Map map_of(const Tensor& t, bool channels_last) {
   return {copy, one_sample ? 0 : one_row ? row : row * rows, one_row ? 0 : row};
 }
 
-// For kernels that know no pitch: `t` itself where its samples are dense, else a copy.
+// For kernels that know no pitch: `t` itself if its samples are dense, else a copy.
 inline Tensor in_layout(const Tensor& t, bool channels_last) {
   const Map map = map_of(t, channels_last);
   const bool dense = map.sample > 0 && map.pitch == (channels_last ? t.size(1) : positions_of(t));
   return dense ? map.tensor : torch::stable::contiguous(t, format_of(t, channels_last));
 }
 
-// Memory for a tensor, not through the dispatcher: a call makes up to ten of them.
+// Memory for a tensor. A call asks for up to ten, so this does not go through the dispatcher, which
+// takes longer.
 inline Tensor empty_strided_on(int32_t device_type, int32_t device,
                                torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                const int64_t* strides, ScalarType dtype) {
@@ -134,9 +137,10 @@ inline Tensor empty_on(int32_t device_type, int32_t device,
   return empty_strided_on(device_type, device, sizes, strides.data(), dtype);
 }
 
-// Memory for the gradient of a parameter, to be written row by row. It gets the parameter's
-// strides, which torch's DistributedDataParallel expects, where they mean the same order of
-// elements: those of [C, Cr, 1, 1] in channels_last are other numbers than the contiguous ones.
+// Memory for the gradient of a parameter, which is written row by row. The gradient of a contiguous
+// parameter gets the parameter's strides: torch's DistributedDataParallel expects them. They may be
+// other numbers than usual, as those of [C, Cr, 1, 1] in channels_last are, but they mean the same
+// order of elements.
 inline Tensor gradient_on(int32_t device_type, int32_t device, const Tensor& parameter,
                           ScalarType dtype) {
   const auto sizes = parameter.sizes();
@@ -144,7 +148,8 @@ inline Tensor gradient_on(int32_t device_type, int32_t device, const Tensor& par
   return empty_strided_on(device_type, device, sizes, parameter.strides().data(), dtype);
 }
 
-// Callers of the Python functions never see this; who calls an operator is kept from other memory.
+// The Python functions have checked this before. Whoever calls an operator directly is kept from
+// other memory.
 inline void check_count(const char* name, const Tensor& t, int64_t count) {
   STD_TORCH_CHECK(t.numel() == count, "scse_kernels: ", name, " must have ", count,
                   " elements, got ", t.numel());
@@ -169,7 +174,32 @@ inline void check_arguments(const Tensor& x, const Optional& w1, const Optional&
                   positions_of(x));
 }
 
-// Elements of a small tensor that the forward returned and the backward got.
+// Fills in what the problems of both backends have alike: sizes, options, and the distances in
+// `map`, which is x's.
+template <typename Problem>
+void describe_call(Problem& p, const Tensor& x, const Map& map, const Optional& w1,
+                   const Optional& w2, const Optional& ws, int64_t combine, int64_t gate,
+                   bool residual, bool channels_last) {
+  check_arguments(x, w1, w2, ws, combine, residual);
+  check_code("gate", gate, 1);
+  p.samples = x.size(0);
+  p.channels = x.size(1);
+  p.hidden_channels = w1 ? w1->size(0) : 0;
+  p.positions = positions_of(x);
+  p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
+  p.gate = static_cast<Gate>(gate);
+  p.residual = residual;
+  p.channels_last = channels_last;
+  p.x_sample = map.sample, p.x_pitch = map.pitch;
+}
+
+inline void check_dy(const Tensor& dy, const Tensor& x, int64_t out_channels) {
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
+                      dy.numel() == x.size(0) * out_channels * positions_of(x),
+                  "scse_kernels: dy must have y's shape and dtype");
+}
+
+// The elements of a small tensor that the forward has returned and the backward is given.
 template <typename A>
 A* saved(const char* name, const Tensor& t, int64_t count) {
   check_count(name, t, count);

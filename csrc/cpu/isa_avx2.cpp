@@ -1,27 +1,3 @@
-// AVX2 with FMA and F16C: 32-byte vectors. The standard headers come before the switch: their
-// inline functions must stay code that every machine can run.
-#if defined(__x86_64__)
-#ifndef SCSE_KERNELS
-#define SCSE_KERNELS "kernels.h"  // batch_norm/ compiles others
-#endif
-#include <algorithm>
-#include <cmath>
-#include <type_traits>
-
-#include "problem.h"
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#include <immintrin.h>
-
-#define SCSE_ISA avx2
-#define SCSE_VECTOR_BYTES 32
-#define SCSE_HALF_256  // the set converts float16 itself
-#include SCSE_KERNELS
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#endif
+// scSE for one instruction set.
+#define SCSE_KERNELS "kernels.inc"
+#include "isa_avx2.inc"

@@ -112,9 +112,9 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty({sizes.begin(), sizes.size()}, dtype);
 }
 
-// A result as large as a map. From 32 MiB on malloc gives fresh memory for each, which Linux fills
-// with zeros at its first touch, 4 KiB at a time: three quarters of the call's time. Asked for, it
-// gives 2 MiB at a time. It may refuse, and nothing is lost.
+// A result as large as a map. From 32 MiB on, malloc takes fresh memory for each. Linux fills that
+// with zeros at the first touch, 4 KiB at a time: three quarters of the call's time. This asks
+// Linux for 2 MiB at a time. It may refuse; nothing is lost then.
 Tensor empty_map(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
                  bool channels_last) {
   const Tensor map = empty(sizes, dtype, channels_last);
@@ -155,8 +155,8 @@ class Parameter {
   const A* data_ = nullptr;
 };
 
-// A parameter's gradient: written in the accumulator's dtype, handed out in the parameter's, with
-// its strides.
+// A parameter's gradient. The kernels write it in the accumulator's dtype; the operator returns it
+// in the parameter's dtype, with the parameter's strides.
 template <typename A>
 class Gradient {
  public:
@@ -177,45 +177,36 @@ class Gradient {
   A* data_;
 };
 
-// Scratch memory of the kernels: one allocation, cut into pieces that begin on cache lines.
+// A part of the kernels' scratch memory.
 template <typename A>
-class Scratch {
- public:
-  int64_t reserve(int64_t count) {
-    const int64_t begin = size_;
-    size_ += (count + 15) / 16 * 16;
-    return begin;
-  }
-  void allocate(ScalarType dtype) {
-    tensor_ = empty({size_}, dtype);
-    data_ = static_cast<A*>(tensor_->mutable_data_ptr());
-  }
-  A* at(int64_t begin) const { return data_ + begin; }
-
- private:
-  int64_t size_ = 0;
-  Optional tensor_;
-  A* data_ = nullptr;
+struct Piece {
+  A** place;  // gets its address; null if it has no elements
+  int64_t count;
 };
+
+// Scratch memory: one allocation, cut into pieces that begin on cache lines.
+template <typename A>
+Tensor scratch(std::initializer_list<Piece<A>> pieces, ScalarType dtype) {
+  const auto padded = [](int64_t count) { return (count + 15) / 16 * 16; };
+  int64_t size = 0;
+  for (const Piece<A>& piece : pieces) size += padded(piece.count);
+  const Tensor memory = empty({size}, dtype);
+  A* next = static_cast<A*>(memory.mutable_data_ptr());
+  for (const Piece<A>& piece : pieces) {
+    *piece.place = piece.count > 0 ? next : nullptr;
+    next += padded(piece.count);
+  }
+  return memory;
+}
 
 template <typename T>
 Problem<T> describe(const Tensor& x, const Map& map, const Optional& w1, const Optional& w2,
                     const Optional& ws, int64_t combine, int64_t gate, bool residual,
                     bool channels_last) {
-  check_arguments(x, w1, w2, ws, combine, residual);
-  check_code("gate", gate, 1);
   Problem<T> p{};
-  p.samples = x.size(0);
-  p.channels = x.size(1);
-  p.hidden_channels = w1 ? w1->size(0) : 0;
-  p.positions = positions_of(x);
-  p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
-  p.gate = static_cast<Gate>(gate);
-  p.residual = residual;
-  p.channels_last = channels_last;
+  describe_call(p, x, map, w1, w2, ws, combine, gate, residual, channels_last);
   p.out_channels = p.combine == Combine::concat ? 2 * p.channels : p.channels;
   p.x = static_cast<const T*>(map.tensor.const_data_ptr());
-  p.x_sample = map.sample, p.x_pitch = map.pitch;
   p.width = strip_width(p.samples, p.positions, channels_last);
   p.strips = (p.positions + p.width - 1) / p.width;
   p.threads = torch::stable::get_num_threads();
@@ -242,13 +233,13 @@ Optional set_parking(Problem<T>& p, T* map, int64_t channels, int slots, ScalarT
   return buffer;
 }
 
-// A call that reads and writes more bytes than this stores its result past the caches. A line that
-// is stored into them is read from memory first and evicted to it later; stored past them it is
-// only written. Small results are better off in the cache, where whoever comes next finds them. A
-// quarter of the last-level cache, since x, y and their gradients are four maps together: with
-// 32 MB of it, forwards of 4 and 8 MB mostly took a fifth longer when they streamed; of 16 MB and
-// more 30 % less to 4 % longer, and with their backwards 13 to 29 % less. SCSE_CPU_STREAM names
-// another number of bytes.
+// A call that reads and writes more bytes than this stores its result past the caches. A store into
+// the caches first reads the line from memory, and the line is written back later. A store past
+// them only writes. Small results are better in the cache, where the next layer finds them. The
+// limit is a quarter of the last-level cache, since x, y and their gradients are four maps. With 32
+// MB of cache, forwards of 4 and 8 MB mostly took a fifth longer when they streamed. Forwards of 16
+// MB and more took between 30 % less and 4 % more, and forward and backward together 13 to 29 %
+// less. SCSE_CPU_STREAM names another number of bytes.
 int64_t choose_stream_threshold() {
   if (const char* wanted = std::getenv("SCSE_CPU_STREAM")) {
     char* end;
@@ -272,12 +263,91 @@ bool streams(const Problem<T>& p, const T* map, int64_t bytes) {
 
 // --- forward and backward ---
 
+// The parameters that both directions need.
+template <typename T>
+class Parameters {
+  using A = Accumulator<T>;
+
+ public:
+  Parameters(Problem<T>& p, const Optional& w1, const Optional& w2, const Optional& ws,
+             const Optional& bs)
+      : w1_("w1", w1, p.hidden_channels * p.channels),
+        w2_("w2", w2, p.channels * p.hidden_channels),
+        ws_("ws", ws, p.channels),
+        bs_("bs", bs, 1) {
+    p.w1 = w1_.data(), p.w2 = w2_.data(), p.ws = ws_.data();
+    p.bs = bs_.data() ? *bs_.data() : A(0);
+  }
+
+ private:
+  Parameter<A> w1_, w2_, ws_, bs_;
+};
+
+// The gradients of all parameters.
+template <typename T>
+struct Gradients {
+  using A = Accumulator<T>;
+  Gradient<A> dw1, db1, dw2, db2, dws, dbs;
+
+  Gradients(Problem<T>& p, const Optional& w1, const Optional& b1, const Optional& w2,
+            const Optional& b2, const Optional& ws, const Optional& bs, bool need_channel,
+            bool need_spatial)
+      : dw1(w1, need_channel, kAccumulator<T>),
+        db1(b1, need_channel, kAccumulator<T>),
+        dw2(w2, need_channel, kAccumulator<T>),
+        db2(b2, need_channel, kAccumulator<T>),
+        dws(ws, need_spatial, kAccumulator<T>),
+        dbs(bs, need_spatial, kAccumulator<T>) {
+    if (b1) check_count("b1", *b1, p.hidden_channels);
+    if (b2) check_count("b2", *b2, p.channels);
+    p.need_channel = need_channel && w1;
+    p.need_spatial = need_spatial && ws;
+    p.dw1 = dw1.data(), p.db1 = db1.data(), p.dw2 = dw2.data(), p.db2 = db2.data();
+    p.dws = dws.data(), p.dbs = dbs.data();
+  }
+};
+
+// What the forward returns besides y, for the backward. hidden: the value and the slope.
+struct SavedTensors {
+  Tensor pooled, hidden, channel_gate;
+};
+
+template <typename T>
+void set_saved(Problem<T>& p, Accumulator<T>* pooled, Accumulator<T>* hidden,
+               Accumulator<T>* channel_gate) {
+  p.pooled = pooled, p.channel_gate = channel_gate;
+  p.hidden = hidden, p.hidden_slope = hidden + p.samples * p.hidden_channels;
+}
+
+template <typename T>
+SavedTensors new_saved(Problem<T>& p) {
+  using A = Accumulator<T>;
+  constexpr ScalarType acc = kAccumulator<T>;
+  const int64_t channels = p.has_channel() ? p.channels : 0;
+  const SavedTensors to_save{empty({p.samples, channels}, acc),
+                             empty({2, p.samples, p.hidden_channels}, acc),
+                             empty({p.samples, channels}, acc)};
+  set_saved(p, static_cast<A*>(to_save.pooled.mutable_data_ptr()),
+            static_cast<A*>(to_save.hidden.mutable_data_ptr()),
+            static_cast<A*>(to_save.channel_gate.mutable_data_ptr()));
+  return to_save;
+}
+
+template <typename T>
+void take_saved(Problem<T>& p, const Tensor& pooled, const Tensor& hidden,
+                const Tensor& channel_gate) {
+  using A = Accumulator<T>;
+  const int64_t channels = p.has_channel() ? p.channels : 0;
+  set_saved(p, saved<A>("pooled", pooled, p.samples * channels),
+            saved<A>("hidden", hidden, 2 * p.samples * p.hidden_channels),
+            saved<A>("channel_gate", channel_gate, p.samples * channels));
+}
+
 template <typename T>
 ForwardResult forward(const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
                       const Optional& b2, const Optional& ws, const Optional& bs, int64_t combine,
                       int64_t activation, double slope, int64_t gate, bool residual) {
   using A = Accumulator<T>;
-  constexpr ScalarType acc = kAccumulator<T>;
   const bool channels_last = is_channels_last(x);
   const Map x_map = map_of(x, channels_last);
   Problem<T> p = describe<T>(x, x_map, w1, w2, ws, combine, gate, residual, channels_last);
@@ -288,33 +358,21 @@ ForwardResult forward(const Tensor& x, const Optional& w1, const Optional& b1, c
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] = p.out_channels;
   const Tensor y = empty_map({sizes.data(), sizes.size()}, x.scalar_type(), channels_last);
-  const int64_t channels = w1 ? p.channels : 0;
-  const Tensor pooled = empty({p.samples, channels}, acc);
-  const Tensor hidden = empty({2, p.samples, p.hidden_channels}, acc);  // value and slope
-  const Tensor channel_gate = empty({p.samples, channels}, acc);
   p.y = static_cast<T*>(y.mutable_data_ptr());
-  p.pooled = static_cast<A*>(pooled.mutable_data_ptr());
-  p.hidden = static_cast<A*>(hidden.mutable_data_ptr());
-  p.hidden_slope = p.hidden + p.samples * p.hidden_channels;
-  p.channel_gate = static_cast<A*>(channel_gate.mutable_data_ptr());
-
-  const int64_t C = p.channels, Cr = p.hidden_channels;
-  const Parameter<A> w1_("w1", w1, Cr * C), b1_("b1", b1, Cr), w2_("w2", w2, C * Cr),
-      b2_("b2", b2, C), ws_("ws", ws, C), bs_("bs", bs, 1);
-  p.w1 = w1_.data(), p.b1 = b1_.data(), p.w2 = w2_.data(), p.b2 = b2_.data(), p.ws = ws_.data();
-  p.bs = bs_.data() ? *bs_.data() : A(0);
+  const SavedTensors to_save = new_saved(p);
+  const Parameters<T> parameters(p, w1, w2, ws, bs);
+  const Parameter<A> b1_("b1", b1, p.hidden_channels), b2_("b2", b2, p.channels);
+  p.b1 = b1_.data(), p.b2 = b2_.data();
 
   p.stream = streams(p, p.y, (x.numel() + y.numel()) * sizeof(T));
 
   Optional parking;
   if (ws) parking = set_parking(p, p.y, p.out_channels, 1, x.scalar_type());
-  Scratch<A> scratch;
-  scratch.reserve(w1 ? p.samples * p.strips * p.channels : 0);
-  scratch.allocate(acc);
-  p.partial = scratch.at(0);
+  const Tensor memory =
+      scratch<A>({{&p.partial, w1 ? p.samples * p.strips * p.channels : 0}}, kAccumulator<T>);
 
   kernels<T>().forward(p);
-  return {y, pooled, hidden, channel_gate};
+  return {y, to_save.pooled, to_save.hidden, to_save.channel_gate};
 }
 
 template <typename T>
@@ -324,36 +382,17 @@ BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, c
                         const Tensor& channel_gate, int64_t combine, bool need_dx,
                         bool need_channel, bool need_spatial, int64_t gate, bool residual) {
   using A = Accumulator<T>;
-  constexpr ScalarType acc = kAccumulator<T>;
   const bool channels_last = is_channels_last(x);
   const Map x_map = map_of(x, channels_last);
   Problem<T> p = describe<T>(x, x_map, w1, w2, ws, combine, gate, residual, channels_last);
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
-                      dy.numel() == p.samples * p.out_channels * p.positions,
-                  "scse_kernels: dy must have y's shape and dtype");
+  check_dy(dy, x, p.out_channels);
   const Map dy_map = map_of(dy, channels_last);
   p.dy = static_cast<const T*>(dy_map.tensor.const_data_ptr());
   p.dy_sample = dy_map.sample, p.dy_pitch = dy_map.pitch;
   p.need_dx = need_dx;
-  p.need_channel = need_channel && w1;
-  p.need_spatial = need_spatial && ws;
-
-  const int64_t C = p.channels, Cr = p.hidden_channels;
-  const Parameter<A> w1_("w1", w1, Cr * C), w2_("w2", w2, C * Cr), ws_("ws", ws, C),
-      bs_("bs", bs, 1);
-  if (b1) check_count("b1", *b1, Cr);
-  if (b2) check_count("b2", *b2, C);
-  p.pooled = saved<A>("pooled", pooled, w1 ? p.samples * C : 0);
-  p.hidden = saved<A>("hidden", hidden, 2 * p.samples * Cr);
-  p.hidden_slope = p.hidden + p.samples * Cr;
-  p.channel_gate = saved<A>("channel_gate", channel_gate, w1 ? p.samples * C : 0);
-  p.w1 = w1_.data(), p.w2 = w2_.data(), p.ws = ws_.data();
-  p.bs = bs_.data() ? *bs_.data() : A(0);
-  const Gradient<A> dw1(w1, need_channel, acc), db1(b1, need_channel, acc),
-      dw2(w2, need_channel, acc), db2(b2, need_channel, acc), dws(ws, need_spatial, acc),
-      dbs(bs, need_spatial, acc);
-  p.dw1 = dw1.data(), p.db1 = db1.data(), p.dw2 = dw2.data(), p.db2 = db2.data();
-  p.dws = dws.data(), p.dbs = dbs.data();
+  take_saved(p, pooled, hidden, channel_gate);
+  const Parameters<T> parameters(p, w1, w2, ws, bs);
+  const Gradients<T> gradients(p, w1, b1, w2, b2, ws, bs, need_channel, need_spatial);
 
   Tensor dx = empty({0}, x.scalar_type());
   Optional parking;
@@ -364,20 +403,23 @@ BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, c
     if (ws) parking = set_parking(p, p.dx, p.channels, 2, x.scalar_type());
   }
 
-  Scratch<A> scratch;
-  const int64_t maps = p.samples * p.strips * p.channels, vectors = p.samples * p.channels;
-  const int64_t partial = scratch.reserve(w1 ? maps : 0);
-  const int64_t partial_ws = scratch.reserve(ws ? maps : 0);
-  const int64_t partial_bs = scratch.reserve(p.samples * p.strips);
-  const int64_t d_excited = scratch.reserve(vectors), d_mean = scratch.reserve(vectors);
-  const int64_t d_hidden = scratch.reserve(p.samples * p.hidden_channels);
-  scratch.allocate(acc);
-  p.partial = scratch.at(partial), p.partial_ws = scratch.at(partial_ws);
-  p.partial_bs = scratch.at(partial_bs), p.d_excited = scratch.at(d_excited);
-  p.d_mean = scratch.at(d_mean), p.d_hidden = scratch.at(d_hidden);
+  const int64_t all_strips = p.samples * p.strips, vector = p.samples * p.channels;
+  const Tensor memory = scratch<A>({{&p.partial, w1 ? all_strips * p.channels : 0},
+                                    {&p.partial_ws, ws ? all_strips * p.channels : 0},
+                                    {&p.partial_bs, all_strips},
+                                    {&p.d_excited, vector},
+                                    {&p.d_mean, vector},
+                                    {&p.d_hidden, p.samples * p.hidden_channels}},
+                                   kAccumulator<T>);
 
   kernels<T>().backward(p);
-  return {dx, dw1.result(), db1.result(), dw2.result(), db2.result(), dws.result(), dbs.result()};
+  return {dx,
+          gradients.dw1.result(),
+          gradients.db1.result(),
+          gradients.dw2.result(),
+          gradients.db2.result(),
+          gradients.dws.result(),
+          gradients.dbs.result()};
 }
 
 // Calls function<T>(arguments...) for the element type of x.
@@ -412,7 +454,7 @@ BackwardResult cpu_backward(const Tensor& dy, const Tensor& x, const Optional& w
                 need_dx, need_channel, need_spatial, gate, residual);
 }
 
-#include "batch_norm/ops.h"
+#include "batch_norm/ops.inc"
 
 std::string cpu_capability() { return kIsaNames[static_cast<int>(isa())]; }
 

@@ -13,7 +13,7 @@
 
 namespace scse {
 
-// Storage of the half types; arithmetic happens in float, see vec.h.
+// Storage of the half types; arithmetic happens in float, see vec.inc.
 struct half {
   uint16_t bits;
 };
@@ -42,10 +42,11 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain,
 constexpr int64_t kMaxStrip = 1024;
 constexpr int64_t kStripBuffer = kMaxStrip + 64;  // room for whole vectors
 
-// Of planes: a page of floats to a row, so that neither the prefetcher nor the TLB is wasted, while
-// a strip's channels stay in L2 for their second use; less where few samples must share the
-// threads. Of channels_last maps, where a strip is one run of memory: short, as its sums are single
-// chains. Never a function of the number of threads, on which results must not depend.
+// Positions to a strip. In contiguous maps a strip is up to a page of floats wide. Narrower ones
+// waste the prefetcher and the TLB; the channels of wider ones do not stay in L2 for their second
+// use. Where samples are few, strips are narrower, so that every thread gets some. In channels_last
+// maps a strip is one run of memory. It is short, since each of its sums is one chain of additions.
+// The number of threads is not asked: results must not depend on it.
 inline int64_t strip_width(int64_t samples, int64_t positions, bool channels_last) {
   if (channels_last) return 256;
   return std::clamp<int64_t>(samples * positions / 8, 256, kMaxStrip) / 64 * 64;
@@ -85,8 +86,8 @@ struct Tickets {
     }
   }
 
-  // Until every item is done. Awake, as the others are nearly there and waking up would take
-  // longer.
+  // Returns when every item is done. The thread stays awake: the others are nearly done, and waking
+  // up would take longer.
   void wait() const {
     for (int i = 0; __atomic_load_n(&left, __ATOMIC_ACQUIRE); ++i) {
       i < 6000 ? relax() : std::this_thread::yield();
@@ -145,9 +146,9 @@ struct Problem {
   int64_t threads;
   ParallelFor parallel_for;
 
-  // Runs the stages in turn, the items of each on the thread that comes for them first: waking a
-  // thread can take longer than a small map does, and the others don't wait meanwhile. They are
-  // woken once for all stages. A thread waits only for items that others are running already.
+  // Runs one stage after the other. An item goes to the first thread that comes for it: to wake a
+  // thread can take longer than a small map does, and nobody waits for it. Threads are woken once
+  // for all stages. A thread waits only for items that other threads are running already.
   template <typename... Bodies>
   void in_turn(const Stage<Bodies>&... stages) const {
     if (threads == 1 || ((stages.count <= stages.grain) && ...)) {

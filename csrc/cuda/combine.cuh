@@ -18,7 +18,7 @@ SCSE_DEVICE A sigmoid(A v) {
 }
 
 #define SCSE_INLINE SCSE_DEVICE
-#include "../formulas.h"
+#include "../formulas.inc"
 #undef SCSE_INLINE
 
 __host__ __device__ constexpr bool has_channel(Combine k) { return k != Combine::spatial; }

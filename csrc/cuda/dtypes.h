@@ -5,6 +5,11 @@ namespace scse::cuda {
 
 enum class Dtype { float32, float64, float16, bfloat16 };
 
+// Bytes of an element.
+constexpr int itemsize(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
 // The parameters' dtypes travel in one integer, two bits for each.
 enum class Parameter { w1, b1, w2, b2, ws, bs };
 

@@ -1,13 +1,15 @@
 // Sums over the batch: the parameters' gradients, once every sample has its own part of them. Each
 // is a matrix product over the samples, or the sum of a matrix's rows.
 //
-// A pass over few bytes, whose time is that of its accesses' latencies: many are on their way at
-// once, and all are of single elements, neighbours for neighbouring threads, so that no alignment
-// has to be asked for. Sums have an order that shapes alone decide.
+// It reads few bytes, and its time is spent on waiting for them. So each thread has many loads on
+// their way at once. A load is of one element, and neighbouring threads load neighbours: nothing
+// has to be aligned. Shapes alone decide the order of sums.
 #pragma once
 
+#include "count.h"
 #include "gradient_tasks.h"
 #include "parameters.cuh"
+#include "problem.h"
 
 namespace scse::cuda {
 
@@ -20,7 +22,25 @@ struct ParameterGradients {
   const float* sample_bs;                   // [N]
   void *dw1, *db1, *dw2, *db2, *dws, *dbs;  // null: not needed
   int dtypes;
-  int samples, channels, hidden_channels;
+  Count samples, channels, hidden_channels;
+
+  ParameterGradients(const Problem& p, const PerSample& sums)
+      : d_excited(sums.d_excited),
+        d_hidden(sums.d_hidden),
+        pooled(p.pooled),
+        hidden(p.hidden),
+        sample_ws(sums.sample_ws),
+        sample_bs(sums.sample_bs),
+        dw1(p.dw1),
+        db1(p.db1),
+        dw2(p.dw2),
+        db2(p.db2),
+        dws(p.dws),
+        dbs(p.dbs),
+        dtypes(p.dtypes),
+        samples(p.samples),
+        channels(p.channels),
+        hidden_channels(p.hidden_channels) {}
 
   // The task-th piece of work; their number: `gradient_tasks`. Blocks have a power of two of warps,
   // kMostWarps at most.

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "per_device.h"
 #include "problem.h"
@@ -13,7 +14,7 @@
 namespace scse::cuda {
 
 // Whether a call of the runtime succeeded. The runtime keeps a thread's last error until somebody
-// asks for it, as torch does after its own launches: one of ours isn't left for others to find.
+// asks for it. torch asks after its own launches, so this takes our error away before.
 inline bool succeeded(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return error == cudaSuccess;
@@ -36,10 +37,11 @@ struct Grid {
   bool overlap = false;  // may start before the kernel before has ended, see overlap.cuh
 };
 
-// More dynamic shared memory than this has to be asked for: what a kernel's static memory, 16 KiB
-// of it at most, leaves of 48 KiB.
+// A kernel must ask for more dynamic shared memory than this. By default a block has 48 KiB; our
+// kernels' static memory takes at most 16 KiB of them.
 constexpr int64_t kSharedByDefault = 32 * 1024;
-// So do clusters of more blocks than every device with clusters can place.
+// It must also ask for clusters of more blocks than this: not every device with clusters can place
+// them.
 constexpr int kClusterByDefault = 8;
 
 // Asks for what a kernel doesn't get by default; the runtime remembers it.
@@ -59,9 +61,11 @@ inline void ask_for(const char* name, const void* kernel, const Grid& grid, int 
   }
 }
 
+// The arguments have the types of the kernel's parameters: a conversion could lose something.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const Problem& p,
-            Arguments... arguments) {
+            const Arguments&... arguments) {
+  static_assert((std::is_same_v<Parameters, Arguments> && ...));
   if (grid.blocks > INT32_MAX) {
     throw std::runtime_error(std::string("scse_kernels: ") + name + ": more than 2**31 - 1 blocks");
   }
@@ -85,7 +89,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   }
   // What it returns is about this launch (or says that the device is lost); the runtime's last
   // error may be somebody else's.
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
 }  // namespace scse::cuda

@@ -69,29 +69,19 @@ Tensor gradient(const Optional& parameter, bool needed, const Tensor& x, void*& 
 Problem describe(const Tensor& x, const Map& map, const Optional& w1, const Optional& w2,
                  const Optional& ws, int64_t combine, int64_t gate, bool residual,
                  bool channels_last) {
-  check_arguments(x, w1, w2, ws, combine, residual);
-  check_code("gate", gate, 1);
   Problem p{};
+  describe_call(p, x, map, w1, w2, ws, combine, gate, residual, channels_last);
   p.dtype = dtype_of(x);
   STD_TORCH_CHECK(p.dtype != Dtype::float64,
                   "scse_kernels: backend 'cuda' has no kernels for float64, got x in float64;"
                   " 'triton' and 'eager' take it");
-  for (int64_t size : {x.size(0), x.size(1), w1 ? w1->size(0) : 0}) {
+  for (int64_t size : {p.samples, p.channels, p.hidden_channels}) {
     STD_TORCH_CHECK(size <= 1 << 30,
                     "scse_kernels: backend 'cuda' takes up to 2**30 samples,"
                     " channels and hidden channels, got ",
                     size);
   }
-  p.samples = x.size(0);
-  p.channels = x.size(1);
-  p.hidden_channels = w1 ? w1->size(0) : 0;
-  p.positions = positions_of(x);
-  p.combine = !w1 ? Combine::spatial : !ws ? Combine::channel : static_cast<Combine>(combine);
-  p.gate = static_cast<Gate>(gate);
-  p.residual = residual;
-  p.channels_last = channels_last;
   p.x = map.tensor.const_data_ptr();
-  p.x_sample = map.sample, p.x_pitch = map.pitch;
   p.device = x.get_device();
   p.architecture = architecture_of(p.device);
   STD_TORCH_CHECK(p.architecture > 0, "scse_kernels: this build of backend 'cuda' has no code for",
@@ -118,9 +108,8 @@ const Launcher& kernels(const Problem& p, bool (*fits)(const Problem&),
 }
 
 bool forward_is_faster_on_chip(const Problem& p) {
-  const int64_t itemsize = p.dtype == Dtype::float32 ? 4 : 2;
-  return prefer_on_chip_forward(p.samples * p.channels * p.positions * itemsize, on_chip_blocks(p),
-                                p.channels, p.hidden_channels);
+  const int64_t bytes = p.samples * p.channels * p.positions * itemsize(p.dtype);
+  return prefer_on_chip_forward(bytes, on_chip_blocks(p), p.channels, p.hidden_channels);
 }
 
 Tensor scratch(int64_t floats, const Tensor& x) { return empty({floats}, ScalarType::Float, x); }
@@ -177,9 +166,7 @@ BackwardResult cuda_backward(const Tensor& dy, const Tensor& x, const Optional& 
   const bool channels_last = is_channels_last(x);
   const Map x_map = map_of(x, channels_last);
   Problem p = describe(x, x_map, w1, w2, ws, combine, gate, residual, channels_last);
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim() &&
-                      dy.numel() == p.samples * p.out_channels() * p.positions,
-                  "scse_kernels: dy must have y's shape and dtype");
+  check_dy(dy, x, p.out_channels());
   const Map dy_map = map_of(dy, channels_last);
   p.dy = dy_map.tensor.const_data_ptr();
   p.dy_sample = dy_map.sample, p.dy_pitch = dy_map.pitch;

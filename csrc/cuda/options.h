@@ -1,5 +1,5 @@
-// What the environment asks of a call. Looked up at each call, so that a process can try both ways;
-// that takes a tenth of a microsecond. Plain functions.
+// What the environment asks of a call. Every call looks, so that a process can try both ways; it
+// takes a tenth of a microsecond. Plain functions.
 #pragma once
 
 #include <cstdlib>

@@ -6,8 +6,9 @@
 
 namespace scse::cuda {
 
-// Returns once the kernel before has ended and what it wrote can be read. A kernel launched with
-// `overlap` reads nothing that the kernel before writes, and writes nothing that it reads, earlier.
+// Returns when the kernel before has ended; what it wrote can be read then. Before this call a
+// kernel that is launched with `overlap` must not read what the kernel before writes, and must not
+// write what that kernel reads.
 SCSE_DEVICE void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,5 +1,5 @@
-// Parameters and their gradients: tensors whose dtype is known when running only, as it may differ
-// from that of the maps and from one another.
+// Parameters and their gradients. Their dtypes are known only at run time: they may differ from
+// that of the maps and from one another.
 #pragma once
 
 #include <type_traits>

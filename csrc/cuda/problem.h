@@ -53,6 +53,14 @@ struct Problem {
   int64_t row() const { return channels_last ? channels : positions; }
 };
 
+// What the backward leaves to be summed over the samples.
+struct PerSample {
+  float* d_excited;  // [N, C]: gradient before the channel gate; null without that branch
+  float* d_hidden;   // [N, Cr]: gradient before the activation
+  float* sample_ws;  // [N, C]: a sample's part of dws; null unless needed
+  float* sample_bs;  // [N]
+};
+
 // A way to compute it. `scratch`: floats of memory that the launcher wants, aligned to 256 bytes.
 struct Launcher {
   int64_t (*forward_scratch)(const Problem&);

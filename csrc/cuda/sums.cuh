@@ -5,9 +5,9 @@
 
 namespace scse::cuda {
 
-// Each of v summed over `lanes` neighbouring lanes (a power of two, at most 32, at multiples of
-// which groups begin); every lane gets the sums. The width is known when running only, and several
-// sums share a step's latency: hence not cooperative_groups::reduce. All lanes of the warp call.
+// Sums each of v over groups of `lanes` neighbouring lanes (a power of two, at most 32). Every lane
+// gets the sums of its group. This is not cooperative_groups::reduce, since `lanes` is known only
+// at run time and several sums share the waiting time of a step. All lanes of the warp call this.
 template <int count>
 SCSE_DEVICE void sum_lanes(float (&v)[count], int lanes) {
 #pragma unroll 1  // short code
@@ -17,8 +17,8 @@ SCSE_DEVICE void sum_lanes(float (&v)[count], int lanes) {
   }
 }
 
-// Each of v summed over the threads of a warp that have the same lane modulo `lanes`; every lane
-// gets the sums.
+// Sums each of v over the threads of a warp that have the same lane modulo `lanes`. Every lane gets
+// the sums.
 template <int count>
 SCSE_DEVICE void sum_groups(float (&v)[count], int lanes) {
 #pragma unroll 1  // short code

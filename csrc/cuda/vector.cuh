@@ -46,8 +46,8 @@ SCSE_DEVICE void store(T* p, const Bits<T, W>& bits) {
   *reinterpret_cast<Bits<T, W>*>(p) = bits;
 }
 
-// The same of the first `inside` elements alone, one by one, at any address of theirs; 0 for the
-// others.
+// The same for the first `inside` elements only, one by one. They can be at any address that their
+// type allows. The others are 0.
 template <int W, typename T>
 SCSE_DEVICE Bits<T, W> load_singly(const T* p, int inside) {
   constexpr int n = 4 / sizeof(T);

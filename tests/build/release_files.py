@@ -19,7 +19,7 @@ EXPECTED = {
 }
 #: What each of them has, and what the sdist has besides.
 ALL = ("scse_kernels/__init__.py", "scse_kernels/py.typed", "scse_kernels/_triton/launch.py")
-SDIST = ("setup.py", "build_environment.py", "CHANGELOG.md", "csrc/formulas.h", "tests/budget.py")
+SDIST = ("setup.py", "build_environment.py", "CHANGELOG.md", "csrc/formulas.inc", "tests/budget.py")
 
 
 def members(path: Path) -> list[str]:

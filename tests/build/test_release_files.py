@@ -59,7 +59,7 @@ def test_a_whole_release(dist):
         ({"cpu": (["scse_kernels.libs/libtorch_cpu-1f.so.2"], [])}, "libtorch_cpu-1f.so.2"),
         ({"cpu": ([], ["scse_kernels/_C.abi3.so"])}, "x86_64.whl: expected the libraries"),
         ({"cpu": ([], ["scse_kernels/py.typed"])}, "x86_64.whl: no scse_kernels/py.typed"),
-        ({"sdist": ([], ["csrc/formulas.h"])}, ".tar.gz: no csrc/formulas.h"),
+        ({"sdist": ([], ["csrc/formulas.inc"])}, ".tar.gz: no csrc/formulas.inc"),
     ],
 )
 def test_what_is_wrong_inside(dist, changes, words):

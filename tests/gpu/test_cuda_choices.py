@@ -55,7 +55,7 @@ def library(tmp_path_factory):
         [COMPILER, *flags, *folders, HERE / "cuda_headers" / "choices.cpp", "-o", file], check=True
     )
     loaded = ctypes.CDLL(str(file))
-    loaded.choice.restype = ctypes.c_bool
+    loaded.choice.restype = loaded.fits.restype = ctypes.c_bool
     loaded.tasks.restype = ctypes.c_int64
     return loaded
 
@@ -224,6 +224,12 @@ def test_gradients_are_shared_out(library):
     assert tasks(64, 32, channel=False) == 2 + 1
     assert tasks(64, 32, spatial=False) == 2 * 2 + (2 + 1)
     assert tasks(64, 32, channel=False, spatial=False) == 0
+
+
+def test_sizes_that_are_no_int_are_refused(library):
+    """Kernels take sizes as 32 bits: none is cut short on its way there."""
+    assert all(library.fits(*_long(size)) for size in (0, 1, 2**31 - 1))
+    assert not any(library.fits(*_long(size)) for size in (2**31, 2**32, 2**32 + 1, 2**62))
 
 
 def test_threads_of_the_excitation(library):

@@ -1,3 +1,3 @@
-// BatchNorm + ReLU + scSE for the instruction set of the file below.
-#define SCSE_KERNELS "batch_norm/kernels.h"
-#include "../isa_avx2.cpp"
+// BatchNorm + ReLU + scSE for one instruction set.
+#define SCSE_KERNELS "batch_norm/kernels.inc"
+#include "../isa_avx2.inc"

@@ -1,74 +1,68 @@
 // The second pass over the map, forward (y) and backward (dx, with the parameters' gradients). A
-// block for each tile, from the last to the first: the end of x is what the pass before left in L2.
-// These kernels overlap: what they read of the map is on its way while the excitation still works.
-// So the maps they read are not __restrict__: loads of memory that never changes ptxas moves to
-// where they are used, after the wait.
+// block for each tile, from the last to the first: the end of x is what the pass before has left in
+// L2. These kernels overlap: what they read of the map is on its way while the excitation still
+// works. Do not add __restrict__ to x or dy. ptxas would move their loads behind the wait, and the
+// overlap would be lost.
 #pragma once
 
 #include "block.cuh"
 #include "../combine.cuh"
+#include "../count.h"
 #include "../gradients.cuh"
 #include "../overlap.cuh"
 #include "../parameters.cuh"
 
 namespace scse::cuda {
 
-// Where a thread's part of a tile begins. A sample has inner_tiles * outer_tiles tiles.
-struct Corner {
-  int64_t n, inner, outer;
-  SCSE_DEVICE Corner(int64_t tile, int lanes, int width, int inner_tiles, int outer_tiles) {
+// Which part of which sample a thread has. A sample has inner_tiles * outer_tiles tiles.
+struct Walk {
+  Count lanes, inner_tiles, outer_tiles;
+
+  // In tile `tile`, in a map of `rows` rows of `row` elements. `width`: of an access.
+  SCSE_DEVICE Part part(int64_t tile, int width, int64_t rows, int64_t row) const {
     const Place me(lanes);
-    n = tile / outer_tiles / inner_tiles;
-    inner = (tile / outer_tiles % inner_tiles * lanes + me.lane) * width;
-    outer = (tile % outer_tiles * me.rows + me.row) * kOuter;
+    return {(tile % outer_tiles * me.rows + me.row) * kOuter,
+            (tile / outer_tiles % inner_tiles * lanes + me.lane) * width, rows, row};
   }
+  SCSE_DEVICE int64_t sample(int64_t tile) const { return tile / outer_tiles / inner_tiles; }
 };
 
-// Values over one axis for a thread's part of a tile: over the inner axis, W of them, or over the
-// outer one. of(u, i) is that of element i of access u.
-template <int W, bool INNER>
-struct Along {
-  float v[INNER ? W : kOuter] = {};
-  SCSE_DEVICE float of(int u, int i) const { return v[INNER ? i : u]; }
-  SCSE_DEVICE void load(const float* p, const Corner& at, int64_t size) {
-    const int64_t begin = INNER ? at.inner : at.outer;
-    load_some(p + begin, size - begin, v);
-  }
-  SCSE_DEVICE void load(const void* p, Dtype dtype, const Corner& at, int64_t size) {
-    const int64_t begin = INNER ? at.inner : at.outer;
-    load_parameters(p, dtype, begin, size - begin, v);
-  }
+template <typename T>
+struct ApplyArguments {
+  const T* x;                 // [N, C, S] or [N, S, C]
+  const float* channel_gate;  // [N, C]
+  const float* spatial_gate;  // [N, S]
+  T* y;                       // as x; concat: with 2 * C channels
+  int64_t x_sample;           // from one sample to the next
+  int64_t x_pitch;            // from one row to the next
+  int64_t channels, positions;
+  Walk walk;
+  bool residual;  // y has x added
 };
 
 // Reads x and the gates once, writes y.
-template <typename T, int W, Combine K, bool LAST>
+template <typename T, int W, Combine K, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(kMaxThreads, 4)
-    apply(const T* x,                 // [N, C, S] or [N, S, C]
-          const float* channel_gate,  // [N, C]
-          const float* spatial_gate,  // [N, S]
-          T* __restrict__ y,          // as x; concat: with 2 * C channels
-          int64_t x_sample,           // from one sample to the next
-          int64_t x_pitch,            // from one row to the next
-          bool residual,              // y has x added
-          int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles) {
+    apply(const __grid_constant__ ApplyArguments<T> a) {
   let_next_start();
-  const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
-  const int64_t row = LAST ? channels : positions;
-  const int64_t inside = at.inner < row ? (LAST ? positions : channels) - at.outer : 0;
-  const int64_t across = row - at.inner;
-  const bool whole = is_whole<W>(x, x_sample, x_pitch, row) && is_whole<W>(y, 0, 0, 0);
-  x += at.n * x_sample + at.outer * x_pitch + at.inner;
-  const Accesses<T, W> in = load_accesses<W>(whole, x, x_pitch, inside, across);
+  const int64_t channels = a.channels, positions = a.positions;
+  const int64_t row = CHANNELS_LAST ? channels : positions;
+  const int64_t tile = int64_t(gridDim.x) - 1 - blockIdx.x, n = a.walk.sample(tile);
+  const Part part = a.walk.part(tile, W, CHANNELS_LAST ? positions : channels, row);
+  const int64_t inside = part.inside(), across = part.across();
+  const bool whole = is_whole<W>(a.x, a.x_sample, a.x_pitch, row) && is_whole<W>(a.y, 0, 0, 0);
+  const Accesses<T, W> in =
+      load_part<W>(whole, part.in(a.x + n * a.x_sample, a.x_pitch), a.x_pitch, part);
 
   wait_for_previous();
-  Along<W, LAST> c;
-  Along<W, !LAST> s;
-  if (has_channel(K)) c.load(channel_gate + at.n * channels, at, channels);
-  if (has_spatial(K)) s.load(spatial_gate + at.n * positions, at, positions);
+  Along<W, CHANNELS_LAST> c;
+  Along<W, !CHANNELS_LAST> s;
+  if (has_channel(K)) c.load(a.channel_gate + n * channels, part);
+  if (has_spatial(K)) s.load(a.spatial_gate + n * positions, part);
 
   constexpr int halves = K == Combine::concat ? 2 : 1;
-  const int64_t y_pitch = LAST ? halves * channels : positions;
-  y += at.n * halves * channels * positions + at.outer * y_pitch + at.inner;
+  const int64_t y_pitch = CHANNELS_LAST ? halves * channels : positions;
+  T* const y = part.in(a.y + n * halves * channels * positions, y_pitch);
 #pragma unroll
   for (int u = 0; u < kOuter; ++u) {
     if (u >= inside) break;
@@ -77,14 +71,14 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     if constexpr (K == Combine::concat) {
       Floats<W> second;
 #pragma unroll
-      for (int i = 0; i < W; ++i) out[i] = f[i] * c.of(u, i), second[i] = f[i] * s.of(u, i);
-      store_access<W>(whole, y + channels * (LAST ? 1 : positions) + u * y_pitch,
+      for (int i = 0; i < W; ++i) out[i] = f[i] * c.at(u, i), second[i] = f[i] * s.at(u, i);
+      store_access<W>(whole, y + channels * (CHANNELS_LAST ? 1 : positions) + u * y_pitch,
                       narrow<T, W>(second), across);
     } else {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        out[i] = Formula<float, K>::value(f[i], c.of(u, i), s.of(u, i));
-        if (residual) out[i] += f[i];
+        out[i] = Formula<float, K>::value(f[i], c.at(u, i), s.at(u, i));
+        if (a.residual) out[i] += f[i];
       }
     }
     store_access<W>(whole, y + u * y_pitch, narrow<T, W>(out), across);
@@ -95,84 +89,71 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 template <Combine K>
 constexpr bool reads_two = Formula<float, K>::by_gates || K == Combine::concat;
 
-// Reads dy and the small tensors once, and x where the formula needs it; writes dx. The first
-// blocks form the parameters' gradients meanwhile: started last they would be what the end waits
-// for.
-template <typename T, int W, Combine K, bool LAST>
+template <typename T>
+struct ApplyBackwardArguments {
+  const T* dy;                  // as y
+  const T* x;                   // [N, C, S] or [N, S, C]
+  const float* channel_gate;    // [N, C]
+  const float* spatial_gate;    // [N, S]
+  const float* dq;              // [N, S]: gradient before the spatial gate
+  const float* d_mean;          // [N, C]
+  const void* ws;               // [C]
+  int64_t dy_sample, x_sample;  // from one sample to the next
+  int64_t dy_pitch, x_pitch;    // from one row to the next
+  int64_t channels, positions;
+  Walk walk;
+  int dtypes;    // of the parameters, see dtypes.h
+  int residual;  // all bits, or none: dx has dy added. A bool takes a register
+  Count tasks;   // blocks for the parameters' gradients
+};
+
+// Reads dy and the small tensors once, and x if the formula needs it; writes dx. The first blocks
+// form the parameters' gradients. If they came last, the launch would end later. dx is not in the
+// structure, and the structures are not __grid_constant__: some of these kernels would spill
+// registers.
+template <typename T, int W, Combine K, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
-    apply_backward(const T* dy,                // as y
-                   const T* x,                 // [N, C, S] or [N, S, C]
-                   const float* channel_gate,  // [N, C]
-                   const float* spatial_gate,  // [N, S]
-                   const float* dq,            // [N, S]: gradient before the spatial gate
-                   const float* d_mean,        // [N, C]
-                   const void* ws,             // [C]
-                   int dtypes,                 // of the parameters, see dtypes.h
-                   T* __restrict__ dx,         // as x
-                   int64_t dy_sample, int64_t dy_pitch, int64_t x_sample, int64_t x_pitch,
-                   int residual,  // all bits, or none: dx has dy added. A bool takes a register
-                   int64_t channels, int64_t positions, int lanes, int inner_tiles, int outer_tiles,
-                   int tasks,  // blocks for the parameters' gradients
-                   // From here on: see ParameterGradients.
-                   const float* d_excited, const float* d_hidden, const float* pooled,
-                   const float* hidden, const float* sample_ws, const float* sample_bs, void* dw1,
-                   void* db1, void* dw2, void* db2, void* dws, void* dbs, int samples,
-                   int hidden_channels) {
+    apply_backward(T* __restrict__ dx,  // as x
+                   ApplyBackwardArguments<T> a, ParameterGradients gradients) {
   using F = Formula<float, K>;
   constexpr bool reads_x = F::by_gates;
-  if (static_cast<int>(blockIdx.x) < tasks) {
+  if (static_cast<int>(blockIdx.x) < a.tasks) {
     wait_for_previous();
-    ParameterGradients{d_excited,
-                       d_hidden,
-                       pooled,
-                       hidden,
-                       sample_ws,
-                       sample_bs,
-                       dw1,
-                       db1,
-                       dw2,
-                       db2,
-                       dws,
-                       dbs,
-                       dtypes,
-                       samples,
-                       static_cast<int>(channels),
-                       hidden_channels}
-        .compute(blockIdx.x);
-    return;
+    return gradients.compute(blockIdx.x);
   }
-  const Corner at(int64_t(gridDim.x) - 1 - blockIdx.x, lanes, W, inner_tiles, outer_tiles);
-  const int64_t row = LAST ? channels : positions;
-  const int64_t inside = at.inner < row ? (LAST ? positions : channels) - at.outer : 0;
-  const int64_t across = row - at.inner;
-  const bool whole = is_whole<W>(dy, dy_sample, dy_pitch, row) && is_whole<W>(dx, 0, 0, 0) &&
-                     (!reads_x || is_whole<W>(x, x_sample, x_pitch, row));
-  dy += at.n * dy_sample + at.outer * dy_pitch + at.inner;
-  x += at.n * x_sample + at.outer * x_pitch + at.inner;
+  const int64_t channels = a.channels, positions = a.positions;
+  const int64_t row = CHANNELS_LAST ? channels : positions;
+  const int64_t tile = int64_t(gridDim.x) - 1 - blockIdx.x, n = a.walk.sample(tile);
+  const Part part = a.walk.part(tile, W, CHANNELS_LAST ? positions : channels, row);
+  const int64_t inside = part.inside(), across = part.across();
+  const bool whole = is_whole<W>(a.dy, a.dy_sample, a.dy_pitch, row) && is_whole<W>(dx, 0, 0, 0) &&
+                     (!reads_x || is_whole<W>(a.x, a.x_sample, a.x_pitch, row));
+  const T* const dy = part.in(a.dy + n * a.dy_sample, a.dy_pitch);
+  const T* const x = part.in(a.x + n * a.x_sample, a.x_pitch);
   Accesses<T, W> d_in, d2_in{}, in{};
   with_whole<W, T>(whole, [&](auto all) {
     constexpr bool WHOLE = decltype(all)::value;
-    d_in = load_accesses<W, WHOLE>(dy, dy_pitch, inside, across);
+    d_in = load_part<W, WHOLE>(dy, a.dy_pitch, part);
     if (K == Combine::concat) {
-      d2_in =
-          load_accesses<W, WHOLE>(dy + channels * (LAST ? 1 : dy_pitch), dy_pitch, inside, across);
+      const int64_t half = channels * (CHANNELS_LAST ? 1 : a.dy_pitch);
+      d2_in = load_part<W, WHOLE>(dy + half, a.dy_pitch, part);
     }
-    if (reads_x) in = load_accesses<W, WHOLE>(x, x_pitch, inside, across);
+    if (reads_x) in = load_part<W, WHOLE>(x, a.x_pitch, part);
   });
-  Along<W, LAST> c, mean, weight;
-  Along<W, !LAST> s, d;
-  if (has_spatial(K)) weight.load(ws, dtype_of(dtypes, Parameter::ws), at, channels);
+  Along<W, CHANNELS_LAST> c, mean, weight;
+  Along<W, !CHANNELS_LAST> s, d;
+  if (has_spatial(K)) weight.load(a.ws, dtype_of(a.dtypes, Parameter::ws), part);
 
   wait_for_previous();
   if (has_channel(K)) {
-    c.load(channel_gate + at.n * channels, at, channels);
-    mean.load(d_mean + at.n * channels, at, channels);
+    c.load(a.channel_gate + n * channels, part);
+    mean.load(a.d_mean + n * channels, part);
   }
   if (has_spatial(K)) {
-    s.load(spatial_gate + at.n * positions, at, positions);
-    d.load(dq + at.n * positions, at, positions);
+    s.load(a.spatial_gate + n * positions, part);
+    d.load(a.dq + n * positions, part);
   }
-  dx += at.n * channels * positions + at.outer * row + at.inner;
+  dx = part.in(dx + n * channels * positions, row);
 #pragma unroll
   for (int u = 0; u < kOuter; ++u) {
     if (u >= inside) break;
@@ -181,10 +162,10 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     Floats<W> out;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      out[i] = F::direct(f[i], g[i], g2[i], c.of(u, i), s.of(u, i));
-      if (K != Combine::concat) out[i] += __int_as_float(__float_as_int(g[i]) & residual);
-      if (has_channel(K)) out[i] += mean.of(u, i);
-      if (has_spatial(K)) out[i] += weight.of(u, i) * d.of(u, i);
+      out[i] = F::direct(f[i], g[i], g2[i], c.at(u, i), s.at(u, i));
+      if (K != Combine::concat) out[i] += __int_as_float(__float_as_int(g[i]) & a.residual);
+      if (has_channel(K)) out[i] += mean.at(u, i);
+      if (has_spatial(K)) out[i] += weight.at(u, i) * d.at(u, i);
     }
     store_access<W>(whole, dx + u * row, narrow<T, W>(out), across);
   }

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../parameters.cuh"
 #include "../sums.cuh"
 #include "tile.h"
 #include "../vector.cuh"
@@ -16,15 +17,52 @@ struct Place {
       : lane(threadIdx.x % lanes), row(threadIdx.x / lanes), rows(blockDim.x / lanes) {}
 };
 
-// A thread's part of a step: an access at each of kOuter neighbours, 0 outside of the map.
+// A thread's part of a step in a map of `rows` rows of `row` elements: kOuter rows from `outer` on,
+// and of each one access, to W elements from `inner` on.
+struct Part {
+  int64_t outer, inner, rows, row;
+  // The rows that are left; none or less where the part is outside of the map.
+  SCSE_DEVICE int64_t inside() const { return inner < row ? rows - outer : 0; }
+  // The elements that are left in the row.
+  SCSE_DEVICE int64_t across() const { return row - inner; }
+  // Its first element, in a map with that distance between rows.
+  template <typename T>
+  SCSE_DEVICE T* in(T* map, int64_t pitch) const {
+    return map + outer * pitch + inner;
+  }
+};
+
+// Values for a thread's part that lie along one axis: W of them along the inner one, or kOuter
+// along the outer one.
+template <int W, bool INNER>
+struct Along {
+  Floats<INNER ? W : kOuter> v{};
+  // The value for element i of access u.
+  SCSE_DEVICE float& at(int u, int i) { return v[INNER ? i : u]; }
+  SCSE_DEVICE float at(int u, int i) const { return v[INNER ? i : u]; }
+  SCSE_DEVICE void load(const float* p, const Part& part) {
+    load_some(p + begin(part), left(part), v.of);
+  }
+  SCSE_DEVICE void load(const void* p, Dtype dtype, const Part& part) {
+    load_parameters(p, dtype, begin(part), left(part), v.of);
+  }
+
+ private:
+  static SCSE_DEVICE int64_t begin(const Part& part) { return INNER ? part.inner : part.outer; }
+  static SCSE_DEVICE int64_t left(const Part& part) {
+    return INNER ? part.across() : part.rows - part.outer;
+  }
+};
+
+// What a thread loads in a step: an access of each row of its part, 0 outside of the map.
 template <typename T, int W>
 struct Accesses {
   Bits<T, W> at[kOuter];
 };
 
-// Whether each access to a map can be moved as a whole, or only element by element: rows of 14
-// elements of two bytes are multiples of W = 4, rows of 7 are not. Rows, samples and the address of
-// wide<T> elements are such multiples always.
+// Whether every access to a map can move its W elements as a whole, or only one by one. With W = 4
+// a contiguous map of 14 x 14 (rows of 196 elements) is moved as a whole, one of 7 x 7 (rows of 49)
+// is not. W = wide<T> is chosen only where every access can move a whole.
 template <int W, typename T>
 SCSE_DEVICE bool is_whole(const T* p, int64_t sample, int64_t pitch, int64_t row) {
   const auto elements = reinterpret_cast<uintptr_t>(p) / sizeof(T);
@@ -42,11 +80,10 @@ SCSE_DEVICE void with_whole(bool whole, const Body& body) {
   }
 }
 
-// `inside`: how many of the neighbours are in the map; none or less: no access. `across`: how many
-// elements are left in the row.
+// `p`: where the part begins.
 template <int W, bool WHOLE, typename T>
-SCSE_DEVICE Accesses<T, W> load_accesses(const T* p, int64_t pitch, int64_t inside,
-                                         int64_t across) {
+SCSE_DEVICE Accesses<T, W> load_part(const T* p, int64_t pitch, const Part& part) {
+  const int64_t inside = part.inside(), across = part.across();
   Accesses<T, W> in;
 #pragma unroll
   for (int u = 0; u < kOuter; ++u) {
@@ -59,12 +96,10 @@ SCSE_DEVICE Accesses<T, W> load_accesses(const T* p, int64_t pitch, int64_t insi
   return in;
 }
 template <int W, typename T>
-SCSE_DEVICE Accesses<T, W> load_accesses(bool whole, const T* p, int64_t pitch, int64_t inside,
-                                         int64_t across) {
+SCSE_DEVICE Accesses<T, W> load_part(bool whole, const T* p, int64_t pitch, const Part& part) {
   Accesses<T, W> in;
-  with_whole<W, T>(whole, [&](auto all) {
-    in = load_accesses<W, decltype(all)::value>(p, pitch, inside, across);
-  });
+  with_whole<W, T>(whole,
+                   [&](auto all) { in = load_part<W, decltype(all)::value>(p, pitch, part); });
   return in;
 }
 template <int W, typename T>
@@ -162,10 +197,10 @@ SCSE_DEVICE float sum_block(float v, float* shared) {
   return total;
 }
 
-// Sums each of four over `lanes` lanes and adds it to one of four neighbouring partial sums, or
-// begins it: always the same thread. Lanes give away half of what they have at the first two steps,
-// so that there are fewer shuffles than if all had every sum; the order of additions is that of
-// sum_lanes. All lanes of the warp call this.
+// Sums each of four values over `lanes` lanes, and adds the four sums to four neighbouring partial
+// sums; `begin`: writes them there. Each is always added by the same thread. At the first two steps
+// a lane gives away half of what it has: fewer shuffles than if every lane had every sum. The order
+// of additions is that of sum_lanes. All lanes of the warp call this.
 SCSE_DEVICE void sum_and_add(float (&sum)[kOuter], int lanes, int lane, float* p, int64_t inside,
                              bool begin) {
   static_assert(kOuter == 4, "two steps");

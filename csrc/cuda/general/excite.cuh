@@ -1,17 +1,19 @@
 // The channel excitation, two small dense layers per sample, and its backward. A sample has one
 // block; where its weights are many, a cluster of blocks, each with a part of both layers' results.
 //
-// Their time is that of latencies, of memory and of fetching instructions: so code is compiled for
-// each dtype and stays short, and weights, which no kernel before writes, are on their way before
-// the kernel before has ended: a thread's first ones to its registers, all others to L2.
+// These kernels mostly wait, for memory and for their own code. So the code is compiled for each
+// dtype and stays short. And weights are asked for before the kernel before has ended, which
+// does not write them. A thread's first ones go to its registers, all others to L2.
 #pragma once
 
 #include <cooperative_groups.h>
 
 #include "block.cuh"
 #include "../combine.cuh"
+#include "../count.h"
 #include "../overlap.cuh"
 #include "../parameters.cuh"
+#include "../problem.h"
 
 namespace scse::cuda {
 
@@ -118,14 +120,14 @@ SCSE_DEVICE void prefetch(const void* p, int64_t pitch, int rows, int bytes) {
   }
 }
 
-// Threads that share a row of `columns` elements, four to each: a power of two, at most `most`.
-// Its logarithm, as divisions are long code.
+// How many threads share a row of `columns` elements, four to each: a power of two, at most `most`.
+// Returns the logarithm, since divisions are long code.
 SCSE_DEVICE int lane_bits_of(int columns, int most) {
   return columns <= 4 ? 0 : min(31 - __clz(most), 32 - __clz((columns - 1) >> 2));
 }
 
-// sum_k matrix[r, k] * vector[k] for the rows r of a part. Groups of `lanes` threads, four or more,
-// take four rows at a time, or of long rows one, with four times as much of it.
+// sum_k matrix[r, k] * vector[k] for the rows r of a part. A group of threads, four or more, takes
+// four rows at a time. Where rows are long it takes one row, and four times as much of it.
 template <typename P, bool WHOLE>
 struct Rows {
   const Elements<P> matrix, bias;
@@ -167,7 +169,7 @@ struct Rows {
   }
   // body(r, sum), by one thread for each r.
   template <typename Body>
-  SCSE_DEVICE void multiply(const float* vector, int first, const Body& body) {
+  SCSE_DEVICE void matvec(const float* vector, int first, const Body& body) {
     const int step = tall ? 4 << bits : 16 << bits;
     const int rows = static_cast<int>(blockDim.x) >> bits << (tall ? 2 : 0);
     float sum[4] = {};
@@ -232,7 +234,7 @@ struct Columns {
   }
   // body(k, sum), by one thread for each k. `shared`: four floats for each thread.
   template <typename Body>
-  SCSE_DEVICE void multiply(const float* vector, float* shared, const Body& body) {
+  SCSE_DEVICE void vecmat(const float* vector, float* shared, const Body& body) {
     const int step = blockDim.x >> bits;
     // Rows of threads that are left to be summed after a warp has summed its own.
     const int left = blockDim.x >> max(5, bits);
@@ -272,120 +274,137 @@ struct Columns {
   }
 };
 
+struct ExciteArguments {
+  const float* partial;  // [N, strips, C]: sums of x
+  const void* w1;        // [Cr, C]
+  const void* b1;        // [Cr] or null
+  const void* w2;        // [C, Cr]
+  const void* b2;        // [C] or null
+  float* pooled;         // [N, C]
+  float* hidden;         // [N, Cr]
+  float* hidden_slope;   // [N, Cr]: the activation's derivative
+  float* channel_gate;   // [N, C]
+  int64_t positions;
+  Count channels, hidden_channels, strips;
+  int dtypes;  // of the parameters, see dtypes.h
+  Activation activation;
+  float activation_parameter;
+  Gate gate;
+};
+
 // A team for each sample. P void: vectors between the steps are in global memory, of any size.
 template <typename P, bool WHOLE>
 __global__ void __launch_bounds__(kExciteThreads, 1)
-    excite(const float* partial,  // [N, strips, C]: sums of x
-           const void* w1,        // [Cr, C]
-           const void* b1,        // [Cr] or null
-           const void* w2,        // [C, Cr]
-           const void* b2,        // [C] or null
-           int dtypes,            // of the parameters, see dtypes.h
-           float* pooled,         // [N, C]
-           float* hidden,         // [N, Cr]
-           float* hidden_slope,   // [N, Cr]: the activation's derivative
-           float* channel_gate,   // [N, C]
-           Activation activation, float activation_parameter, Gate gate, int channels,
-           int hidden_channels, int64_t positions, int strips) {
+    excite(const __grid_constant__ ExciteArguments a) {
   __shared__ __align__(16) float shared[kExciteThreads * 4];
   extern __shared__ __align__(16) float vectors[];
   const Team team;
   let_next_start();
+  const int channels = a.channels, hidden_channels = a.hidden_channels;
   const int64_t n = team.number();
   const int2 own = team.part(channels), own_hidden = team.part(hidden_channels);
-  Rows<P, WHOLE> first(w1, dtype_of(dtypes, Parameter::w1), b1, dtype_of(dtypes, Parameter::b1),
-                       channels, own_hidden);
-  Rows<P, WHOLE> second(w2, dtype_of(dtypes, Parameter::w2), b2, dtype_of(dtypes, Parameter::b2),
-                        hidden_channels, own);
-  partial += n * strips * channels;
-  pooled += n * channels, channel_gate += n * channels;
-  hidden += n * hidden_channels, hidden_slope += n * hidden_channels;
+  Rows<P, WHOLE> first(a.w1, dtype_of(a.dtypes, Parameter::w1), a.b1,
+                       dtype_of(a.dtypes, Parameter::b1), channels, own_hidden);
+  Rows<P, WHOLE> second(a.w2, dtype_of(a.dtypes, Parameter::w2), a.b2,
+                        dtype_of(a.dtypes, Parameter::b2), hidden_channels, own);
+  const float* const partial = a.partial + n * a.strips * channels;
+  float *const pooled = a.pooled + n * channels, *const channel_gate =
+                                                     a.channel_gate + n * channels;
+  float* const hidden = a.hidden + n * hidden_channels;
+  float* const hidden_slope = a.hidden_slope + n * hidden_channels;
   float* const all_pooled = std::is_void_v<P> ? pooled : vectors;
   float* const all_hidden = std::is_void_v<P> ? hidden : vectors + (channels + 3) / 4 * 4;
 
   wait_for_previous();
-  Columns<float, WHOLE> sums(partial, Dtype::float32, strips, channels, make_int2(0, channels));
-  sums.multiply(nullptr, shared, [&](int c, float sum) {
-    const float mean = sum / static_cast<float>(positions);
+  Columns<float, WHOLE> sums(partial, Dtype::float32, a.strips, channels, make_int2(0, channels));
+  sums.vecmat(nullptr, shared, [&](int c, float sum) {
+    const float mean = sum / static_cast<float>(a.positions);
     all_pooled[c] = mean;
     if (!std::is_void_v<P> && c >= own.x && c < own.y) pooled[c] = mean;
   });
   team.meet();
   __syncthreads();
-  first.multiply(all_pooled, own_hidden.x, [&](int j, float h) {
-    const Activated<float> a = activate(activation, activation_parameter, h);
-    if constexpr (!std::is_void_v<P>) team.give(all_hidden, j, a.value);
-    hidden[j] = a.value, hidden_slope[j] = a.slope;
+  first.matvec(all_pooled, own_hidden.x, [&](int j, float h) {
+    const Activated<float> active = activate(a.activation, a.activation_parameter, h);
+    if constexpr (!std::is_void_v<P>) team.give(all_hidden, j, active.value);
+    hidden[j] = active.value, hidden_slope[j] = active.slope;
   });
   team.sync();
-  second.multiply(all_hidden, own.x,
-                  [&](int c, float excited) { channel_gate[c] = gate_of(gate, excited); });
+  second.matvec(all_hidden, own.x,
+                [&](int c, float excited) { channel_gate[c] = gate_of(a.gate, excited); });
 }
+
+struct ExciteBackwardArguments {
+  const float* partial;       // [N, strips, C]: for the channel gate, or null
+  const float* partial_ws;    // [N, strips, C]: sums of dq * x, or null
+  const float* partial_bs;    // [N, strips]: sums of dq
+  const void* w1;             // [Cr, C]
+  const void* w2;             // [C, Cr]
+  const float* hidden_slope;  // [N, Cr]
+  const float* channel_gate;  // [N, C]
+  float* d_mean;              // [N, C]: the pooled value's gradient / S, or null
+  PerSample sums;
+  int64_t positions;
+  Count channels, hidden_channels, strips;
+  int dtypes;  // of the parameters, see dtypes.h
+  Gate gate;
+};
 
 // A team for each sample and branch that has sums to be added up.
 template <typename P, bool WHOLE>
 __global__ void __launch_bounds__(kExciteThreads, 1)
-    excite_backward(const float* partial,       // [N, strips, C]: for the channel gate, or null
-                    const float* partial_ws,    // [N, strips, C]: sums of dq * x, or null
-                    const float* partial_bs,    // [N, strips]: sums of dq
-                    const void* w1,             // [Cr, C]
-                    const void* w2,             // [C, Cr]
-                    int dtypes,                 // of the parameters, see dtypes.h
-                    const float* hidden_slope,  // [N, Cr]
-                    const float* channel_gate,  // [N, C]
-                    float* d_excited,           // [N, C]: gradient before the channel gate
-                    float* d_hidden,            // [N, Cr]: gradient before the activation
-                    float* d_mean,              // [N, C]: the pooled value's gradient / S, or null
-                    float* sample_ws,           // [N, C]: the sample's part of dws
-                    float* sample_bs,           // [N]: the sample's part of dbs
-                    Gate gate, int channels, int hidden_channels, int64_t positions, int strips) {
+    excite_backward(const __grid_constant__ ExciteBackwardArguments a) {
   __shared__ __align__(16) float shared[kExciteThreads * 4];
   extern __shared__ __align__(16) float vectors[];
   const Team team;
   let_next_start();
-  const int branches = (partial != nullptr) + (partial_ws != nullptr);
+  const int channels = a.channels, hidden_channels = a.hidden_channels, strips = a.strips;
+  const int branches = (a.partial != nullptr) + (a.partial_ws != nullptr);
   const unsigned number = team.number();
   const int64_t n = branches == 2 ? number / 2 : number, sums_of = n * strips * channels;
   const int2 own = team.part(channels), own_hidden = team.part(hidden_channels);
-  if (partial_ws != nullptr && (branches == 1 || number % 2 == 0)) {
+  if (a.partial_ws != nullptr && (branches == 1 || number % 2 == 0)) {
     wait_for_previous();
-    Columns<float, WHOLE> sums(partial_ws + sums_of, Dtype::float32, strips, channels, own);
-    sums.multiply(nullptr, shared, [&](int c, float sum) { sample_ws[n * channels + c] = sum; });
+    Columns<float, WHOLE> sums(a.partial_ws + sums_of, Dtype::float32, strips, channels, own);
+    float* const sample_ws = a.sums.sample_ws + n * channels;
+    sums.vecmat(nullptr, shared, [&](int c, float sum) { sample_ws[c] = sum; });
     if (own.x > 0) return team.meet();
     float sum = 0;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < strips; i += blockDim.x) sum += partial_bs[n * strips + i];
+    for (int i = threadIdx.x; i < strips; i += blockDim.x) sum += a.partial_bs[n * strips + i];
     sum = sum_block(sum, shared);
-    if (threadIdx.x == 0) sample_bs[n] = sum;
+    if (threadIdx.x == 0) a.sums.sample_bs[n] = sum;
     return team.meet();
   }
-  Columns<P, WHOLE> second(w2, dtype_of(dtypes, Parameter::w2), channels, hidden_channels,
+  Columns<P, WHOLE> second(a.w2, dtype_of(a.dtypes, Parameter::w2), channels, hidden_channels,
                            own_hidden);
-  Columns<P, WHOLE> first(w1, dtype_of(dtypes, Parameter::w1), hidden_channels, channels, own);
-  hidden_slope += n * hidden_channels, channel_gate += n * channels;
-  d_excited += n * channels, d_hidden += n * hidden_channels;
+  Columns<P, WHOLE> first(a.w1, dtype_of(a.dtypes, Parameter::w1), hidden_channels, channels, own);
+  const float* const hidden_slope = a.hidden_slope + n * hidden_channels;
+  const float* const channel_gate = a.channel_gate + n * channels;
+  float* const d_excited = a.sums.d_excited + n * channels;
+  float* const d_hidden = a.sums.d_hidden + n * hidden_channels;
   float* const all_excited = std::is_void_v<P> ? d_excited : vectors;
   float* const all_hidden = std::is_void_v<P> ? d_hidden : vectors + (channels + 3) / 4 * 4;
 
   wait_for_previous();
-  Columns<float, WHOLE> sums(partial + sums_of, Dtype::float32, strips, channels,
+  Columns<float, WHOLE> sums(a.partial + sums_of, Dtype::float32, strips, channels,
                              make_int2(0, channels));
-  sums.multiply(nullptr, shared, [&](int c, float sum) {
-    const float d = gate_gradient(gate, sum, channel_gate[c]);
+  sums.vecmat(nullptr, shared, [&](int c, float sum) {
+    const float d = gate_gradient(a.gate, sum, channel_gate[c]);
     all_excited[c] = d;
     if (!std::is_void_v<P> && c >= own.x && c < own.y) d_excited[c] = d;
   });
   team.meet();
   __syncthreads();
-  second.multiply(all_excited, shared, [&](int j, float d) {
+  second.vecmat(all_excited, shared, [&](int j, float d) {
     d = through(hidden_slope[j], d);
     if constexpr (!std::is_void_v<P>) team.give(all_hidden, j, d);
     d_hidden[j] = d;
   });
   team.sync();
-  if (d_mean == nullptr) return;
-  first.multiply(all_hidden, shared, [&](int c, float d) {
-    d_mean[n * channels + c] = d / static_cast<float>(positions);
+  if (a.d_mean == nullptr) return;
+  first.vecmat(all_hidden, shared, [&](int c, float d) {
+    a.d_mean[n * channels + c] = d / static_cast<float>(a.positions);
   });
 }
 

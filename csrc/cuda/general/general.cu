@@ -6,54 +6,21 @@
 #include "../gradient_tasks.h"
 #include "../launch.h"
 #include "../per_device.h"
+#include "../scratch.h"
 
 namespace scse::cuda {
 namespace {
 
-// Cuts scratch memory into pieces that begin at multiples of 256 bytes.
-class Pieces {
- public:
-  explicit Pieces(float* memory) : memory_(memory) {}
-  float* take(bool needed, int64_t floats) {
-    if (!needed) return nullptr;
-    float* piece = memory_ + size_;
-    size_ += ceil_div(floats, 64) * 64;
-    return piece;
-  }
-  int64_t size() const { return size_; }
-
- private:
-  float* memory_;
-  int64_t size_ = 0;
-};
-
-int itemsize(const Problem& p) { return p.dtype == Dtype::float32 ? 4 : 2; }
-
 Tile tile_for(const Problem& p) {
-  const int wide = 16 / itemsize(p);
+  const int size = itemsize(p.dtype), wide = 16 / size;
   // Everything that a vector's address is made of. Zero for a map that is absent.
   int64_t parts = p.row() | p.x_sample | p.x_pitch | p.dy_sample | p.dy_pitch;
   for (const void* map :
        {p.x, p.dy, static_cast<const void*>(p.y), static_cast<const void*>(p.dx)}) {
-    parts |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(map) / itemsize(p));
+    parts |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(map) / size);
   }
-  return tile_of(p.channels, p.positions, itemsize(p), parts % wide == 0 ? wide : wide / 2,
+  return tile_of(p.channels, p.positions, size, parts % wide == 0 ? wide : wide / 2,
                  p.channels_last);
-}
-
-// Calls body(Passes<T>()) with the map's element type.
-template <typename Body>
-void with_passes(const Problem& p, const Body& body) {
-  switch (p.dtype) {
-    case Dtype::float32:
-      return body(Passes<float>());
-    case Dtype::float16:
-      return body(Passes<__half>());
-    case Dtype::bfloat16:
-      return body(Passes<__nv_bfloat16>());
-    case Dtype::float64:
-      throw std::runtime_error("scse_kernels: no CUDA kernels for float64");
-  }
 }
 
 // Blocks to a cluster that any launch of the excitation may have on p.device, see Team.
@@ -115,19 +82,39 @@ void with_excitation(const Problem& p, bool biases, const Body& body) {
   whole_or_not(static_cast<const __nv_bfloat16*>(nullptr));
 }
 
+ExciteArguments excite_arguments(const Problem& p, const Forward& f) {
+  ExciteArguments a{};
+  a.partial = f.partial;
+  a.w1 = p.w1, a.b1 = p.b1, a.w2 = p.w2, a.b2 = p.b2, a.dtypes = p.dtypes;
+  a.pooled = p.pooled, a.hidden = p.hidden, a.hidden_slope = p.hidden_slope;
+  a.channel_gate = p.channel_gate;
+  a.activation = p.activation, a.activation_parameter = p.activation_parameter, a.gate = p.gate;
+  a.channels = p.channels, a.hidden_channels = p.hidden_channels, a.positions = p.positions;
+  a.strips = f.tile.strips;
+  return a;
+}
+
+ExciteBackwardArguments excite_backward_arguments(const Problem& p, const Backward& b) {
+  ExciteBackwardArguments a{};
+  a.partial = b.partial, a.partial_ws = b.partial_ws, a.partial_bs = b.partial_bs;
+  a.w1 = p.w1, a.w2 = p.w2, a.dtypes = p.dtypes;
+  a.hidden_slope = p.hidden_slope, a.channel_gate = p.channel_gate, a.gate = p.gate;
+  a.d_mean = b.d_mean, a.sums = b;
+  a.channels = p.channels, a.hidden_channels = p.hidden_channels, a.positions = p.positions;
+  a.strips = b.tile.strips;
+  return a;
+}
+
 void forward(const Problem& p, float* scratch) {
   if (p.samples == 0) return;
   const Forward f = plan_forward(p, scratch);
-  with_passes(p, [&](auto passes) {
+  with_dtype<Passes>(p.dtype, [&](auto passes) {
     passes.squeeze(p, f);
     if (p.has_channel()) {
       with_excitation(p, true, [&](auto* type, auto whole, bool fit) {
         using P = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
         launch("excite", excite<P, decltype(whole)::value>,
-               excitation_grid(p, p.samples, f.tile.strips, fit), p, f.partial, p.w1, p.b1, p.w2,
-               p.b2, p.dtypes, p.pooled, p.hidden, p.hidden_slope, p.channel_gate, p.activation,
-               p.activation_parameter, p.gate, p.channels, p.hidden_channels, p.positions,
-               f.tile.strips);
+               excitation_grid(p, p.samples, f.tile.strips, fit), p, excite_arguments(p, f));
       });
     }
     passes.apply(p, f);
@@ -137,17 +124,15 @@ void forward(const Problem& p, float* scratch) {
 void backward(const Problem& p, float* scratch) {
   const Backward b = plan_backward(p, scratch);
   const bool sums = b.partial != nullptr || b.partial_ws != nullptr;
-  with_passes(p, [&](auto passes) {
+  with_dtype<Passes>(p.dtype, [&](auto passes) {
     if (p.samples > 0 && (sums || b.dq != nullptr)) passes.reduce(p, b);
     if (p.samples > 0 && sums) {
       const int branches = (b.partial != nullptr) + (b.partial_ws != nullptr);
       with_excitation(p, false, [&](auto* type, auto whole, bool fit) {
         using P = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
         launch("excite_backward", excite_backward<P, decltype(whole)::value>,
-               excitation_grid(p, p.samples * branches, b.tile.strips, fit), p, b.partial,
-               b.partial_ws, b.partial_bs, p.w1, p.w2, p.dtypes, p.hidden_slope, p.channel_gate,
-               b.d_excited, b.d_hidden, b.d_mean, b.sample_ws, b.sample_bs, p.gate, p.channels,
-               p.hidden_channels, p.positions, b.tile.strips);
+               excitation_grid(p, p.samples * branches, b.tile.strips, fit), p,
+               excite_backward_arguments(p, b));
       });
     }
     passes.apply_backward(p, b);
@@ -172,11 +157,11 @@ Backward plan_backward(const Problem& p, float* scratch) {
   const bool need_dx = p.dx != nullptr;
   const bool channel = p.has_channel() && (need_dx || p.need_channel());
   const bool gates = p.has_spatial() && need_dx;
-  const int64_t rows = p.samples * b.tile.strips, vector = p.samples * p.channels;
+  const int64_t all_strips = p.samples * b.tile.strips, vector = p.samples * p.channels;
   Pieces pieces(scratch);
-  b.partial = pieces.take(channel, rows * p.channels);
-  b.partial_ws = pieces.take(p.need_spatial(), rows * p.channels);
-  b.partial_bs = pieces.take(p.need_spatial(), rows);
+  b.partial = pieces.take(channel, all_strips * p.channels);
+  b.partial_ws = pieces.take(p.need_spatial(), all_strips * p.channels);
+  b.partial_bs = pieces.take(p.need_spatial(), all_strips);
   b.spatial_gate = pieces.take(gates, p.samples * p.positions);
   b.dq = pieces.take(gates, p.samples * p.positions);
   b.d_excited = pieces.take(channel, vector);

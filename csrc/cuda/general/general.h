@@ -15,7 +15,7 @@ struct Forward {
   float* partial;       // [N, strips, C]: sums of x
   float* spatial_gate;  // [N, S]
 };
-struct Backward {
+struct Backward : PerSample {
   Tile tile;
   int64_t floats;
   float* partial;       // [N, strips, C]: sums for the channel gate's gradient
@@ -23,11 +23,7 @@ struct Backward {
   float* partial_bs;    // [N, strips]: sums of dq
   float* spatial_gate;  // [N, S]
   float* dq;            // [N, S]: gradient before the spatial gate
-  float* d_excited;     // [N, C]: gradient before the channel gate
-  float* d_hidden;      // [N, Cr]: gradient before the activation
   float* d_mean;        // [N, C]: gradient of the pooled value, divided by S
-  float* sample_ws;     // [N, C]: a sample's part of dws
-  float* sample_bs;     // [N]
   int64_t tasks;        // blocks that form the parameters' gradients
 };
 

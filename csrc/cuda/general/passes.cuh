@@ -1,4 +1,5 @@
-// Launches the passes over the map: from what is known when running to the kernel compiled for it.
+// Launches the passes over the map: from what is known at run time to the kernel that was compiled
+// for it.
 #pragma once
 
 #include <type_traits>
@@ -22,6 +23,12 @@ void with_width(int width, const Body& body) {
 template <typename T>
 void Passes<T>::squeeze(const Problem& p, const Forward& f) {
   const Tile& t = f.tile;
+  SqueezeArguments a{};
+  a.partial = f.partial, a.spatial_gate = f.spatial_gate;
+  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+  a.channels = p.channels, a.positions = p.positions;
+  a.lanes = t.lanes, a.tiles = t.tiles, a.strips = t.strips;
+  a.dtypes = p.dtypes, a.gate = p.gate;
   with_width<T>(t.width, [&](auto width) {
     constexpr int W = decltype(width)::value;
     const auto run = [&](auto channel, auto spatial) {
@@ -29,9 +36,7 @@ void Passes<T>::squeeze(const Problem& p, const Forward& f) {
       launch("squeeze",
              p.channels_last ? squeeze_channels_last<T, W, CHANNEL, SPATIAL>
                              : squeeze_planes<T, W, CHANNEL, SPATIAL>,
-             Grid{p.samples * t.strips, t.threads()}, p, static_cast<const T*>(p.x), p.ws, p.bs,
-             p.dtypes, f.partial, f.spatial_gate, p.x_sample, p.x_pitch, p.gate, p.channels,
-             p.positions, t.lanes, t.tiles, t.strips);
+             Grid{p.samples * t.strips, t.threads()}, p, static_cast<const T*>(p.x), p.ws, p.bs, a);
     };
     if (!p.has_channel()) return run(std::false_type(), std::true_type());
     with_bool(p.has_spatial(), [&](auto spatial) { run(std::true_type(), spatial); });
@@ -43,15 +48,20 @@ void Passes<T>::apply(const Problem& p, const Forward& f) {
   const Tile& t = f.tile;
   Grid grid{p.samples * t.inner_tiles * t.outer_tiles, t.threads()};
   grid.overlap = true;
+  ApplyArguments<T> a{};
+  a.x = static_cast<const T*>(p.x), a.y = static_cast<T*>(p.y);
+  a.channel_gate = p.channel_gate, a.spatial_gate = f.spatial_gate;
+  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+  a.channels = p.channels, a.positions = p.positions;
+  a.walk = {t.lanes, t.inner_tiles, t.outer_tiles};
+  a.residual = p.residual;
   with_width<T>(t.width, [&](auto width) {
     with_combine(p.combine, [&](auto combine) {
       with_bool(p.channels_last, [&](auto last) {
         launch(
             "apply",
             cuda::apply<T, decltype(width)::value, decltype(combine)::value, decltype(last)::value>,
-            grid, p, static_cast<const T*>(p.x), p.channel_gate, f.spatial_gate,
-            static_cast<T*>(p.y), p.x_sample, p.x_pitch, p.residual, p.channels, p.positions,
-            t.lanes, t.inner_tiles, t.outer_tiles);
+            grid, p, a);
       });
     });
   });
@@ -71,13 +81,19 @@ void Passes<T>::reduce(const Problem& p, const Backward& b) {
       const int64_t steps = p.channels_last ? t.inner_tiles : t.outer_tiles;
       const int64_t kept = again ? std::min(steps, kKeptBytes / access / kOuter) * kOuter : 0;
       const Grid grid{p.samples * t.strips, t.threads(), kept * access, kKeptBytes};
+      ReduceArguments a{};
+      a.partial = b.partial, a.partial_ws = b.partial_ws, a.partial_bs = b.partial_bs;
+      a.spatial_gate = b.spatial_gate, a.dq = b.dq;
+      a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
+      a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+      a.channels = p.channels, a.positions = p.positions;
+      a.lanes = t.lanes, a.tiles = t.tiles, a.strips = t.strips, a.kept = kept;
+      a.dtypes = p.dtypes, a.gate = p.gate;
       with_width<T>(t.width, [&](auto width) {
         constexpr int W = decltype(width)::value;
         launch("reduce", p.channels_last ? reduce_channels_last<T, W, K> : reduce_planes<T, W, K>,
                grid, p, static_cast<const T*>(p.dy), static_cast<const T*>(p.x), p.ws, p.bs,
-               p.dtypes, p.channel_gate, b.partial, b.partial_ws, b.partial_bs, b.spatial_gate,
-               b.dq, p.dy_sample, p.dy_pitch, p.x_sample, p.x_pitch, p.gate, p.channels,
-               p.positions, t.lanes, t.tiles, t.strips, kept);
+               static_cast<const float*>(p.channel_gate), a);
       });
     }
   });
@@ -90,18 +106,22 @@ void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
   if (tiles + b.tasks == 0) return;
   Grid grid{tiles + b.tasks, t.threads()};
   grid.overlap = true;
+  ApplyBackwardArguments<T> a{};
+  a.dy = static_cast<const T*>(p.dy), a.x = static_cast<const T*>(p.x);
+  a.channel_gate = p.channel_gate, a.spatial_gate = b.spatial_gate, a.dq = b.dq;
+  a.d_mean = b.d_mean, a.ws = p.ws;
+  a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
+  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+  a.channels = p.channels, a.positions = p.positions;
+  if (tiles > 0) a.walk = {t.lanes, t.inner_tiles, t.outer_tiles};
+  a.dtypes = p.dtypes, a.residual = p.residual ? -1 : 0, a.tasks = b.tasks;
   with_width<T>(t.width, [&](auto width) {
     with_combine(p.combine, [&](auto combine) {
       with_bool(p.channels_last, [&](auto last) {
         launch("apply_backward",
                cuda::apply_backward<T, decltype(width)::value, decltype(combine)::value,
                                     decltype(last)::value>,
-               grid, p, static_cast<const T*>(p.dy), static_cast<const T*>(p.x), p.channel_gate,
-               b.spatial_gate, b.dq, b.d_mean, p.ws, p.dtypes, static_cast<T*>(p.dx), p.dy_sample,
-               p.dy_pitch, p.x_sample, p.x_pitch, -int(p.residual), p.channels, p.positions,
-               t.lanes, t.inner_tiles, t.outer_tiles, b.tasks, b.d_excited, b.d_hidden, p.pooled,
-               p.hidden, b.sample_ws, b.sample_bs, p.dw1, p.db1, p.dw2, p.db2, p.dws, p.dbs,
-               p.samples, p.hidden_channels);
+               grid, p, static_cast<T*>(p.dx), a, ParameterGradients(p, b));
       });
     });
   });

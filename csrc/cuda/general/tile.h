@@ -11,12 +11,13 @@
 namespace scse::cuda {
 
 // A map has an inner axis (stride 1: positions, or channels in channels_last maps) and an outer
-// one. A thread works on kOuter neighbours of the outer axis at a time, at each of them on one
-// access of the inner axis: four loads on their way per map, and four sums to store together.
+// one. A thread works on kOuter neighbours of the outer axis at a time, and at each of them on one
+// access along the inner axis. So it has four loads of each map on their way, and stores four sums
+// together.
 constexpr int kOuter = 4;
 constexpr int kMaxThreads = 256;
-// Of x that waits in shared memory: all of it up to 2048 channels, and one block still fits an SM
-// of 100 KiB, three one of 228 KiB.
+// How much of x waits in shared memory: all of a tile's up to 2048 channels. One block then fits an
+// SM of 100 KiB, three fit one of 228 KiB.
 constexpr int64_t kKeptBytes = 64 * 1024;
 
 // Threads of a block: `rows` rows of `lanes` threads along the inner axis. A row is part of one
@@ -43,8 +44,8 @@ inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width
     // All of a position's channels, as far as a warp has lanes: it then sums alone.
     t.lanes = static_cast<int>(std::min<int64_t>(accesses, 32));
   } else {
-    // At most 8 lanes, 128 bytes of a row, where channels are many: fewer where all channels then
-    // take two steps, each of which waits for memory. More lanes where channels are few.
+    // Where channels are many: at most 8 lanes, 128 bytes of a row, or fewer if all channels then
+    // take two steps, since each step waits for memory. Where channels are few: more lanes.
     const int64_t wanted = kMaxThreads * kOuter / power_of_two(channels);
     const int64_t least = std::clamp<int64_t>(2 * wanted, 2, 8);
     t.lanes = static_cast<int>(std::min(std::clamp<int64_t>(wanted, least, 32), accesses));
@@ -57,9 +58,9 @@ inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width
   t.inner_tiles = ceil_div(inner, t.inner);
   t.outer_tiles = ceil_div(outer, t.outer);
 
-  // Partial sums are channels floats for each strip. Strips of 256 bytes keep them below 2 % of the
-  // map, where that leaves 16 strips to be worked on at once; more than 512 would take the one
-  // block that adds them up too long.
+  // Each strip has `channels` floats of partial sums. Strips of 256 bytes keep these below 2 % of
+  // the map. Shorter strips are made longer only while there are more than 16, which are worked on
+  // at once. More than 512 strips would take the one block that adds them up too long.
   t.positions = channels_last ? t.outer : t.inner;
   t.tiles = 1;
   const auto strips = [&] { return ceil_div(positions, t.positions * t.tiles); };

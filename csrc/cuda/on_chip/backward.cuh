@@ -1,7 +1,7 @@
 // The backward in one launch, a cluster to a sample. Reads x and dy once and writes dx once; what
 // is left are sums over the samples, of vectors with a value for each channel.
 //
-// With shares gc, gs of dy in the gradients of the two gates (see formulas.h), for each sample
+// With shares gc, gs of dy in the gradients of the two gates (see formulas.inc), for each sample
 //
 //     dq[s]             = gate'[s] * sum_c gs[c, s], gate' being the spatial gate's derivative
 //     d channel_gate[c] = sum_s gc[c, s]
@@ -10,40 +10,46 @@
 #pragma once
 
 #include "../combine.cuh"
+#include "../count.h"
 #include "on_chip.cuh"
 #include "../overlap.cuh"
+#include "../problem.h"
 
 namespace scse::cuda::on_chip {
+
+template <typename T>
+struct BackwardArguments {
+  const T* dy;                  // [N, C, S]; concat: [N, 2 * C, S]
+  const T* x;                   // [N, C, S]
+  const void* w1;               // [Cr, C]
+  const void* w2;               // [C, Cr]
+  const void* ws;               // [C]
+  const void* bs;               // [1] or null
+  const float* hidden_slope;    // [N, Cr]
+  const float* channel_gate;    // [N, C]
+  T* dx;                        // [N, C, S] or null: not needed
+  PerSample sums;               // what is null is not needed
+  int64_t dy_sample, x_sample;  // elements from one sample to the next
+  int64_t dy_pitch, x_pitch;    // and from one row to the next
+  Count channels, hidden_channels, positions, slice;
+  int dy_bytes, x_bytes;  // that can be read at once
+  int dx_bytes;           // that can be written at once: 16 or one element's
+  int dtypes;             // of the parameters, see dtypes.h
+  Gate gate;
+  bool residual;  // dx has dy added
+};
 
 // Block b of a cluster has the positions [b * slice, (b + 1) * slice) of its sample.
 template <typename T, Combine K, bool channels_last>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    backward_kernel(const T* dy,                // [N, C, S]; concat: [N, 2 * C, S]
-                    const T* x,                 // [N, C, S]
-                    const void* w1,             // [Cr, C]
-                    const void* w2,             // [C, Cr]
-                    const void* ws,             // [C]
-                    const void* bs,             // [1] or null
-                    const float* hidden_slope,  // [N, Cr]
-                    const float* channel_gate,  // [N, C]
-                    T* dx,                      // [N, C, S] or null: not needed
-                    float* d_excited,           // [N, C]: gradient before the channel gate
-                    float* d_hidden,            // [N, Cr]: gradient before the activation
-                    float* sample_ws,           // [N, C]: the sample's part of dws, or null
-                    float* sample_bs,           // [N]: the sample's part of dbs, or null
-                    Gate gating,
-                    bool residual,  // dx has dy added
-                    int dtypes, int C, int Cr, int S, int slice, int64_t dy_sample,
-                    int64_t dy_pitch,                   // elements to the next sample, row
-                    int64_t x_sample, int64_t x_pitch,  // the same of x
-                    int dy_bytes, int x_bytes,          // that can be read at once
-                    int dx_bytes) {  // that can be written at once: 16 or one element's
+    backward_kernel(const __grid_constant__ BackwardArguments<T> a) {
 #ifdef SCSE_HAS_CLUSTERS
   using F = Formula<float, K>;
   constexpr int W = wide<T>;
   constexpr bool by_channel = has_channel(K), by_position = has_spatial(K);
   constexpr int halves = K == Combine::concat ? 2 : 1;
   let_next_start();
+  const int C = a.channels, Cr = a.hidden_channels, S = a.positions, slice = a.slice;
   const Cluster cluster = cooperative_groups::this_cluster();
   const int rank = cluster.block_rank(), blocks = cluster.num_blocks();
   const int64_t n = blockIdx.x / blocks;
@@ -65,29 +71,29 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
   // Of the block's first row, in a map with that distance between rows.
   const auto first = [&](int64_t pitch) { return channels_last ? position * pitch : position; };
-  const T* const from_x = x + n * x_sample + first(x_pitch);
-  const T* const from_dy = dy + n * dy_sample + first(dy_pitch);
+  const T* const from_x = a.x + n * a.x_sample + first(a.x_pitch);
+  const T* const from_dy = a.dy + n * a.dy_sample + first(a.dy_pitch);
   const Parts parts(here.rows, here.vectors);
 #pragma unroll 1
   for (int part = 0; part < parts.count; ++part) {
     const int begin = parts.begin(part), end = parts.end(part);
-    here.request(slice_x, from_x, x_pitch, begin, end, x_bytes);
-    here.request(slice_dy, from_dy, dy_pitch, begin, end, dy_bytes);
+    here.request(slice_x, from_x, a.x_pitch, begin, end, a.x_bytes);
+    here.request(slice_dy, from_dy, a.dy_pitch, begin, end, a.dy_bytes);
     if constexpr (halves == 2) {
-      const int64_t half = channels_last ? C : C * dy_pitch;
-      here.request(slice_dy2, from_dy + half, dy_pitch, begin, end, dy_bytes);
+      const int64_t half = channels_last ? C : C * a.dy_pitch;
+      here.request(slice_dy2, from_dy + half, a.dy_pitch, begin, end, a.dy_bytes);
     }
     __pipeline_commit();
   }
   if constexpr (by_position) {
     fill<W>(slice_ws, C,
-            [&](int c) { return load_parameter(ws, dtype_of(dtypes, Parameter::ws), c); });
+            [&](int c) { return load_parameter(a.ws, dtype_of(a.dtypes, Parameter::ws), c); });
   }
   if constexpr (by_channel) {
-    fill<W>(gate_c, C, [&](int c) { return channel_gate[n * C + c]; });
+    fill<W>(gate_c, C, [&](int c) { return a.channel_gate[n * C + c]; });
     for (int c = C + thread(); c < padded(C, W); c += threads()) d_mean[c] = 0.f;
   }
-  const float bias = bs ? load_parameter(bs, dtype_of(dtypes, Parameter::bs), 0) : 0.f;
+  const float bias = a.bs ? load_parameter(a.bs, dtype_of(a.dtypes, Parameter::bs), 0) : 0.f;
 
   // A sweep over the slice: sums.advance() for all of it, waiting for its parts the first time.
   bool waited = false;
@@ -107,10 +113,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     constexpr int both = F::by_gates ? 1 : 2;
     // Padding gets zeros: an infinite weight would make it NaN, and NaN times its zeros is NaN.
     const auto use_gate = [&](float sum, int s) {
-      gate_s[s] = s < positions ? gate_of(gating, sum + bias) : 0.f;
+      gate_s[s] = s < positions ? gate_of(a.gate, sum + bias) : 0.f;
     };
     const auto use_gradient = [&](float sum, int s) {
-      dq[s] = s < positions ? gate_gradient(gating, sum, gate_s[s]) : 0.f;
+      dq[s] = s < positions ? gate_gradient(a.gate, sum, gate_s[s]) : 0.f;
     };
     if constexpr (F::by_gates) {
       sweep(
@@ -138,7 +144,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
               const float gc = F::by_gates ? c.at(row, i) : 0.f;
               const float gs = F::by_gates ? s.at(row, i) : 0.f;
               if constexpr (!F::by_gates) sum.add(0, i, w.at(row, i) * xs[i]);
-              sum.add(both - 1, i, F::gradient(xs[i], dys[i], dys[i], gc, gs).s);
+              sum.add(both - 1, i, F::shares(xs[i], dys[i], dys[i], gc, gs).s);
             }
           };
         },
@@ -152,7 +158,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
 
   // What is summed over positions.
-  if (by_channel || sample_ws) {
+  if (by_channel || a.sums.sample_ws) {
     constexpr int branches = by_channel + by_position;
     sweep(
         OverPositions<T, channels_last, branches>(here.vectors),
@@ -166,7 +172,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
             for (int i = 0; i < W; ++i) {
               const float gc = F::by_gates ? c.at(row, i) : 0.f;
               const float gs = F::by_gates ? s.at(row, i) : 0.f;
-              if (by_channel) sum.add(0, i, F::gradient(xs[i], dys[i], dys[i], gc, gs).c);
+              if (by_channel) sum.add(0, i, F::shares(xs[i], dys[i], dys[i], gc, gs).c);
               if (by_position) sum.add(branches - 1, i, d.at(row, i) * xs[i]);
             }
           };
@@ -182,47 +188,47 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     if (thread() == 0) *bs_sum = sum[0];
   }
 
-  // Excite, backwards. Each block has its share of the channels: it adds up their sums over the
-  // cluster, and forms their part of the hidden layer's gradient and, of all parts, their d_mean.
-  const Share own(cluster, C);
-  if (by_channel || sample_ws) cluster.sync();
-  if (by_position && sample_ws) {
+  // Excite, backwards. Each block has some of the channels as its own. It adds up their sums over
+  // the cluster. It forms their part of the hidden layer's gradient; and once it has all parts,
+  // their d_mean.
+  const OwnChannels own(cluster, C);
+  if (by_channel || a.sums.sample_ws) cluster.sync();
+  if (by_position && a.sums.sample_ws) {
     for (int c = own.begin + thread(); c < own.end; c += threads()) {
-      sample_ws[n * C + c] = sum_over_blocks(cluster, ws_sum, c);
+      a.sums.sample_ws[n * C + c] = sum_over_blocks(cluster, ws_sum, c);
     }
-    if (rank == 0 && thread() == 0) sample_bs[n] = sum_over_blocks(cluster, bs_sum, 0);
+    if (rank == 0 && thread() == 0) a.sums.sample_bs[n] = sum_over_blocks(cluster, bs_sum, 0);
   }
   if constexpr (by_channel) {
     float *const own_excited = floats(at.d_excited), *const part = floats(at.d_hidden_part);
     float *const all_hidden = floats(at.d_hidden), *const own_mean = floats(at.own_d_mean);
     for (int i = thread(); i < own.size(); i += threads()) {
       const float sum = sum_over_blocks(cluster, channel_sum, own.begin + i);
-      const float d = gate_gradient(gating, sum, gate_c[own.begin + i]);
+      const float d = gate_gradient(a.gate, sum, gate_c[own.begin + i]);
       own_excited[i] = d;
-      d_excited[n * C + own.begin + i] = d;
+      a.sums.d_excited[n * C + own.begin + i] = d;
     }
     __syncthreads();
-    matvec_transposed(
-        {w2, dtype_of(dtypes, Parameter::w2), int64_t{own.begin} * Cr, Cr, own.size(), Cr},
-        own_excited, partial, part);
+    vecmat({a.w2, dtype_of(a.dtypes, Parameter::w2), int64_t{own.begin} * Cr, Cr, own.size(), Cr},
+           own_excited, partial, part);
     cluster.sync();
     for (int j = thread(); j < Cr; j += threads()) {
       const float sum = sum_over_blocks(cluster, part, j);
-      const float d = through(hidden_slope[n * Cr + j], sum);
+      const float d = through(a.hidden_slope[n * Cr + j], sum);
       all_hidden[j] = d;
-      if (j % blocks == rank) d_hidden[n * Cr + j] = d;
+      if (j % blocks == rank) a.sums.d_hidden[n * Cr + j] = d;
     }
     __syncthreads();
-    matvec_transposed({w1, dtype_of(dtypes, Parameter::w1), own.begin, C, Cr, own.size()},
-                      all_hidden, partial, own_mean);
+    vecmat({a.w1, dtype_of(a.dtypes, Parameter::w1), own.begin, C, Cr, own.size()}, all_hidden,
+           partial, own_mean);
     __syncthreads();
     for (int i = thread(); i < own.size(); i += threads()) own_mean[i] /= S;
-    share_with_blocks(cluster, own_mean, own.size(), d_mean, own.begin);
+    give_to_blocks(cluster, own_mean, own.size(), d_mean, own.begin);
     cluster.sync();
   }
 
-  if (dx) {
-    here.write(dx + n * C * S + first(C), channels_last ? C : S, dx_bytes, [&](int vector) {
+  if (a.dx) {
+    here.write(a.dx + n * C * S + first(C), channels_last ? C : S, a.dx_bytes, [&](int vector) {
       const Values<channels_last, W> c(gate_c, vector), w(slice_ws, vector), m(d_mean, vector);
       const Values<!channels_last, W> s(gate_s, vector), d(dq, vector);
       return [&, vector, c, w, m, s, d](int row, const auto& put) {
@@ -236,14 +242,14 @@ __global__ void __launch_bounds__(kMostThreads, 1)
           dxs[i] = F::direct(xs[i], dys[i], dys2[i], gc, gs);
           if (by_channel) dxs[i] += m.at(row, i);
           if (by_position) dxs[i] += w.at(row, i) * d.at(row, i);
-          if (halves == 1 && residual) dxs[i] += dys[i];
+          if (halves == 1 && a.residual) dxs[i] += dys[i];
         }
         put(0, dxs);
       };
     });
   }
   // The other blocks have read this one's sums.
-  if (!by_channel && sample_ws) cluster.sync();
+  if (!by_channel && a.sums.sample_ws) cluster.sync();
 #endif
 }
 

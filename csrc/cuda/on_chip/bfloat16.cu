@@ -1,3 +1,3 @@
-#include "passes.cuh"
+#include "kernels.cuh"
 
 template struct scse::cuda::on_chip::Kernels<__nv_bfloat16>;

@@ -1,17 +1,9 @@
-// The on-chip kernels for one element type; defined in passes.cuh.
+// The on-chip kernels for one element type; defined in kernels.cuh.
 #pragma once
 
 #include "plan.h"
 
 namespace scse::cuda::on_chip {
-
-// What the backward leaves to be summed over the samples.
-struct PerSample {
-  float* d_excited;  // [N, C]: gradient before the channel gate; null without that branch
-  float* d_hidden;   // [N, Cr]: gradient before the activation
-  float* sample_ws;  // [N, C]: a sample's part of dws; null unless needed
-  float* sample_bs;  // [N]
-};
 
 template <typename T>
 struct Kernels {

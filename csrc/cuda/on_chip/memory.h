@@ -44,7 +44,7 @@ struct Sizes {
     return channels_last ? int64_t{slice} * C() : int64_t{channels} * S();
   }
   // Channels that a block excites.
-  __host__ __device__ int share() const { return (channels + cluster - 1) / cluster; }
+  __host__ __device__ int own_channels() const { return (channels + cluster - 1) / cluster; }
 };
 
 struct ForwardMemory {
@@ -59,10 +59,10 @@ struct ForwardMemory {
     ws = carve.take(sizes.C());
     spatial_gate = carve.take(sizes.S());
     channel_sum = carve.take(sizes.C());
-    pooled = carve.take(sizes.share());
+    pooled = carve.take(sizes.own_channels());
     hidden_part = carve.take(sizes.hidden_channels);
     hidden = carve.take(sizes.hidden_channels);
-    own_gate = carve.take(sizes.share());
+    own_gate = carve.take(sizes.own_channels());
     channel_gate = carve.take(sizes.C());
     bytes = carve.bytes();
   }
@@ -86,10 +86,10 @@ struct BackwardMemory {
     channel_sum = carve.take(sizes.C());
     ws_sum = carve.take(sizes.C());
     bs_sum = carve.take(1);
-    d_excited = carve.take(sizes.share());
+    d_excited = carve.take(sizes.own_channels());
     d_hidden_part = carve.take(sizes.hidden_channels);
     d_hidden = carve.take(sizes.hidden_channels);
-    own_d_mean = carve.take(sizes.share());
+    own_d_mean = carve.take(sizes.own_channels());
     d_mean = carve.take(sizes.C());
     bytes = carve.bytes();
   }

@@ -1,11 +1,13 @@
 // The on-chip kernels' host side: whether a problem fits, and the order of launches.
 #include "on_chip.h"
 
+#include "../dispatch.h"
 #include "../gradients.cuh"
 #include "../launch.h"
 #include "kernels.h"
 #include "../overlap.cuh"
 #include "../per_device.h"
+#include "../scratch.h"
 
 namespace scse::cuda {
 namespace on_chip {
@@ -20,71 +22,47 @@ Limits limits_of(const Problem& p) {
 
 Plan plan_of(const Problem& p, bool backward) { return plan(p, backward, limits_of(p)); }
 
-// Calls body(Kernels<T>()) with the map's element type.
-template <typename Body>
-void with_kernels(const Problem& p, const Body& body) {
-  switch (p.dtype) {
-    case Dtype::float32:
-      return body(Kernels<float>());
-    case Dtype::float16:
-      return body(Kernels<__half>());
-    case Dtype::bfloat16:
-      return body(Kernels<__nv_bfloat16>());
-    case Dtype::float64:
-      throw std::runtime_error("scse_kernels: no CUDA kernels for float64");
-  }
-}
-
 constexpr int kThreads = 256;
 
-// The parameters' gradients, in a launch of their own: only after all samples are through can they
-// be formed, and no cluster waits for another one. To let the cluster that ends last do it would
-// take a counter that is zeroed before, which costs a step on the stream as this does, and leave
-// the work to the few SMs of one cluster.
+// The parameters' gradients have a launch of their own. They need all samples, and no cluster waits
+// for another one. The cluster that ends last could form them. But it would need a counter that is
+// zeroed before, which is a step on the stream as well. And the work would be left to the few SMs
+// of one cluster.
 __global__ void __launch_bounds__(kThreads)
-    gradients_kernel(const float* d_excited, const float* d_hidden, const float* pooled,
-                     const float* hidden, const float* sample_ws, const float* sample_bs, void* dw1,
-                     void* db1, void* dw2, void* db2, void* dws, void* dbs, int dtypes, int samples,
-                     int channels, int hidden_channels) {
+    gradients_kernel(const __grid_constant__ ParameterGradients gradients) {
   wait_for_previous();
-  ParameterGradients{
-      d_excited, d_hidden, pooled, hidden, sample_ws, sample_bs, dw1,      db1,
-      dw2,       db2,      dws,    dbs,    dtypes,    samples,   channels, hidden_channels}
-      .compute(blockIdx.x);
+  gradients.compute(blockIdx.x);
 }
 
-PerSample pieces_of(const Problem& p, float* scratch, int64_t* size) {
-  *size = 0;
-  const auto take = [&](bool needed, int64_t floats) -> float* {
-    if (!needed) return nullptr;
-    float* piece = scratch + *size;
-    *size += ceil_div(floats, 64) * 64;
-    return piece;
-  };
+PerSample per_sample(const Problem& p, Pieces& pieces) {
   PerSample sums;
-  sums.d_excited = take(p.has_channel(), p.samples * p.channels);
-  sums.d_hidden = take(p.has_channel(), p.samples * p.hidden_channels);
-  sums.sample_ws = take(p.need_spatial(), p.samples * p.channels);
-  sums.sample_bs = take(p.need_spatial(), p.samples);
+  sums.d_excited = pieces.take(p.has_channel(), p.samples * p.channels);
+  sums.d_hidden = pieces.take(p.has_channel(), p.samples * p.hidden_channels);
+  sums.sample_ws = pieces.take(p.need_spatial(), p.samples * p.channels);
+  sums.sample_bs = pieces.take(p.need_spatial(), p.samples);
   return sums;
 }
 
+int64_t backward_scratch(const Problem& p) {
+  Pieces pieces(nullptr);
+  per_sample(p, pieces);
+  return pieces.size();
+}
+
 void forward(const Problem& p, float*) {
-  with_kernels(p, [&](auto kernels) { kernels.forward(p, plan_of(p, false)); });
+  with_dtype<Kernels>(p.dtype, [&](auto kernels) { kernels.forward(p, plan_of(p, false)); });
 }
 
 void backward(const Problem& p, float* scratch) {
-  int64_t size;
-  const PerSample sums = pieces_of(p, scratch, &size);
-  with_kernels(p, [&](auto kernels) { kernels.backward(p, plan_of(p, true), sums); });
+  Pieces pieces(scratch);
+  const PerSample sums = per_sample(p, pieces);
+  with_dtype<Kernels>(p.dtype, [&](auto kernels) { kernels.backward(p, plan_of(p, true), sums); });
   const int64_t tasks =
       gradient_tasks(p.channels, p.hidden_channels, p.need_channel(), p.need_spatial());
   if (tasks == 0) return;
   Grid grid{tasks, kThreads};
   grid.overlap = true;
-  launch("on_chip_gradients", gradients_kernel, grid, p, sums.d_excited, sums.d_hidden, p.pooled,
-         p.hidden, sums.sample_ws, sums.sample_bs, p.dw1, p.db1, p.dw2, p.db2, p.dws, p.dbs,
-         p.dtypes, p.samples, p.channels, p.hidden_channels);
+  launch("on_chip_gradients", gradients_kernel, grid, p, ParameterGradients(p, sums));
 }
 
 }  // namespace
@@ -106,11 +84,6 @@ std::string on_chip_why_not(const Problem& p) {
 int64_t on_chip_blocks(const Problem& p) { return p.samples * on_chip::plan_of(p, false).cluster; }
 
 const Launcher on_chip_kernels{[](const Problem&) -> int64_t { return 0; }, on_chip::forward,
-                               [](const Problem& p) {
-                                 int64_t size;
-                                 on_chip::pieces_of(p, nullptr, &size);
-                                 return size;
-                               },
-                               on_chip::backward};
+                               on_chip::backward_scratch, on_chip::backward};
 
 }  // namespace scse::cuda

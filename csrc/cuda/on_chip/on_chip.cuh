@@ -338,17 +338,17 @@ SCSE_DEVICE float sum_over_blocks(const Cluster& cluster, float* p, int i) {
 
 // Copies own[i], i < size, to p[begin + i] of every block. All threads call this, and find what
 // their block's others have written to `own`.
-SCSE_DEVICE void share_with_blocks(const Cluster& cluster, const float* own, int size, float* p,
-                                   int begin) {
+SCSE_DEVICE void give_to_blocks(const Cluster& cluster, const float* own, int size, float* p,
+                                int begin) {
   __syncthreads();
   spread(cluster.num_blocks(), size,
          [&](int block, int i) { cluster.map_shared_rank(p, block)[begin + i] = own[i]; });
 }
 
 // The channels that a block excites for all.
-struct Share {
+struct OwnChannels {
   int begin, end;
-  SCSE_DEVICE Share(const Cluster& cluster, int channels) {
+  SCSE_DEVICE OwnChannels(const Cluster& cluster, int channels) {
     const int blocks = cluster.num_blocks(), each = (channels + blocks - 1) / blocks;
     begin = min(channels, static_cast<int>(cluster.block_rank()) * each);
     end = min(channels, begin + each);
@@ -361,7 +361,7 @@ struct Share {
 // --- dense layers ---
 
 // to[i] = parameter[at + i * pitch] while i * step < inside, and 0 for the others. The dtype is
-// looked at once for all of them, as code for four dtypes around whole loops would be most of a
+// looked at once for all of them. Around whole loops the code for four dtypes would be most of a
 // kernel.
 template <int count>
 SCSE_DEVICE void load_apart(const void* parameter, Dtype dtype, int64_t at, int64_t pitch,
@@ -404,7 +404,7 @@ SCSE_DEVICE void matvec(const Matrix& m, const float* v, float* to) {
 }
 
 // to[column] = m[:, column] . v
-SCSE_DEVICE void matvec_transposed(const Matrix& m, const float* v, float* partial, float* to) {
+SCSE_DEVICE void vecmat(const Matrix& m, const float* v, float* partial, float* to) {
   constexpr int several = 16;
   for (int begin = 0; begin < m.columns; begin += threads()) {
     ColumnSums<1, 1> sums(min(m.columns - begin, threads()));

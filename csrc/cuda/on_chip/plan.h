@@ -22,8 +22,6 @@ struct Plan {
   int64_t most = 0;    // of any plan for the device
 };
 
-inline int itemsize(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
 // The smallest cluster, a power of two, whose blocks hold at most 16 KiB of the maps each; where
 // that takes more than eight blocks (what every device with clusters has) then eight, or sixteen if
 // their slices would be larger than 64 KiB. Estimates, not timed: 16 KiB to a block is as much as

@@ -2,6 +2,7 @@
 #include <iterator>
 
 #include "choose.h"
+#include "count.h"
 #include "general/tile.h"
 #include "gradient_tasks.h"
 #include "on_chip/plan.h"
@@ -39,6 +40,14 @@ void plan(int dtype, int64_t samples, int64_t channels, int64_t hidden, int64_t 
 
 int64_t tasks(int64_t channels, int64_t hidden, bool channel, bool spatial) {
   return gradient_tasks(channels, hidden, channel, spatial);
+}
+
+bool fits(int64_t size) {
+  try {
+    return Count(size) == static_cast<int>(size);
+  } catch (const std::runtime_error&) {
+    return false;
+  }
 }
 
 int excitation(int64_t channels, int64_t hidden, int64_t strips) {

@@ -1,4 +1,5 @@
-// Launches the on-chip kernels: from what is known when running to the kernel compiled for it.
+// Launches the on-chip kernels: from what is known at run time to the kernel that was compiled for
+// it.
 #pragma once
 
 #include "../launch.h"
@@ -9,7 +10,8 @@
 
 namespace scse::cuda::on_chip {
 
-// The most bytes, of 16, 4 and an element's, at multiples of which all rows of a map begin and end.
+// How many bytes can be moved at once: 16, 4, or those of an element. All rows of the map begin and
+// end at multiples of that.
 inline int access_bytes(const Problem& p, const void* map, int64_t sample, int64_t pitch) {
   const int size = itemsize(p.dtype);
   const int64_t parts =
@@ -41,30 +43,43 @@ void with_kernel(const Problem& p, const Body& body) {
 
 template <typename T>
 void Kernels<T>::forward(const Problem& p, const Plan& plan) {
+  ForwardArguments<T> a{};
+  a.x = static_cast<const T*>(p.x), a.y = static_cast<T*>(p.y);
+  a.w1 = p.w1, a.b1 = p.b1, a.w2 = p.w2, a.b2 = p.b2, a.ws = p.ws, a.bs = p.bs;
+  a.pooled = p.pooled, a.hidden = p.hidden, a.hidden_slope = p.hidden_slope;
+  a.channel_gate = p.channel_gate;
+  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+  a.channels = p.channels, a.hidden_channels = p.hidden_channels, a.positions = p.positions;
+  a.slice = plan.slice;
+  a.x_bytes = access_bytes(p, p.x, p.x_sample, p.x_pitch), a.y_bytes = store_bytes(p, p.y);
+  a.activation = p.activation, a.activation_parameter = p.activation_parameter, a.gate = p.gate;
+  a.dtypes = p.dtypes, a.residual = p.residual;
   with_kernel(p, [&](auto combine, auto channels_last) {
     constexpr const char* name = "on_chip_forward";
     const auto kernel = forward_kernel<T, decltype(combine)::value, decltype(channels_last)::value>;
-    launch(name, kernel, grid_of(p, plan), p, static_cast<const T*>(p.x), p.w1, p.b1, p.w2, p.b2,
-           p.ws, p.bs, static_cast<T*>(p.y), p.pooled, p.hidden, p.hidden_slope, p.channel_gate,
-           p.activation, p.activation_parameter, p.gate, p.residual, p.dtypes, p.channels,
-           p.hidden_channels, p.positions, plan.slice, p.x_sample, p.x_pitch,
-           access_bytes(p, p.x, p.x_sample, p.x_pitch), store_bytes(p, p.y));
+    launch(name, kernel, grid_of(p, plan), p, a);
   });
 }
 
 template <typename T>
 void Kernels<T>::backward(const Problem& p, const Plan& plan, const PerSample& sums) {
+  BackwardArguments<T> a{};
+  a.dy = static_cast<const T*>(p.dy), a.x = static_cast<const T*>(p.x);
+  a.w1 = p.w1, a.w2 = p.w2, a.ws = p.ws, a.bs = p.bs;
+  a.hidden_slope = p.hidden_slope, a.channel_gate = p.channel_gate;
+  a.dx = static_cast<T*>(p.dx), a.sums = sums;
+  a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
+  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+  a.channels = p.channels, a.hidden_channels = p.hidden_channels, a.positions = p.positions;
+  a.slice = plan.slice;
+  a.dy_bytes = access_bytes(p, p.dy, p.dy_sample, p.dy_pitch);
+  a.x_bytes = access_bytes(p, p.x, p.x_sample, p.x_pitch), a.dx_bytes = store_bytes(p, p.dx);
+  a.dtypes = p.dtypes, a.gate = p.gate, a.residual = p.residual;
   with_kernel(p, [&](auto combine, auto channels_last) {
     constexpr const char* name = "on_chip_backward";
     const auto kernel =
         backward_kernel<T, decltype(combine)::value, decltype(channels_last)::value>;
-    launch(name, kernel, grid_of(p, plan), p, static_cast<const T*>(p.dy),
-           static_cast<const T*>(p.x), p.w1, p.w2, p.ws, p.bs, p.hidden_slope, p.channel_gate,
-           static_cast<T*>(p.dx), sums.d_excited, sums.d_hidden, sums.sample_ws, sums.sample_bs,
-           p.gate, p.residual, p.dtypes, p.channels, p.hidden_channels, p.positions, plan.slice,
-           p.dy_sample, p.dy_pitch, p.x_sample, p.x_pitch,
-           access_bytes(p, p.dy, p.dy_sample, p.dy_pitch),
-           access_bytes(p, p.x, p.x_sample, p.x_pitch), store_bytes(p, p.dx));
+    launch(name, kernel, grid_of(p, plan), p, a);
   });
 }
 
