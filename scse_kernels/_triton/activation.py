@@ -1,5 +1,5 @@
 """The hidden layer's activations and the gates. All Triton kernels take the formulas from here; C++
-has them in csrc/formulas.h."""
+has them in csrc/formulas.inc."""
 
 import triton
 import triton.language as tl

@@ -1,5 +1,5 @@
 """How the two branches are combined, element by element. All Triton kernels take the formulas from
-here; C++ has them in csrc/formulas.h.
+here; C++ has them in csrc/formulas.inc.
 
 x, dy: [BLOCK_C, BLOCK_S]; c: channel gate [BLOCK_C, 1]; s: spatial gate [1, BLOCK_S]. For CONCAT dy
 is the gradient of the first half of y and dy2 that of the second. Elsewhere dy2 is not used.

@@ -205,7 +205,7 @@ FAULTS = [
     (wrong_commands, "`python -m bench ops --qiuck`", "bench ops --qiuck"),
     (wrong_commands, "`python -m bench.gpu.kernels` `python -m bench.gpu.krenels`", "gpu.krenels"),
     (wrong_commands, "```\npython -m pytest tests/gpu tests/gup\n```", "tests/gup"),
-    (wrong_paths, "`csrc/formulas.h`, `csrc/formulae.h`, `https://x.org/y`", "csrc/formulae.h"),
+    (wrong_paths, "`csrc/formulas.inc`, `csrc/formulae.h`, `https://x.org/y`", "csrc/formulae.h"),
     (wrong_python, "```python\nfrom scse_kernels import convert, convret\n```", "convret"),
     (wrong_python, "```python\nimport scse_kernels\nscse_kernels.revret(1)\n```", "revret"),
     (wrong_python, "```python\nx = (\n```", "was never closed"),
