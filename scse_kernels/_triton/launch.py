@@ -530,5 +530,5 @@ def _plan_backward(
             sample_bs_ptr=sample_bs, **gradients,
             N=n, C=c, Cr=p.hidden, S=s, blocks_s=p.blocks_s, tiles=tiles, **strides,
             RESIDUAL=residual, NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=block,
-            **p.constants(*maps),
+            **p.constants(*maps), **_all_registers(),
         )  # fmt: skip
