@@ -90,8 +90,8 @@ class Host:
         config = self.config(**config)
         if stream is not None:
             config.stream = stream
-        # For as many parameters as any kernel has: small numbers, and no pointers.
-        values = (c_uint32 * 4)(1, 0, 0, 0)
+        # For as many and as large parameters as any kernel has: small numbers, and no pointers.
+        values = (c_uint32 * 128)(*[1] * 128)
         arguments = (c_void_p * 64)(*[ctypes.addressof(values)] * 64)
         return self.library.cudaLaunchKernelExC(byref(config), c_void_p(self.function), arguments)
 
