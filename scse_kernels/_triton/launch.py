@@ -522,6 +522,8 @@ def _plan_backward(
             )  # fmt: skip
     tiles = n * p.tiles if need_dx else 0
     if tiles + tasks:
+        # max and mul have x in registers, too.
+        registers = _all_registers() if by_gates(p.combine) else {}
         plan.launch(
             apply_backward_kernel, (tiles + tasks,),
             dy_ptr=dy, x_ptr=x, channel_gate_ptr=channel_gate, spatial_gate_ptr=spatial_gate,
@@ -530,5 +532,5 @@ def _plan_backward(
             sample_bs_ptr=sample_bs, **gradients,
             N=n, C=c, Cr=p.hidden, S=s, blocks_s=p.blocks_s, tiles=tiles, **strides,
             RESIDUAL=residual, NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=block,
-            **p.constants(*maps), **_all_registers(),
+            **p.constants(*maps), **registers,
         )  # fmt: skip
