@@ -37,7 +37,7 @@ _BOUNDARY = 0.5
 _QUICK = {"networks": ["U-Net"], "seeds": 1, "width": 8, "steps": 150}
 
 #: Of timing a step.
-_ROUNDS = 7
+_ROUNDS = 15
 _LEGEND = (
     "Blocks: their share of the same steps. ?: the machine was busy, or the rounds' ratios differ"
     " too much."
