@@ -121,16 +121,24 @@ def out_of_autocast(x: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
+def _matrix(w: Tensor) -> Tensor:
+    """w [R, C] without its trailing axes of size one. So that the gradient gets w's strides: in
+    channels_last those are other numbers, and DistributedDataParallel compares them."""
+    in_channels_last = w.dim() > 2 and w.stride(-1) != 1
+    return (w.movedim(1, -1) if in_channels_last else w).flatten(1)
+
+
 def _scse(x, w1, b1, w2, b2, ws, bs, combine, activation, slope, gate, residual):
     dtype = accumulation_dtype(x.dtype)
     xa = x.to(dtype)
     by_channel = by_position = None
     if w1 is not None:
         w1, b1, w2, b2 = (None if p is None else p.to(dtype) for p in (w1, b1, w2, b2))
-        c = channel_gate(xa, w1.flatten(1), b1, w2.flatten(1), b2, activation, slope, gate)
+        c = channel_gate(xa, _matrix(w1), b1, _matrix(w2), b2, activation, slope, gate)
         by_channel = xa * c.reshape(c.shape + (1,) * (x.dim() - 2))
     if ws is not None:
-        ws, bs = (None if p is None else p.to(dtype).flatten() for p in (ws, bs))
+        ws, bs = ws.to(dtype), None if bs is None else bs.to(dtype).flatten()
+        ws = _matrix(ws).flatten() if ws.dim() > 1 else ws
         by_position = xa * spatial_gate(xa, ws, bs, gate)
 
     if by_position is None:

@@ -190,23 +190,23 @@ def _in_channels_last(p):
 @pytest.mark.parametrize("parameter_dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("variant", ("cse", "sse", "max"))
 @pytest.mark.parametrize("trailing", (2, 3))
-def test_gradients_have_their_parameters_strides(fused, variant, trailing, parameter_dtype):
+def test_gradients_have_their_parameters_strides(target, variant, trailing, parameter_dtype):
     """DistributedDataParallel asks for that, also where only the strides of axes of size one are
     special. And other strides give right answers."""
     case = make_case((2, 12, 5, 7), variant, trailing=trailing, parameter_dtype=parameter_dtype)
     arranged = tuple(None if p is None else _in_channels_last(p) for p in case.parameters)
     case = replace(case, parameters=arranged)
-    got = check(case, fused)
+    got = check(case, target)
     for name, p in zip(("w1", "b1", "w2", "b2", "ws", "bs"), arranged, strict=True):
         if p is not None:
             assert got[f"d{name}"].stride() == p.stride(), name
             if p.dim() > 2 and name != "ws":
                 assert p.stride() != torch.empty(p.shape).stride()
     x, *parameters = (
-        None if t is None else moved(t, fused.device).requires_grad_() for t in (case.x, *arranged)
+        None if t is None else moved(t, target.device).requires_grad_() for t in (case.x, *arranged)
     )
     for times in (1, 2):
-        call(variant, x, *parameters, backend=fused.backend).backward(case.dy.to(fused.device))
+        call(variant, x, *parameters, backend=target.backend).backward(case.dy.to(target.device))
         for name, p in zip(("w1", "b1", "w2", "b2", "ws", "bs"), parameters, strict=True):
             if p is not None:
                 assert p.grad.stride() == p.stride()
