@@ -390,9 +390,9 @@ BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, c
   p.dy = static_cast<const T*>(dy_map.tensor.const_data_ptr());
   p.dy_sample = dy_map.sample, p.dy_pitch = dy_map.pitch;
   p.need_dx = need_dx;
-  take_saved(p, pooled, hidden, channel_gate);
   const Parameters<T> parameters(p, w1, w2, ws, bs);
   const Gradients<T> gradients(p, w1, b1, w2, b2, ws, bs, need_channel, need_spatial);
+  take_saved(p, pooled, hidden, channel_gate);  // after the parameters, whose sizes they have
 
   Tensor dx = empty({0}, x.scalar_type());
   Optional parking;

@@ -87,7 +87,8 @@ def test_what_is_said_of_the_noise(capsys):
         ((6.0,), "?", "3.00? (3.00?)"),
     ],
 )
-def test_tables_mark_what_a_busy_machine_measured(eager, mark, mean, capsys):
+def test_tables_mark_what_a_busy_machine_measured(eager, mark, mean, capsys, monkeypatch):
+    monkeypatch.setattr(report.console, "width", 200)  # no cell is wrapped
     case = Case((2, 8, 3, 3), torch.float32, "contiguous", 2, "add", CPU)
     others = {"clone": (1.0,) * len(eager), "eager": eager, "cpu": (2.0,) * len(eager)}
     measurements = [
