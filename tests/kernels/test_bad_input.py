@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import scse_kernels
 from scse_kernels import ops
+from scse_kernels.batch_norm import ops as norm_ops
 
 MUST_BE = r"must|expected"
 
@@ -351,3 +352,22 @@ def test_operators_keep_to_their_memory():
         if name in given:
             with pytest.raises(RuntimeError, match="positions" if name == "x" else name):
                 forward(**{**given, name: wrong}, combine=0)
+
+
+@pytest.mark.skipif(
+    scse_kernels.backends.why_not("cpu", torch.device("cpu")) is not None, reason="no cpu kernels"
+)
+def test_operators_of_batch_norm_keep_to_their_memory():
+    c, hidden = 6, 3
+    sizes = {"bn_weight": (c,), "bn_bias": (c,), "w1": (hidden, c), "b1": (hidden,)}
+    sizes |= {"w2": (c, hidden), "b2": (c,), "ws": (1, c), "bs": (1,)}
+    given = {"u": torch.ones(2, c, 4, 4)} | {n: torch.ones(size) for n, size in sizes.items()}
+    forward, backward = norm_ops.FORWARD["cpu"], norm_ops.BACKWARD["cpu"]
+    y, *small = forward(**given, mean=None, var=None, eps=1e-5, combine=0)
+    saved = dict(zip(("mean", "var", "pooled", "hidden", "channel_gate"), small, strict=True))
+    needs = dict.fromkeys(("need_du", "need_affine", "need_channel", "need_spatial"), True)
+    for name in (*given, *saved):
+        wrong = torch.ones(2, c, 0, 4) if name == "u" else torch.ones(1, 1, 7)
+        arguments = {**given, **saved, name: wrong}
+        with pytest.raises(RuntimeError, match="positions" if name == "u" else name):
+            backward(y, **arguments, eps=1e-5, of_batch=True, combine=0, **needs)
