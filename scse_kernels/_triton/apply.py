@@ -5,7 +5,19 @@ import triton.language as tl
 
 from .combine import CHANNEL, CONCAT, SPATIAL, by_gates, direct, value
 from .parameters import parameter_gradients
-from .primitives import NORMAL, SIZES, accumulator, index, inside, load, offsets, shown, store
+from .primitives import (
+    NORMAL,
+    SIZES,
+    accumulator,
+    index,
+    inside,
+    load,
+    offsets,
+    place,
+    shown,
+    shown_positions,
+    store,
+)
 
 
 @triton.jit
@@ -63,11 +75,9 @@ def apply_tile(
 ):  # fmt: skip
     """One of all samples' tiles. RESIDUAL: y has x added. POLICY: the caches' for x and y."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    n = index(tile // (blocks_s * blocks_c), WIDE)
-    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tile % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    S = shown_positions(S, CHANNELS_LAST, ALIGN)
+    n, begin, s = place(tile, C, blocks_s, WIDE, BLOCK_C, BLOCK_S)
+    c = begin + tl.arange(0, BLOCK_C)
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
     x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
@@ -163,11 +173,9 @@ def apply_backward_tile(
     """One of all samples' tiles of dx. RESIDUAL: dx has dy added. POLICY: the caches' for the
     maps."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    n = index(tile // (blocks_s * blocks_c), WIDE)
-    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tile % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    S = shown_positions(S, CHANNELS_LAST, ALIGN)
+    n, begin, s = place(tile, C, blocks_s, WIDE, BLOCK_C, BLOCK_S)
+    c = begin + tl.arange(0, BLOCK_C)
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     dy_ptr += n * shown(stride_dyn, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_dy, CHANNELS_LAST, ALIGN)

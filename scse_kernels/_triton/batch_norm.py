@@ -236,10 +236,7 @@ def _plan_backward(
         return
 
     n, c, s, strips = p.samples, p.channels, p.positions, r.strips
-
-    def scratch(needed: bool, *shape: int) -> Pointer | None:
-        return plan.scratch(*shape) if needed else None
-
+    scratch = plan.scratch_if
     partial = scratch(sum_channel, n, strips, c)
     partial_ws = scratch(need_spatial, n, strips, c)
     partial_bs = scratch(need_spatial, n, strips)

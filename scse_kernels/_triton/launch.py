@@ -28,7 +28,7 @@ from .excite_rows import (
     excite_hidden_kernel,
 )
 from .one_launch import backward_kernel, forward_kernel
-from .plan import Plan, Pointer, run_plan
+from .plan import Plan, run_plan
 from .reduce import reduce_kernel
 from .squeeze import squeeze_kernel
 
@@ -467,10 +467,7 @@ def _plan_backward(
     read_strides = in_dy.strides("dy") | in_x.strides("x") | {"half_dy": p.half(in_dy)}
     strides = read_strides | out_dx.strides("dx")
     n, c, s, strips = p.samples, p.channels, p.positions, p.strips
-
-    def scratch(needed: bool, *shape: int) -> Pointer | None:
-        return plan.scratch(*shape) if needed else None
-
+    scratch = plan.scratch_if
     partial = scratch(sum_channel, n, strips, c)
     partial_ws = scratch(need_spatial, n, strips, c)
     partial_bs = scratch(need_spatial, n, strips)

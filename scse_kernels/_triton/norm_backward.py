@@ -14,7 +14,18 @@ from .apply import load_gates
 from .combine import CHANNEL, CONCAT, SPATIAL, by_gates, direct, shares
 from .norm import active, load_norm, normalised, reciprocal_root
 from .parameters import parameter_gradients
-from .primitives import SIZES, accumulator, index, inside, load, offsets, shown, sum_in_pairs
+from .primitives import (
+    SIZES,
+    accumulator,
+    index,
+    inside,
+    load,
+    offsets,
+    place,
+    shown,
+    shown_positions,
+    sum_in_pairs,
+)
 from .reduce import gate_inside, load_tile
 
 
@@ -82,7 +93,7 @@ def norm_reduce_kernel(
     narrow.
     """
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
-    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
+    S = shown_positions(S, CHANNELS_LAST, ALIGN)
     GATE_FIRST: tl.constexpr = by_gates(COMBINE)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
@@ -346,11 +357,8 @@ def norm_apply_backward_kernel(
             return
     if NEED_DU:
         ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
-        S = shown(S, 1 if CHANNELS_LAST else ALIGN)
-        blocks_c = tl.cdiv(C, BLOCK_C)
-        n = index(tile // (blocks_s * blocks_c), WIDE)
-        s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
-        begin = (tile % blocks_c) * BLOCK_C
+        S = shown_positions(S, CHANNELS_LAST, ALIGN)
+        n, begin, s = place(tile, C, blocks_s, WIDE, BLOCK_C, BLOCK_S)
         c = begin + tl.arange(0, BLOCK_C)
         dy_ptr += n * shown(stride_dyn, ALIGN)
         u_ptr += n * shown(stride_un, ALIGN)

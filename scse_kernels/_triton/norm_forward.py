@@ -8,7 +8,17 @@ from .activation import SIGMOID, gate_of
 from .apply import load_gates
 from .combine import CHANNEL, CONCAT, SPATIAL, value
 from .norm import active, load_norm, normalised
-from .primitives import SIZES, accumulator, index, inside, load, offsets, shown
+from .primitives import (
+    SIZES,
+    accumulator,
+    index,
+    inside,
+    load,
+    offsets,
+    place,
+    shown,
+    shown_positions,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -42,7 +52,7 @@ def norm_squeeze_kernel(
     """A program for each sample and strip (TILES tiles). Reads u once; writes channel sums and
     spatial gates. HOLD: BLOCK_C covers all channels; TILES is 1 without."""
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
-    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
+    S = shown_positions(S, CHANNELS_LAST, ALIGN)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
     item = tl.program_id(0)
@@ -116,12 +126,10 @@ def norm_apply_kernel(
     """A program for each tile. Reads u and the small tensors once, writes y. Goes from the last
     tile to the first: the end of u is what the squeeze left in L2."""
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
-    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
+    S = shown_positions(S, CHANNELS_LAST, ALIGN)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    n = index(tile // (blocks_s * blocks_c), WIDE)
-    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tile % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, begin, s = place(tile, C, blocks_s, WIDE, BLOCK_C, BLOCK_S)
+    c = begin + tl.arange(0, BLOCK_C)
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_u, CHANNELS_LAST, ALIGN)
     u = load(u_ptr + n * shown(stride_un, ALIGN) + at, mask, ACC)

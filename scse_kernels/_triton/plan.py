@@ -83,6 +83,10 @@ class Plan:
         self._sums, self._sizes, self._zeros = sums, [], []
         self._prepared: Prepared | None = None
 
+    def scratch_if(self, needed: bool, *shape: int) -> Pointer | None:
+        """`scratch`, or None."""
+        return self.scratch(*shape) if needed else None
+
     def scratch(self, *shape: int) -> Pointer:
         """Memory for sums, not initialised."""
         size = 1

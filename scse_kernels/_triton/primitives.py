@@ -41,9 +41,24 @@ def shown(size, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def shown_positions(S, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """S, where positions are the axis of stride 1 as `shown`."""
+    return S if CHANNELS_LAST else shown(S, ALIGN)
+
+
+@triton.jit
 def index(i, WIDE: tl.constexpr):
     """An index, in 64 bits where a map's elements need them."""
     return i.to(tl.int64) if WIDE else i
+
+
+@triton.jit
+def place(tile, C, blocks_s, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Where one of all samples' tiles lies: its sample, first channel and positions [BLOCK_S]."""
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    n = index(tile // (blocks_s * blocks_c), WIDE)
+    s = (tile // blocks_c % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+    return n, (tile % blocks_c) * BLOCK_C, s
 
 
 @triton.jit

@@ -12,7 +12,17 @@ import triton.language as tl
 
 from .activation import gate_gradient, gate_of
 from .combine import CONCAT, by_gates, shares
-from .primitives import NORMAL, SIZES, accumulator, index, inside, load, offsets, shown
+from .primitives import (
+    NORMAL,
+    SIZES,
+    accumulator,
+    index,
+    inside,
+    load,
+    offsets,
+    shown,
+    shown_positions,
+)
 
 
 @triton.jit
@@ -95,7 +105,7 @@ def reduce_strip(
     the last read of x.
     """
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
+    S = shown_positions(S, CHANNELS_LAST, ALIGN)
     GATE_FIRST: tl.constexpr = by_gates(COMBINE)
     # With HOLD no loop is left over the channels: from a loop the compiler may take products, in
     # one kernel and not in another, that it else contracts with the sums.

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .activation import gate_of
 from .combine import CHANNEL, SPATIAL
-from .primitives import SIZES, accumulator, index, inside, load, offsets, shown
+from .primitives import SIZES, accumulator, index, inside, load, offsets, shown, shown_positions
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -49,7 +49,7 @@ def squeeze_strip(
     """The strip `item` of all samples' strips. HOLD: BLOCK_C covers all channels; TILES is 1
     without."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    S = shown(S, 1 if CHANNELS_LAST else ALIGN)
+    S = shown_positions(S, CHANNELS_LAST, ALIGN)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
     HAS_SPATIAL: tl.constexpr = COMBINE != CHANNEL
     # With HOLD no loop is left over the channels: from a loop the compiler may take products, in
