@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         f"{sum(len(p.structures) for p in train)} coronal slices of {len(train)} people to learn"
         f" from, {sum(len(p.structures) for p in test)} of {len(test)} others to test on"
     )
+    weight = class_weights(torch.cat([anatomy.truth(p.structures) for p in train]))
+    weight = weight.to(args.device)
     results = _Results(args.output / "paper.jsonl", args)
     kinds = list(itertools.product(args.networks, networks.PATTERNS))
     todo = [(seed, *kind) for seed in range(args.seeds) for kind in kinds]
@@ -85,13 +88,13 @@ def run(args: argparse.Namespace) -> int:
                 seed,
                 network,
                 pattern,
-                **_trained(args, seed, network, pattern, train, test, progress, task),
+                **_trained(args, seed, network, pattern, weight, train, test, progress, task),
             )
         task = progress.add_task("", total=len(kinds))
         times = {}
         for network, pattern in kinds:
             progress.update(task, description=f"{network}, {pattern}: seconds")
-            times[network, pattern] = _Times(args, network, pattern, train)
+            times[network, pattern] = _timed(args, network, pattern, weight, train)
             progress.advance(task)
     _print(results, times, args)
     return 0
@@ -128,6 +131,7 @@ def _trained(
     seed: int,
     network: str,
     pattern: str,
+    weight: Tensor,
     train: list[anatomy.Person],
     test: list[anatomy.Person],
     progress: Progress,
@@ -135,7 +139,6 @@ def _trained(
 ) -> dict[str, object]:
     """Train one network; its Dice [people, structures], and its last losses' mean."""
     net = _network(args, seed, network, pattern)
-    weight = _weights(train).to(args.device)
     convert(net)
     optimizer = torch.optim.AdamW(net.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, args.steps)
@@ -158,10 +161,6 @@ def _network(args: argparse.Namespace, seed: int, network: str, pattern: str) ->
     net = networks.build(network, pattern, len(CLASSES), args.width)
     # On a CPU, convolutions of few channels are a sixth faster so.
     return net.to(args.device, memory_format=torch.channels_last)
-
-
-def _weights(people: list[anatomy.Person]) -> Tensor:
-    return class_weights(torch.cat([anatomy.truth(person.structures) for person in people]))
 
 
 def class_weights(label: Tensor) -> Tensor:
@@ -203,39 +202,41 @@ def dice(net: nn.Module, person: anatomy.Person, device: torch.device) -> list[f
     return scores
 
 
-class _Times:
-    """A step, forward and backward, with eager and with fused blocks in turn, and the blocks in it.
+class _Times(NamedTuple):
+    """A step, forward and backward, with eager and with fused blocks in turn."""
 
-    Attributes:
-        whole: of the step, by "eager" and "fused".
-        share: of the blocks in it.
-        noise: how much a fixed clone spread in the same rounds.
-    """
+    whole: dict[str, timing.Timing]  # by "eager" and "fused"
+    share: dict[str, float]  # of the blocks in it
+    noise: float  # how much a fixed clone spread in the same rounds
 
-    def __init__(
-        self, args: argparse.Namespace, network: str, pattern: str, people: list[anatomy.Person]
-    ) -> None:
-        image, label = next(anatomy.batches(people, args.batch, 0))
-        image, label = image.to(args.device), label.to(args.device)
-        weight = _weights(people).to(args.device)
-        nets = {"eager": _network(args, 0, network, pattern)}
-        nets["fused"] = copy.deepcopy(nets["eager"])
-        convert(nets["fused"])
 
-        def step(net: nn.Module) -> None:
-            net.zero_grad()
-            loss(net(image), label, weight).backward()
+def _timed(
+    args: argparse.Namespace,
+    network: str,
+    pattern: str,
+    weight: Tensor,
+    people: list[anatomy.Person],
+) -> _Times:
+    image, label = next(anatomy.batches(people, args.batch, 0))
+    image, label = image.to(args.device), label.to(args.device)
+    nets = {"eager": _network(args, 0, network, pattern)}
+    nets["fused"] = copy.deepcopy(nets["eager"])
+    convert(nets["fused"])
 
-        steps = {}
-        for name, net in nets.items():
-            with_parameters = [b for b in net.recalibrations if any(True for _ in b.parameters())]
-            own = functools.partial(step, net)
-            steps[name] = blocks.InStep(own, with_parameters, args.device)
-            steps[name]()
-        calls = {timing.FIXED: timing.fixed_clone(args.device), **steps}
-        self.whole = timing.interleaved(calls, args.device, _ROUNDS)
-        self.noise = self.whole.pop(timing.FIXED).spread
-        self.share = {name: timed.summary(without=1)[2] for name, timed in steps.items()}
+    def step(net: nn.Module) -> None:
+        net.zero_grad()
+        loss(net(image), label, weight).backward()
+
+    steps = {}
+    for name, net in nets.items():
+        with_parameters = [b for b in net.recalibrations if any(True for _ in b.parameters())]
+        steps[name] = blocks.InStep(functools.partial(step, net), with_parameters, args.device)
+        steps[name]()
+    calls = {timing.FIXED: timing.fixed_clone(args.device), **steps}
+    whole = timing.interleaved(calls, args.device, _ROUNDS)
+    noise = whole.pop(timing.FIXED).spread
+    share = {name: timed.summary(without=1)[2] for name, timed in steps.items()}
+    return _Times(whole, share, noise)
 
 
 def _print(

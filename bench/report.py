@@ -260,13 +260,9 @@ def print_summary(measurements: list[Measurement], fused: list[str]) -> None:
 
 
 def _mean(ratios: list[Ratio]) -> Ratio:
-    """The geometric mean, and that of the bounds: it lies between them still more surely."""
-    return Ratio(*(_geometric_mean(values) for values in zip(*ratios, strict=True)))
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    unknown = {0.0, math.inf}.intersection(values)  # bounds of too few rounds
-    return unknown.pop() if unknown else statistics.geometric_mean(values)
+    """The geometric mean, and that of the bounds: it lies between them still more surely. (Not by
+    statistics.geometric_mean: a bound may be 0 or infinite.)"""
+    return Ratio(*(math.prod(v) ** (1 / len(v)) for v in zip(*ratios, strict=True)))
 
 
 def write_csv(path: Path, measurements: list[Measurement], environment: dict[str, str]) -> None:
