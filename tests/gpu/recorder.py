@@ -4,7 +4,7 @@ stream, arguments. Nothing is compiled."""
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -68,24 +68,34 @@ class Kernel:
         return "of the launch"
 
 
-@pytest.fixture(name="gpu")
-def recording(monkeypatch):
-    """The driver; CPU tensors count as a GPU's."""
+@contextlib.contextmanager
+def stand_in(on_compile: Callable[..., None] = lambda *compilation: None) -> Iterator[Driver]:
+    """The driver; CPU tensors count as a GPU's. on_compile: called with what Triton would compile,
+    as `JITFunction._do_compile` is."""
 
     def compile(function, key, signature, device, *more):
         active = driver.active
+        on_compile(function, key, signature, device, *more)
         kernel = Kernel(function.__name__, key, [*signature.values()], active)
         function.device_caches[device][0][key] = kernel
         active.compiled += 1
         return kernel
 
-    active = Driver()
-    monkeypatch.setattr(driver, "_active", active)
-    monkeypatch.setattr(JITFunction, "_do_compile", compile)
-    monkeypatch.setattr(plan, "takes_addresses", lambda device: True)
-    monkeypatch.setattr(backends, "why_not", lambda backend, *_: None)
-    yield active
-    plan.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        active = Driver()
+        patch.setattr(driver, "_active", active)
+        patch.setattr(JITFunction, "_do_compile", compile)
+        patch.setattr(plan, "takes_addresses", lambda device: True)
+        patch.setattr(backends, "why_not", lambda backend, *_: None)
+        plan.forget()
+        yield active
+        plan.forget()
+
+
+@pytest.fixture(name="gpu")
+def recording():
+    with stand_in() as active:
+        yield active
 
 
 def watched(*_):

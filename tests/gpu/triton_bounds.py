@@ -159,11 +159,11 @@ def shown(choice: Choice) -> str:
 
 def row(shape, layout: str, choice: Choice, found: dict[str, Bound]) -> str:
     """A row of the table. The excitation may have two kernels each way."""
-    of_map, small = MAPS, [name for name in found if name not in MAPS]
-    names = [
-        *([of_map[0]], [name for name in small if "backward" not in name], [of_map[1]]),
-        *([of_map[2]], [name for name in small if "backward" in name], [of_map[3]]),
-    ]
+    squeeze, apply, reduce, apply_backward = MAPS
+    small = [name for name in found if name not in MAPS]
+    excite = [name for name in small if "backward" not in name]
+    excite_backward = [name for name in small if "backward" in name]
+    names = [[squeeze], excite, [apply], [reduce], excite_backward, [apply_backward]]
     cells = [sum(found[name].us for name in some) for some in names]
     figures = (f"{cell:.2f}" for cell in (*cells, total(found)))
     return "| " + " | ".join([f"{list(shape)}, {layout}", shown(choice), *figures]) + " |"

@@ -14,10 +14,8 @@ import torch
 from budget import make_parameters
 from gpu import recorder
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-from scse_kernels import backends, scse
-from scse_kernels._triton import plan
+from scse_kernels import scse
 
 #: Sides of the images, sixteen; channels of the decoder's blocks, and how much smaller than the
 #: image their maps are.
@@ -34,25 +32,20 @@ def compiler(really: bool) -> Iterator[list[float]]:
     seconds = []
 
     def compile(function, key, signature, device, constants, options, attributes, warmup):
-        active, begin = driver.active, sum(os.times()[:4])  # of this process and of the assembler
+        begin = sum(os.times()[:4])  # of this process and of the assembler
         if really:
             source = function.ASTSource(function, signature, constants, attributes)
-            target = active.get_current_target()
+            target = driver.active.get_current_target()
             function.compile(source, target=target, options=options.__dict__)
         seconds.append(sum(os.times()[:4]) - begin)
-        kernel = recorder.Kernel(function.__name__, key, [*signature.values()], active)
-        function.device_caches[device][0][key] = kernel
-        return kernel
 
-    with tempfile.TemporaryDirectory() as empty, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory() as empty,
+        pytest.MonkeyPatch.context() as patch,
+        recorder.stand_in(compile),
+    ):
         patch.setenv("TRITON_CACHE_DIR", empty)
-        patch.setattr(driver, "_active", recorder.Driver())
-        patch.setattr(JITFunction, "_do_compile", compile)
-        patch.setattr(plan, "takes_addresses", lambda device: True)
-        patch.setattr(backends, "why_not", lambda backend, *_: None)
-        plan.forget()
         yield seconds
-    plan.forget()
 
 
 def step(samples: int, side: int, layout: str) -> None:
