@@ -41,8 +41,8 @@ ORIGINAL, CONVERTED, WITH_NORM = "original", "converted", "with batch norm"
 #: its gradient, which jumps where a rounding pushes a ReLU to its other side, or a max pooling to
 #: another value: by 1e-3 where rounding alone takes it 1e-6 away.
 _TIMES_AS_FAR = 4, 50
-#: In float64 nothing jumps. So this is what shows that conversion leaves the mathematics alone. (The
-#: backward of torch's own hardsigmoid has a sixth in float32, which is off by 3e-8.)
+#: In float64 nothing jumps. So this is what shows that conversion leaves the mathematics alone.
+#: (The backward of torch's own hardsigmoid has a sixth in float32, which is off by 3e-8.)
 _IN_FLOAT64 = 1e-7
 
 
