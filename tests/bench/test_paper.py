@@ -112,6 +112,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
         return real(args, seed, network, pattern, *rest)
 
     monkeypatch.setattr(paper, "_trained", counted)
+    monkeypatch.setattr(paper, "_ROUNDS", 2)
     args = argparse.Namespace(
         networks=["SD-Net"], width=4, steps=2, batch=2, seeds=1, spacing=2, quick=False,
         output=tmp_path, device=torch.device("cpu"),
@@ -123,6 +124,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "paper.md").read_text()
     assert table.count("\n| ") == 6 and "hippocampus" in table
     assert (tmp_path / "paper.png").stat().st_size > 10_000
+    kept = tmp_path / "paper.jsonl"
+    assert paper._Results(kept, args).has(*trained[-1])
     args.steps = 3
-    paper.run(args)
-    assert len(trained) == 9
+    assert not paper._Results(kept, args).has(*trained[-1])
