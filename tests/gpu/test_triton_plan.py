@@ -1,8 +1,8 @@
 """The plans of calls (scse_kernels/_triton/plan.py): they launch what Triton's own way would
 launch, whatever changes from call to call. Nothing is compiled here. A recorder stands in for
-compiled kernels; in place of code it knows what a kernel is specialised on."""
+compiled kernels; in place of code it knows what a kernel is specialised on. What BatchNorm + ReLU +
+scSE has besides is tested in test_triton_norm_plan.py."""
 
-import contextlib
 import json
 from dataclasses import replace
 
@@ -15,159 +15,125 @@ from torch.profiler import ProfilerActivity, profile
 triton = pytest.importorskip("triton")
 
 from gpu import recorder  # noqa: E402
+from gpu.planned import NORM, SCSE, SHAPE  # noqa: E402
 from gpu.recorder import Driver, Watch, a_profiler, moved, recording, sizes  # noqa: E402, F401
 from triton import knobs  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from scse_kernels import ops, scse, use_backend  # noqa: E402
+from scse_kernels import use_backend  # noqa: E402
 from scse_kernels._triton import launch, plan, tuning  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     knobs.runtime.interpret, reason="the interpreter keeps no plans, and knows no compiled kernels"
 )
+both, check, shown = SCSE.both, SCSE.check, SCSE.shown
+
+# Of both operators.
 
 
-def both(case, needs=None, **options):
-    """Forward and backward of a case."""
-    leaves = [case.x, *case.parameters]
-    for i, leaf in enumerate(leaves):
-        if leaf is not None:
-            leaf.requires_grad_(needs is None or i in needs)
-    y = call(case.variant, case.x, *case.parameters, backend="triton", **options)
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    torch.autograd.grad(y, wanted, case.dy)
-
-
-def shown(case, log):
-    """Launches without what differs from call to call."""
-    named = zip(("x", "w1", "b1", "w2", "b2", "ws", "bs"), (case.x, *case.parameters), strict=False)
-    names = {tensor.data_ptr(): name for name, tensor in named if tensor is not None}
-    return recorder.shown({**names, case.dy.data_ptr(): "dy"}, log)
-
-
-def check(gpu, case, **options):
-    """Asserts that a call and the next one launch what Triton's own way does."""
-    seen = []
-    for way in (contextlib.nullcontext, contextlib.nullcontext, a_profiler):
-        gpu.log.clear()
-        with way():
-            both(case, **options)
-        seen.append(shown(case, gpu.log))
-    assert seen[0] == seen[1] == seen[2]
-    return seen[0]
-
-
-def with_moved(case, name):
-    names = ("w1", "b1", "w2", "b2", "ws", "bs")
-    if name in ("x", "dy"):
-        return replace(case, **{name: moved(getattr(case, name), 1)})
-    parameters = list(case.parameters)
-    parameters[names.index(name)] = moved(parameters[names.index(name)], 1)
-    return replace(case, parameters=tuple(parameters))
-
-
-SHAPE = (2, 32, 6, 8)
-
-
-def sliced(case, name):
-    """With rows of which every second one is used, samples apart."""
-    whole = torch.empty((2, 64, 6, 8), dtype=case.x.dtype)
-    return replace(case, **{name: whole[:, ::2].copy_(getattr(case, name))})
-
-
-def expanded(case):
-    return replace(case, dy=case.dy[:1, :1, :1, :1].expand(case.dy.shape))
-
-
-def without(case, *places):
-    kept = (None if i in places else p for i, p in enumerate(case.parameters))
-    return replace(case, parameters=tuple(kept))
-
-
-def with_dtype(case, place, dtype):
-    return replace(
-        case,
-        parameters=tuple(p.to(dtype) if i == place else p for i, p in enumerate(case.parameters)),
-    )
-
-
-def strided_weights(case):
-    w1, *others = case.parameters
-    return replace(case, parameters=(w1.t().contiguous().t(), *others))
-
-
-#: What differs from the first -> the case and options of `both`.
-KINDS = {
-    "first": lambda: (make_case(SHAPE), {}),
-    "samples": lambda: (make_case((1, *SHAPE[1:])), {}),
-    "positions": lambda: (make_case((*SHAPE[:2], 6, 9)), {}),
-    "axes": lambda: (make_case((2, 32, 48)), {}),
-    "channels": lambda: (make_case((2, 33, 6, 8)), {}),
-    "hidden": lambda: (make_case(SHAPE, reduction=4), {}),
-    "dtype": lambda: (make_case(SHAPE, dtype=torch.float16), {}),
-    "half": lambda: (make_case(SHAPE, dtype=torch.bfloat16), {}),
-    "double": lambda: (make_case(SHAPE, dtype=torch.float64), {}),
-    "dtype of maps": lambda: (
-        make_case(SHAPE, dtype=torch.float16, parameter_dtype=torch.float32),
-        {},
-    ),
-    "channels_last": lambda: (make_case(SHAPE).in_channels_last(), {}),
-    "x in slices": lambda: (sliced(make_case(SHAPE), "x"), {}),
-    "dy in slices": lambda: (sliced(make_case(SHAPE), "dy"), {}),
-    "dy expanded": lambda: (expanded(make_case(SHAPE)), {}),
-    "w1 strided": lambda: (strided_weights(make_case(SHAPE)), {}),
-    "no b1": lambda: (without(make_case(SHAPE), 1), {}),
-    "no b2": lambda: (without(make_case(SHAPE), 3), {}),
-    "no bs": lambda: (without(make_case(SHAPE), 5), {}),
-    "max": lambda: (make_case(SHAPE, "max"), {}),
-    "concat": lambda: (make_case(SHAPE, "concat"), {}),
-    "cse": lambda: (make_case(SHAPE, "cse"), {}),
-    "sse": lambda: (make_case(SHAPE, "sse"), {}),
-    "activation": lambda: (make_case(SHAPE), {"activation": "silu"}),
-    "slope": lambda: (make_case(SHAPE), {"activation": "elu", "slope": 0.5}),
-    "another slope": lambda: (make_case(SHAPE), {"activation": "elu", "slope": 0.25}),
-    "gate": lambda: (make_case(SHAPE), {"gate": "hard_sigmoid"}),
-    "dx alone": lambda: (make_case(SHAPE), {"needs": (0,)}),
-    "dw1 alone": lambda: (make_case(SHAPE), {"needs": (1,)}),
-    "dws alone": lambda: (make_case(SHAPE), {"needs": (5,)}),
-    **{
-        f"{name} moved": lambda name=name: (with_moved(make_case(SHAPE), name), {})
-        for name in ("x", "dy", "w1", "b1", "w2", "b2", "ws", "bs")
-    },
-    **{
-        f"{name} half": lambda i=i: (with_dtype(make_case(SHAPE), i, torch.float16), {})
-        for i, name in enumerate(("w1", "b1", "w2", "b2", "ws", "bs"))
-    },
-}
+@pytest.fixture(params=[SCSE, NORM], ids=["scse", "bn_relu_scse"])
+def operator(request):
+    return request.param
 
 
 @pytest.mark.parametrize("launches", [3, 1])
-def test_every_kind_launches_what_tritons_own_way_does(gpu, monkeypatch, launches):
+def test_every_kind_launches_what_tritons_own_way_does(gpu, monkeypatch, operator, launches):
     monkeypatch.setenv("SCSE_TRITON_LAUNCHES", str(launches))
-    both(make_case(SHAPE))  # its plans are there for all others to be taken for
-    first = check(gpu, make_case(SHAPE))
-    for name, kind in KINDS.items():
-        case, options = kind()
+    operator.both(operator.make_case(SHAPE))  # its plans are there for all others to be taken for
+    first = operator.check(gpu, operator.make_case(SHAPE))
+    assert len(first) == (2 if (operator, launches) == (SCSE, 1) else operator.launches)
+    for name, (case, options) in operator.kinds().items():
         # all differ, but that kernels know no axes
-        assert (check(gpu, case, **options) == first) == (name in ("first", "axes")), name
+        assert (operator.check(gpu, case, **options) == first) == (name in ("first", "axes")), name
     plans = plan._kept[1].values()
     assert all(p._prepared is not None for p in plans if p.launches)
 
 
-def test_known_kinds_go_past_tritons_binder(gpu, monkeypatch):
-    case = make_case(SHAPE)
-    both(case)
-    launched = len(gpu.log)
+def test_known_kinds_go_past_tritons_binder(gpu, monkeypatch, operator):
+    operator.both(operator.make_case(SHAPE))
+    assert len(gpu.log) == operator.launches
 
     def run(*_, **__):
         raise AssertionError("Triton's own way")
 
     monkeypatch.setattr(JITFunction, "run", run)
-    both(make_case(SHAPE, seed=5))  # other tensors of the same kind
-    assert len(gpu.log) == 2 * launched == 12
+    operator.both(operator.make_case(SHAPE, seed=5))  # other tensors of the same kind
+    assert len(gpu.log) == 2 * operator.launches
     with pytest.raises(AssertionError, match="own way"):
-        both(with_moved(case, "ws"))
+        operator.both(operator.changed("ws", lambda t: moved(t, 1)))
+
+
+def test_a_wrong_setting(gpu, monkeypatch, operator):
+    case = operator.make_case(SHAPE)
+    operator.check(gpu, case)
+    monkeypatch.setenv("SCSE_TRITON_LAUNCHES", "2")
+    with pytest.raises(ValueError, match="SCSE_TRITON_LAUNCHES must be 1 or 3, got '2'"):
+        operator.both(case)
+
+
+def test_another_device(gpu, operator):
+    case = operator.make_case(SHAPE)
+    own = operator.check(gpu, case)
+    other = Driver()
+    driver.set_active(other)
+    assert [k[:3] for k in operator.check(other, case)] == [k[:3] for k in own]
+    assert other.compiled == len(own)
+
+
+def test_hooks_fire(gpu, operator):
+    case = operator.make_case(SHAPE)
+    operator.both(case)
+    seen = []
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        operator.both(case)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert seen == operator.launches * ["of the launch"]
+    operator.both(case)
+    assert len(seen) == operator.launches
+
+
+# Who must still see operators.
+
+
+def test_a_dispatch_mode_sees_the_operators(gpu, operator):
+    with Watch() as watch:
+        operator.both(operator.make_case(SHAPE))
+    assert tuple(watch.seen) == operator.seen
+
+
+def test_a_profiler_sees_the_operators(gpu, operator):
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        operator.both(operator.make_case(SHAPE))
+    names = [event.name for event in seen.events() if event.name.startswith("scse_kernels::")]
+    assert names == [name.removesuffix(".default").replace(".", "::") for name in operator.seen]
+
+
+def test_nobody_sees_them_otherwise(gpu, monkeypatch, operator):
+    monkeypatch.setattr(operator.tables, "FORWARD", {})
+    monkeypatch.setattr(operator.tables, "BACKWARD", {})
+    operator.both(operator.make_case(SHAPE))
+    with torch.no_grad():
+        operator.call(operator.make_case(SHAPE))
+    assert len(gpu.log) == 2 * operator.forward + operator.backward
+
+
+def test_make_fx_sees_the_operators(gpu, operator):
+    case = operator.make_case(SHAPE, **({} if operator is SCSE else {"training": False}))
+
+    def gradient(x, dy):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(operator.call(case, x), x, dy)
+
+    graph = make_fx(gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(case.x, case.dy)
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert tuple(t for t in targets if "scse_kernels" in t) == operator.seen
+    assert gpu.log == []
+
+
+# Of scSE alone.
 
 
 def test_scratch_is_one_allocation_of_pieces_apart(gpu):
@@ -188,9 +154,6 @@ def test_environment(gpu, monkeypatch):
     for launches, kernels in ((3, 6), (1, 2), (3, 6)):
         monkeypatch.setenv("SCSE_TRITON_LAUNCHES", str(launches))
         assert len(check(gpu, case)) == kernels
-    monkeypatch.setenv("SCSE_TRITON_LAUNCHES", "2")
-    with pytest.raises(ValueError, match="SCSE_TRITON_LAUNCHES must be 1 or 3, got '2'"):
-        both(case)
 
 
 def test_tuning_file(gpu, monkeypatch, tmp_path):
@@ -227,34 +190,11 @@ def test_tuning_file(gpu, monkeypatch, tmp_path):
     assert check(gpu, case) == own
 
 
-def test_another_device(gpu):
-    case = make_case(SHAPE)
-    own = check(gpu, case)
-    other = Driver()
-    driver.set_active(other)
-    assert [k[:3] for k in check(other, case)] == [k[:3] for k in own]
-    assert other.compiled == len(own)
-
-
 def test_plans_are_not_kept_without_end(gpu, monkeypatch):
     monkeypatch.setattr(plan, "_MOST", 4)
     for size in range(8):
         check(gpu, make_case((1, 4, 3, 3 + size)))
         assert len(plan._kept[1]) <= 5
-
-
-def test_hooks_fire(gpu):
-    case = make_case(SHAPE)
-    both(case)
-    seen = []
-    knobs.runtime.launch_enter_hook.add(seen.append)
-    try:
-        both(case)
-    finally:
-        knobs.runtime.launch_enter_hook.remove(seen.append)
-    assert seen == 6 * ["of the launch"]
-    both(case)
-    assert len(seen) == 6
 
 
 def test_a_kernels_own_hook_fires(gpu, monkeypatch):
@@ -311,47 +251,6 @@ def test_threads(gpu):
         for case in cases:
             both(case)
     assert launched == sizes(gpu.log)
-
-
-# Who must still see operators.
-
-NAMES = ["scse_kernels.triton_forward.default", "scse_kernels.triton_backward.default"]
-
-
-def test_a_dispatch_mode_sees_the_operators(gpu):
-    with Watch() as watch:
-        both(make_case(SHAPE))
-    assert watch.seen == NAMES
-
-
-def test_a_profiler_sees_the_operators(gpu):
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        both(make_case(SHAPE))
-    names = [event.name for event in seen.events() if event.name.startswith("scse_kernels::")]
-    assert names == ["scse_kernels::triton_forward", "scse_kernels::triton_backward"]
-
-
-def test_nobody_sees_them_otherwise(gpu, monkeypatch):
-    monkeypatch.setattr(ops, "FORWARD", {})
-    monkeypatch.setattr(ops, "BACKWARD", {})
-    both(make_case(SHAPE))
-    with torch.no_grad():
-        case = make_case(SHAPE)
-        call("add", case.x, *case.parameters, backend="triton")
-    assert len(gpu.log) == 9
-
-
-def test_make_fx_sees_the_operators(gpu):
-    case = make_case(SHAPE)
-
-    def gradient(x, dy):
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(scse(x, *case.parameters, backend="triton"), x, dy)
-
-    graph = make_fx(gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(case.x, case.dy)
-    targets = [str(node.target) for node in graph.graph.nodes]
-    assert [t for t in targets if "scse_kernels" in t] == NAMES
-    assert gpu.log == []
 
 
 def test_compiled_calls_launch_the_same(gpu):
