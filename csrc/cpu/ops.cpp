@@ -389,7 +389,7 @@ BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, c
   const Map dy_map = map_of(dy, channels_last);
   p.dy = static_cast<const T*>(dy_map.tensor.const_data_ptr());
   p.dy_sample = dy_map.sample, p.dy_pitch = dy_map.pitch;
-  p.need_dx = need_dx;
+  p.need_dx = p.need_d_mean = need_dx;
   const Parameters<T> parameters(p, w1, w2, ws, bs);
   const Gradients<T> gradients(p, w1, b1, w2, b2, ws, bs, need_channel, need_spatial);
   take_saved(p, pooled, hidden, channel_gate);  // after the parameters, whose sizes they have
