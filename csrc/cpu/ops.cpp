@@ -263,24 +263,27 @@ bool streams(const Problem<T>& p, const T* map, int64_t bytes) {
 
 // --- forward and backward ---
 
-// The parameters that both directions need.
+// scSE's parameters. The backward needs no b1 and no b2.
 template <typename T>
 class Parameters {
   using A = Accumulator<T>;
 
  public:
-  Parameters(Problem<T>& p, const Optional& w1, const Optional& w2, const Optional& ws,
-             const Optional& bs)
+  Parameters(Problem<T>& p, const Optional& w1, const Optional& b1, const Optional& w2,
+             const Optional& b2, const Optional& ws, const Optional& bs)
       : w1_("w1", w1, p.hidden_channels * p.channels),
+        b1_("b1", b1, p.hidden_channels),
         w2_("w2", w2, p.channels * p.hidden_channels),
+        b2_("b2", b2, p.channels),
         ws_("ws", ws, p.channels),
         bs_("bs", bs, 1) {
-    p.w1 = w1_.data(), p.w2 = w2_.data(), p.ws = ws_.data();
+    p.w1 = w1_.data(), p.b1 = b1_.data(), p.w2 = w2_.data(), p.b2 = b2_.data();
+    p.ws = ws_.data();
     p.bs = bs_.data() ? *bs_.data() : A(0);
   }
 
  private:
-  Parameter<A> w1_, w2_, ws_, bs_;
+  Parameter<A> w1_, b1_, w2_, b2_, ws_, bs_;
 };
 
 // The gradients of all parameters.
@@ -360,9 +363,7 @@ ForwardResult forward(const Tensor& x, const Optional& w1, const Optional& b1, c
   const Tensor y = empty_map({sizes.data(), sizes.size()}, x.scalar_type(), channels_last);
   p.y = static_cast<T*>(y.mutable_data_ptr());
   const SavedTensors to_save = new_saved(p);
-  const Parameters<T> parameters(p, w1, w2, ws, bs);
-  const Parameter<A> b1_("b1", b1, p.hidden_channels), b2_("b2", b2, p.channels);
-  p.b1 = b1_.data(), p.b2 = b2_.data();
+  const Parameters<T> parameters(p, w1, b1, w2, b2, ws, bs);
 
   p.stream = streams(p, p.y, (x.numel() + y.numel()) * sizeof(T));
 
@@ -390,7 +391,7 @@ BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, c
   p.dy = static_cast<const T*>(dy_map.tensor.const_data_ptr());
   p.dy_sample = dy_map.sample, p.dy_pitch = dy_map.pitch;
   p.need_dx = p.need_d_mean = need_dx;
-  const Parameters<T> parameters(p, w1, w2, ws, bs);
+  const Parameters<T> parameters(p, w1, {}, w2, {}, ws, bs);
   const Gradients<T> gradients(p, w1, b1, w2, b2, ws, bs, need_channel, need_spatial);
   take_saved(p, pooled, hidden, channel_gate);  // after the parameters, whose sizes they have
 
