@@ -98,13 +98,6 @@ inline Map map_of(const Tensor& t, bool channels_last) {
   return {copy, one_sample ? 0 : one_row ? row : row * rows, one_row ? 0 : row};
 }
 
-// For kernels that know no pitch: `t` itself if its samples are dense, else a copy.
-inline Tensor in_layout(const Tensor& t, bool channels_last) {
-  const Map map = map_of(t, channels_last);
-  const bool dense = map.sample > 0 && map.pitch == (channels_last ? t.size(1) : positions_of(t));
-  return dense ? map.tensor : torch::stable::contiguous(t, format_of(t, channels_last));
-}
-
 // Memory for a tensor. A call asks for up to ten, so this does not go through the dispatcher, which
 // takes longer.
 inline Tensor empty_strided_on(int32_t device_type, int32_t device,

@@ -263,24 +263,47 @@ bool streams(const Problem<T>& p, const T* map, int64_t bytes) {
 
 // --- forward and backward ---
 
-// The parameters that both directions need.
+// y or dx, and where values of positions wait if its samples are too thin.
+struct ResultMap {
+  Tensor tensor;
+  Optional parking;
+};
+
+// Memory for y or dx: x's map with `channels` channels. `slots`: the values of a position that wait
+// in it for the second pass. `read`: the elements that the call reads.
+template <typename T>
+ResultMap new_map(Problem<T>& p, T*& place, const Tensor& x, int64_t channels, int slots,
+                  int64_t read) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[1] = channels;
+  const Tensor map = empty_map({sizes.data(), sizes.size()}, x.scalar_type(), p.channels_last);
+  place = static_cast<T*>(map.mutable_data_ptr());
+  p.stream = streams(p, place, (read + map.numel()) * sizeof(T));
+  if (p.combine == Combine::channel) return {map, {}};
+  return {map, set_parking(p, place, channels, slots, x.scalar_type())};
+}
+
+// scSE's parameters. The backward needs no b1 and no b2.
 template <typename T>
 class Parameters {
   using A = Accumulator<T>;
 
  public:
-  Parameters(Problem<T>& p, const Optional& w1, const Optional& w2, const Optional& ws,
-             const Optional& bs)
+  Parameters(Problem<T>& p, const Optional& w1, const Optional& b1, const Optional& w2,
+             const Optional& b2, const Optional& ws, const Optional& bs)
       : w1_("w1", w1, p.hidden_channels * p.channels),
+        b1_("b1", b1, p.hidden_channels),
         w2_("w2", w2, p.channels * p.hidden_channels),
+        b2_("b2", b2, p.channels),
         ws_("ws", ws, p.channels),
         bs_("bs", bs, 1) {
-    p.w1 = w1_.data(), p.w2 = w2_.data(), p.ws = ws_.data();
+    p.w1 = w1_.data(), p.b1 = b1_.data(), p.w2 = w2_.data(), p.b2 = b2_.data();
+    p.ws = ws_.data();
     p.bs = bs_.data() ? *bs_.data() : A(0);
   }
 
  private:
-  Parameter<A> w1_, w2_, ws_, bs_;
+  Parameter<A> w1_, b1_, w2_, b2_, ws_, bs_;
 };
 
 // The gradients of all parameters.
@@ -355,24 +378,14 @@ ForwardResult forward(const Tensor& x, const Optional& w1, const Optional& b1, c
   p.activation = static_cast<Activation>(activation);
   p.activation_parameter = static_cast<A>(slope);
 
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes[1] = p.out_channels;
-  const Tensor y = empty_map({sizes.data(), sizes.size()}, x.scalar_type(), channels_last);
-  p.y = static_cast<T*>(y.mutable_data_ptr());
+  const ResultMap y = new_map(p, p.y, x, p.out_channels, 1, x.numel());
   const SavedTensors to_save = new_saved(p);
-  const Parameters<T> parameters(p, w1, w2, ws, bs);
-  const Parameter<A> b1_("b1", b1, p.hidden_channels), b2_("b2", b2, p.channels);
-  p.b1 = b1_.data(), p.b2 = b2_.data();
-
-  p.stream = streams(p, p.y, (x.numel() + y.numel()) * sizeof(T));
-
-  Optional parking;
-  if (ws) parking = set_parking(p, p.y, p.out_channels, 1, x.scalar_type());
+  const Parameters<T> parameters(p, w1, b1, w2, b2, ws, bs);
   const Tensor memory =
       scratch<A>({{&p.partial, w1 ? p.samples * p.strips * p.channels : 0}}, kAccumulator<T>);
 
   kernels<T>().forward(p);
-  return {y, to_save.pooled, to_save.hidden, to_save.channel_gate};
+  return {y.tensor, to_save.pooled, to_save.hidden, to_save.channel_gate};
 }
 
 template <typename T>
@@ -389,20 +402,13 @@ BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, c
   const Map dy_map = map_of(dy, channels_last);
   p.dy = static_cast<const T*>(dy_map.tensor.const_data_ptr());
   p.dy_sample = dy_map.sample, p.dy_pitch = dy_map.pitch;
-  p.need_dx = need_dx;
-  const Parameters<T> parameters(p, w1, w2, ws, bs);
+  p.need_dx = p.need_d_mean = need_dx;
+  const Parameters<T> parameters(p, w1, {}, w2, {}, ws, bs);
   const Gradients<T> gradients(p, w1, b1, w2, b2, ws, bs, need_channel, need_spatial);
   take_saved(p, pooled, hidden, channel_gate);  // after the parameters, whose sizes they have
 
-  Tensor dx = empty({0}, x.scalar_type());
-  Optional parking;
-  if (need_dx) {
-    dx = empty_map(x.sizes(), x.scalar_type(), channels_last);
-    p.dx = static_cast<T*>(dx.mutable_data_ptr());
-    p.stream = streams(p, p.dx, (x.numel() + dy.numel() + dx.numel()) * sizeof(T));
-    if (ws) parking = set_parking(p, p.dx, p.channels, 2, x.scalar_type());
-  }
-
+  const ResultMap dx = need_dx ? new_map(p, p.dx, x, p.channels, 2, x.numel() + dy.numel())
+                               : ResultMap{empty({0}, x.scalar_type()), {}};
   const int64_t all_strips = p.samples * p.strips, vector = p.samples * p.channels;
   const Tensor memory = scratch<A>({{&p.partial, w1 ? all_strips * p.channels : 0},
                                     {&p.partial_ws, ws ? all_strips * p.channels : 0},
@@ -413,7 +419,7 @@ BackwardResult backward(const Tensor& dy, const Tensor& x, const Optional& w1, c
                                    kAccumulator<T>);
 
   kernels<T>().backward(p);
-  return {dx,
+  return {dx.tensor,
           gradients.dw1.result(),
           gradients.db1.result(),
           gradients.dw2.result(),

@@ -141,7 +141,7 @@ struct Problem {
   A* d_hidden;    // [N, Cr]: gradient before the activation
   A* d_mean;      // [N, C]: gradient of the pooled value, divided by S
   A *dw1, *db1, *dw2, *db2, *dws, *dbs;
-  bool need_dx, need_channel, need_spatial;
+  bool need_dx, need_d_mean, need_channel, need_spatial;
 
   int64_t threads;
   ParallelFor parallel_for;

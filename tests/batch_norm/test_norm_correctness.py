@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import VARIANTS, check, with_layouts
+from budget import VARIANTS, channels_last, check, with_layouts
 from norm_budget import WITH_KERNELS, make_case  # noqa: F401
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -90,13 +90,24 @@ def _channel_sliced(t):
     return torch.cat([t, torch.full_like(t, torch.nan)], 1)[:, : t.shape[1]]
 
 
+def _channel_sliced_in_channels_last(t):
+    return channels_last(torch.cat([t, torch.full_like(t, torch.nan)], 1))[:, : t.shape[1]]
+
+
+def _position_sliced(t):
+    return torch.cat([t, torch.full_like(t, torch.nan)], 2)[:, :, : t.shape[2]]
+
+
 def _transposed(t):
     return t.transpose(2, 3).contiguous().transpose(2, 3)
 
 
-@pytest.mark.parametrize("arrange", (_channel_sliced, _transposed))
+@pytest.mark.parametrize(
+    "arrange",
+    (_channel_sliced, _channel_sliced_in_channels_last, _position_sliced, _transposed),
+)
 def test_other_strides(target, arrange):
-    case = make_case((3, 12, 9, 7), "max")
+    case = make_case((3, 12, 19, 17), "max")  # two strips to a sample
     check(case.arranged(x=arrange), target)
     check(case.arranged(dy=arrange), target)
 

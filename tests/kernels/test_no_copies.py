@@ -1,6 +1,7 @@
 """A map is copied only where its layout needs it. channels_last passes through from one convolution
 to the next; parts of a larger tensor with dense rows are read where they are."""
 
+import norm_budget
 import pytest
 import torch
 from budget import CHANNELS_LAST, VARIANTS, call, channels_last, make_case
@@ -19,6 +20,14 @@ COPY = "aten::copy_"  # what clone, contiguous and to come down to
 
 def batch_of_a_larger_tensor(t):
     return torch.cat([t, t], 1).contiguous()[:, : t.shape[1]]
+
+
+def channels_of_a_larger_tensor(t):
+    return channels_last(torch.cat([t, t], 1))[:, : t.shape[1]]
+
+
+def positions_of_a_larger_tensor(t):
+    return torch.cat([t, t], -2)[..., : t.shape[-2], :]
 
 
 def _copied(function):
@@ -45,7 +54,7 @@ def _forward_and_backward(case):
     leaves = [None if t is None else t.requires_grad_() for t in (case.x, *case.parameters)]
 
     def function():
-        y = call(case.variant, *leaves, backend="cpu")
+        y = case.call(case.variant, **dict(zip(case.names, leaves, strict=True)), backend="cpu")
         return y, torch.autograd.grad(y, leaves[0], case.dy)[0]
 
     return _copies(function)
@@ -74,15 +83,22 @@ def test_dense_samples_of_a_larger_tensor():
 @pytest.mark.parametrize("shape", ((3, 12, 9, 7), (2, 12, 5, 4, 3)), ids=("2d", "3d"))
 def test_channels_of_a_larger_tensor(shape, variant):
     """The first channels of a channels_last concatenation: y and dx are dense and channels_last."""
-
-    def first_channels(t):
-        return channels_last(torch.cat([t, t], 1))[:, : t.shape[1]]
-
-    case = make_case(shape, variant).arranged(first_channels, first_channels)
+    case = make_case(shape, variant).arranged(*[channels_of_a_larger_tensor] * 2)
     assert not case.x.is_contiguous(memory_format=CHANNELS_LAST[len(shape)])
     copies, (y, dx) = _forward_and_backward(case)
     assert copies == 0
     assert y.stride() == channels_last(y).stride() and dx.stride() == channels_last(case.x).stride()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "arrange",
+    (batch_of_a_larger_tensor, channels_of_a_larger_tensor, positions_of_a_larger_tensor),
+)
+def test_parts_of_a_larger_tensor_behind_batch_norm(arrange, variant):
+    case = norm_budget.make_case((3, 12, 9, 7), variant).arranged(arrange, arrange)
+    copies, _ = _forward_and_backward(case)
+    assert copies == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

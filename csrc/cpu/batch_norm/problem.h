@@ -25,10 +25,10 @@ struct NormProblem : Problem<T> {
   A *sum_g, *sum_gu, *sum_one, *sum_u;
   A *du_one, *du_u;  // [C]: du = scale * dv + du_one + du_u * (u - mean)
   A *dweight, *dbias;
-  bool need_du, need_affine;
+  bool need_affine;  // need_dx: du is wanted
 
   // Whether sums of dv are wanted.
-  bool need_sums() const { return (need_du && of_batch) || need_affine; }
+  bool need_sums() const { return (this->need_dx && of_batch) || need_affine; }
 };
 
 template <typename T>
