@@ -1,20 +1,27 @@
 """docs/gpu.md has the counts that counts.py prints."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from budget import make_case
+from cases import in_layout, results
 from counts import (
     GENERAL,
+    ISSUED,
     LAYOUTS,
     NARROW,
     ON_CHIP,
     count,
     detailed,
+    issued_row,
     kernel_row,
     narrow_row,
     passes_row,
 )
+from fakecuda import NO_CLUSTERS
 from gpu import proof
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu.md"
@@ -34,14 +41,37 @@ def test_the_document_has_what_is_counted(what):
             assert report.atomic_requests == 0
             if detailed(shape, variant):
                 # The compiler's version decides about registers.
-                expected = re.escape(kernel_row(report, layout))
+                expected = re.escape(kernel_row(report, layout, x_bytes))
                 expected = re.sub(rf"\\\|\\ {report.registers}\\ ", r"\\|\\ \\d+\\ ", expected)
-                assert re.search(expected, text), kernel_row(report, layout)
+                assert re.search(expected, text), kernel_row(report, layout, x_bytes)
 
 
 @pytest.mark.parametrize("shape", NARROW, ids=str)
 def test_rows_that_are_no_multiples_of_16_bytes(shape):
     assert narrow_row(shape) in DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ISSUED, ids=str)
+def test_instructions(shape, layout):
+    assert issued_row(shape, layout) in DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", ("max", "mul"))
+def test_memory_is_waited_for_once(layout, variant):
+    """In reduce, where gates come first, as where they do not: x and dy are on their way
+    together."""
+
+    def chain(variant):
+        case = make_case((2, 64, 8, 16), variant, torch.float16, reduction=16)
+        case = case.arranged(*[partial(in_layout, layout)] * 2)
+        _, lab = results(NO_CLUSTERS, case, latency=True)
+        (reduce,) = [r for r in lab.reports if r.kernel.startswith("reduce")]
+        return reduce.latency_cycles
+
+    device = NO_CLUSTERS.device
+    assert chain(variant) < chain("add") + device.l2_cycles
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
