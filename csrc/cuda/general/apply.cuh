@@ -16,15 +16,15 @@ namespace scse::cuda {
 
 // Which part of which sample a thread has. A sample has inner_tiles * outer_tiles tiles.
 struct Walk {
-  Lanes lanes;
+  int lane_bits;
   Count inner_tiles, outer_tiles;
 
   // In tile `tile`, in a map of `rows` rows of `row` elements. `width`: of an access.
   SCSE_DEVICE Part part(unsigned tile, int width, int64_t rows, int64_t row) const {
-    const Place me(lanes);
+    const Place me(lane_bits);
     const unsigned outer = tile % outer_tiles, inner = tile / outer_tiles % inner_tiles;
     return {(int64_t{outer} * me.rows + me.row) * kOuter,
-            (int64_t{inner} * lanes.count + me.lane) * width, rows, row};
+            ((int64_t{inner} << lane_bits) + me.lane) * width, rows, row};
   }
   SCSE_DEVICE int64_t sample(unsigned tile) const { return tile / outer_tiles / inner_tiles; }
 };

@@ -10,13 +10,13 @@
 
 namespace scse::cuda {
 
-// A thread's place in its block. (Divisions by the number of lanes would take long.)
+// A thread's place in its block, 1 << lane_bits threads to a row. (Divisions would take long.)
 struct Place {
   int lane, row, rows;
-  SCSE_DEVICE explicit Place(Lanes lanes)
-      : lane(threadIdx.x & (lanes.count - 1)),
-        row(threadIdx.x >> lanes.bits),
-        rows(blockDim.x >> lanes.bits) {}
+  SCSE_DEVICE explicit Place(int lane_bits)
+      : lane(threadIdx.x & ((1 << lane_bits) - 1)),
+        row(threadIdx.x >> lane_bits),
+        rows(blockDim.x >> lane_bits) {}
   // Its first row of a step.
   SCSE_DEVICE int outer() const { return row * kOuter; }
   // From a step's first element to its own, in a map with that distance between rows.

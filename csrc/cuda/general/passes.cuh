@@ -54,7 +54,7 @@ void Passes<T>::apply(const Problem& p, const Forward& f) {
   a.channel_gate = p.channel_gate, a.spatial_gate = f.spatial_gate;
   a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
   a.channels = p.channels, a.positions = p.positions;
-  a.walk = {t.of_row(), t.inner_tiles, t.outer_tiles};
+  a.walk = {t.of_row().bits, t.inner_tiles, t.outer_tiles};
   a.residual = p.residual;
   with_width<T>(t.width, [&](auto width) {
     with_combine(p.combine, [&](auto combine) {
@@ -116,7 +116,7 @@ void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
   a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
   a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
   a.channels = p.channels, a.positions = p.positions;
-  if (tiles > 0) a.walk = {t.of_row(), t.inner_tiles, t.outer_tiles};
+  if (tiles > 0) a.walk = {t.of_row().bits, t.inner_tiles, t.outer_tiles};
   a.dtypes = p.dtypes, a.residual = p.residual ? -1 : 0, a.tasks = b.tasks;
   with_width<T>(t.width, [&](auto width) {
     with_combine(p.combine, [&](auto combine) {

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions;
-  const Place me(a.lanes);
+  const Place me(a.lanes.bits);
   const LaneSums over_positions(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t strip_sums = int64_t{blockIdx.x} * channels;  // in partial and partial_ws
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions;
-  const Place me(a.lanes);
+  const Place me(a.lanes.bits);
   const LaneSums over_channels(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t strip_sums = int64_t{blockIdx.x} * channels;  // in partial and partial_ws
