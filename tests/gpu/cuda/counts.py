@@ -91,15 +91,15 @@ def issued(report, variant, x_bytes) -> str:
     loads of parameters, most of which ptxas removes."""
     kernel = re.sub("(_planes|_channels_last|_kernel)?<.*", "", report.kernel)
     if kernel not in MAPS:
-        return "–"
+        return "none"
     instructions = report.warp_instructions - sum(report.instructions[k] for k in UNCHARGED)
     return f"{instructions / (MAPS[kernel][variant == 'max'] * x_bytes / 1024):.0f}"
 
 
 def kernel_row(report, layout, x_bytes) -> str:
-    """Of the sum: registers to a thread, shares of wide accesses and of used bytes in touched sectors (loads /
-    stores), passes of shared memory over those without conflicts, instructions, the bound and what
-    binds."""
+    """Of the sum: registers to a thread, shares of wide accesses and of used bytes in touched
+    sectors (loads / stores), passes of shared memory over those without conflicts, instructions,
+    the bound and what binds."""
     line = report.roofline()
     conflicts = report.shared_wavefronts / max(1, report.shared_ideal_wavefronts)
     return row(
@@ -131,7 +131,8 @@ def issued_row(shape, layout) -> str:
     for variant in ("add", "max"):
         x_bytes, labs = count(NO_CLUSTERS, shape, variant, layout)
         numbers.append([issued(r, variant, x_bytes) for lab in labs for r in lab.reports])
-    over_maps = [f"{add} / {most}" for add, most in zip(*numbers, strict=True) if add != "–"]
+    pairs = zip(*numbers, strict=True)
+    over_maps = [f"{add} / {largest}" for add, largest in pairs if add != "none"]
     return row(f"{list(shape)}, {layout}", *over_maps)
 
 
