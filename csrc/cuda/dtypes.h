@@ -16,5 +16,8 @@ enum class Parameter { w1, b1, w2, b2, ws, bs };
 constexpr int packed(Parameter parameter, Dtype dtype) {
   return static_cast<int>(dtype) << 2 * static_cast<int>(parameter);
 }
+constexpr Dtype dtype_of(int dtypes, Parameter parameter) {
+  return static_cast<Dtype>(dtypes >> 2 * static_cast<int>(parameter) & 3);
+}
 
 }  // namespace scse::cuda

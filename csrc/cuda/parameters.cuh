@@ -9,10 +9,6 @@
 
 namespace scse::cuda {
 
-SCSE_DEVICE Dtype dtype_of(int dtypes, Parameter parameter) {
-  return static_cast<Dtype>(dtypes >> 2 * static_cast<int>(parameter) & 3);
-}
-
 // Calls body(const T* or T*) with the pointer in its type.
 template <typename Void, typename Body>
 SCSE_DEVICE void typed(Void* p, Dtype dtype, const Body& body) {
@@ -37,7 +33,7 @@ SCSE_DEVICE float load_parameter(const void* p, Dtype dtype, int64_t i) {
 
 // Elements i, i + 1, ..., of which the first `inside` exist; 0 for the others.
 template <int count>
-SCSE_DEVICE void load_parameters(const void* p, Dtype dtype, int64_t i, int64_t inside,
+SCSE_DEVICE void load_parameters(const void* p, Dtype dtype, int64_t i, int inside,
                                  float (&v)[count]) {
   typed(p, dtype, [&](auto* elements) { load_some(elements + i, inside, v); });
 }

@@ -14,4 +14,11 @@ inline int64_t power_of_two(int64_t size) {
   return power;
 }
 
+// The logarithm of a power of two.
+inline int bits_of(int64_t power) {
+  int bits = 0;
+  while (int64_t{1} << bits < power) ++bits;
+  return bits;
+}
+
 }  // namespace scse::cuda

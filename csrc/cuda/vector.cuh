@@ -136,7 +136,7 @@ SCSE_DEVICE void from_float(__nv_bfloat16& to, float v) { to = __float2bfloat16_
 
 // In the fewest accesses that p's alignment allows; 0 for what doesn't exist.
 template <int count, typename T>
-SCSE_DEVICE void load_some(const T* p, int64_t inside, float (&v)[count]) {
+SCSE_DEVICE void load_some(const T* p, int inside, float (&v)[count]) {
   constexpr int bytes = count * sizeof(T) < 16 ? count * sizeof(T) : 16;
   struct alignas(bytes) Pack {
     T of[bytes / sizeof(T)];
@@ -155,7 +155,7 @@ SCSE_DEVICE void load_some(const T* p, int64_t inside, float (&v)[count]) {
   }
 }
 
-SCSE_DEVICE void store_four(float* p, int64_t inside, const float (&v)[4]) {
+SCSE_DEVICE void store_four(float* p, int inside, const float (&v)[4]) {
   if (inside >= 4 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
     *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
   } else {

@@ -16,15 +16,17 @@ namespace scse::cuda {
 
 // Which part of which sample a thread has. A sample has inner_tiles * outer_tiles tiles.
 struct Walk {
-  Count lanes, inner_tiles, outer_tiles;
+  int lane_bits;
+  Count inner_tiles, outer_tiles;
 
   // In tile `tile`, in a map of `rows` rows of `row` elements. `width`: of an access.
-  SCSE_DEVICE Part part(int64_t tile, int width, int64_t rows, int64_t row) const {
-    const Place me(lanes);
-    return {(tile % outer_tiles * me.rows + me.row) * kOuter,
-            (tile / outer_tiles % inner_tiles * lanes + me.lane) * width, rows, row};
+  SCSE_DEVICE Part part(unsigned tile, int width, int64_t rows, int64_t row) const {
+    const Place me(lane_bits);
+    const unsigned outer = tile % outer_tiles, inner = tile / outer_tiles % inner_tiles;
+    return {(int64_t{outer} * me.rows + me.row) * kOuter,
+            ((int64_t{inner} << lane_bits) + me.lane) * width, rows, row};
   }
-  SCSE_DEVICE int64_t sample(int64_t tile) const { return tile / outer_tiles / inner_tiles; }
+  SCSE_DEVICE int64_t sample(unsigned tile) const { return tile / outer_tiles / inner_tiles; }
 };
 
 template <typename T>
@@ -47,9 +49,10 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   let_next_start();
   const int64_t channels = a.channels, positions = a.positions;
   const int64_t row = CHANNELS_LAST ? channels : positions;
-  const int64_t tile = int64_t(gridDim.x) - 1 - blockIdx.x, n = a.walk.sample(tile);
+  const unsigned tile = gridDim.x - 1 - blockIdx.x;
+  const int64_t n = a.walk.sample(tile);
   const Part part = a.walk.part(tile, W, CHANNELS_LAST ? positions : channels, row);
-  const int64_t inside = part.inside(), across = part.across();
+  const int inside = part.inside, across = part.across;
   const bool whole = is_whole<W>(a.x, a.x_sample, a.x_pitch, row) && is_whole<W>(a.y, 0, 0, 0);
   const Accesses<T, W> in =
       load_part<W>(whole, part.in(a.x + n * a.x_sample, a.x_pitch), a.x_pitch, part);
@@ -123,9 +126,10 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
   }
   const int64_t channels = a.channels, positions = a.positions;
   const int64_t row = CHANNELS_LAST ? channels : positions;
-  const int64_t tile = int64_t(gridDim.x) - 1 - blockIdx.x, n = a.walk.sample(tile);
+  const unsigned tile = gridDim.x - 1 - blockIdx.x;
+  const int64_t n = a.walk.sample(tile);
   const Part part = a.walk.part(tile, W, CHANNELS_LAST ? positions : channels, row);
-  const int64_t inside = part.inside(), across = part.across();
+  const int inside = part.inside, across = part.across;
   const bool whole = is_whole<W>(a.dy, a.dy_sample, a.dy_pitch, row) && is_whole<W>(dx, 0, 0, 0) &&
                      (!reads_x || is_whole<W>(a.x, a.x_sample, a.x_pitch, row));
   const T* const dy = part.in(a.dy + n * a.dy_sample, a.dy_pitch);

@@ -10,21 +10,41 @@
 
 namespace scse::cuda {
 
-// A thread's place in its block, `lanes` threads to a row.
+// A thread's place in its block, 1 << lane_bits threads to a row. (Divisions would take long.)
 struct Place {
   int lane, row, rows;
-  SCSE_DEVICE explicit Place(int lanes)
-      : lane(threadIdx.x % lanes), row(threadIdx.x / lanes), rows(blockDim.x / lanes) {}
+  SCSE_DEVICE explicit Place(int lane_bits)
+      : lane(threadIdx.x & ((1 << lane_bits) - 1)),
+        row(threadIdx.x >> lane_bits),
+        rows(blockDim.x >> lane_bits) {}
+  // Its first row of a step.
+  SCSE_DEVICE int outer() const { return row * kOuter; }
+  // From a step's first element to its own, in a map with that distance between rows.
+  template <int W>
+  SCSE_DEVICE int64_t offset(int64_t pitch) const {
+    return static_cast<unsigned>(outer()) * pitch + lane * W;
+  }
 };
+
+SCSE_DEVICE int clamped(int size) { return size; }
+SCSE_DEVICE int clamped(int64_t size) {
+  return static_cast<int>(min(size, static_cast<int64_t>(INT32_MAX)));
+}
 
 // A thread's part of a step in a map of `rows` rows of `row` elements: kOuter rows from `outer` on,
 // and of each one access, to W elements from `inner` on.
 struct Part {
-  int64_t outer, inner, rows, row;
-  // The rows that are left; none or less where the part is outside of the map.
-  SCSE_DEVICE int64_t inside() const { return inner < row ? rows - outer : 0; }
-  // The elements that are left in the row.
-  SCSE_DEVICE int64_t across() const { return row - inner; }
+  int64_t outer, inner;
+  int inside;  // rows that are left; none or less where the part is outside of the map
+  int below;   // the same wherever the part lies in its rows
+  int across;  // elements that are left in the row
+  template <typename Outer, typename Inner>
+  SCSE_DEVICE Part(Outer outer, Inner inner, Outer rows, Inner row)
+      : outer(outer),
+        inner(inner),
+        inside(inner < row ? clamped(rows - outer) : 0),
+        below(clamped(rows - outer)),
+        across(clamped(row - inner)) {}
   // Its first element, in a map with that distance between rows.
   template <typename T>
   SCSE_DEVICE T* in(T* map, int64_t pitch) const {
@@ -49,9 +69,7 @@ struct Along {
 
  private:
   static SCSE_DEVICE int64_t begin(const Part& part) { return INNER ? part.inner : part.outer; }
-  static SCSE_DEVICE int64_t left(const Part& part) {
-    return INNER ? part.across() : part.rows - part.outer;
-  }
+  static SCSE_DEVICE int left(const Part& part) { return INNER ? part.across : part.below; }
 };
 
 // What a thread loads in a step: an access of each row of its part, 0 outside of the map.
@@ -83,14 +101,18 @@ SCSE_DEVICE void with_whole(bool whole, const Body& body) {
 // `p`: where the part begins.
 template <int W, bool WHOLE, typename T>
 SCSE_DEVICE Accesses<T, W> load_part(const T* p, int64_t pitch, const Part& part) {
-  const int64_t inside = part.inside(), across = part.across();
   Accesses<T, W> in;
+  if (WHOLE && part.inside >= kOuter) {  // the usual case: one question for all rows
 #pragma unroll
-  for (int u = 0; u < kOuter; ++u) {
+    for (int u = 0; u < kOuter; ++u, p += pitch) in.at[u] = load<W>(p);
+    return in;
+  }
+#pragma unroll
+  for (int u = 0; u < kOuter; ++u, p += pitch) {
     if constexpr (WHOLE) {
-      in.at[u] = u < inside ? load<W>(p + u * pitch) : Bits<T, W>{};
+      in.at[u] = u < part.inside ? load<W>(p) : Bits<T, W>{};
     } else {
-      in.at[u] = load_singly<W>(p + u * pitch, u < inside ? static_cast<int>(across) : 0);
+      in.at[u] = load_singly<W>(p, u < part.inside ? part.across : 0);
     }
   }
   return in;
@@ -103,31 +125,27 @@ SCSE_DEVICE Accesses<T, W> load_part(bool whole, const T* p, int64_t pitch, cons
   return in;
 }
 template <int W, typename T>
-SCSE_DEVICE void store_access(bool whole, T* p, const Bits<T, W>& bits, int64_t across) {
+SCSE_DEVICE void store_access(bool whole, T* p, const Bits<T, W>& bits, int across) {
   with_whole<W, T>(whole, [&](auto all) {
     if constexpr (decltype(all)::value) {
       store<W>(p, bits);
     } else {
-      store_singly<W>(p, bits, static_cast<int>(across));
+      store_singly<W>(p, bits, across);
     }
   });
 }
 
 // --- vectors over a step's inner elements, in shared memory ---
 //
-// Threads hold them in pieces of W, one thread its own. Pieces of 8 are kept as two of 4, apart, so
-// that neighbouring lanes touch neighbouring 16 bytes: no bank conflicts.
+// `lanes` threads hold them in pieces of W, one thread its own. Pieces of 8 are kept as two of 4,
+// apart, so that neighbouring lanes touch neighbouring 16 bytes: no bank conflicts.
 
 constexpr int kApart = 16;
 template <int W>
 constexpr int kInner = W < 4 ? 32 * W : W / 4 * (32 * 4 + kApart);  // floats, at most
 
 template <int W>
-SCSE_DEVICE int inner_size(int lanes) {
-  return W < 4 ? lanes * W : W / 4 * (lanes * 4 + kApart);
-}
-template <int W>
-SCSE_DEVICE int inner_index(int i, int lanes) {
+SCSE_DEVICE int inner_index(unsigned i, int lanes) {
   if constexpr (W < 8) return i;
   return i % W / 4 * (lanes * 4 + kApart) + i / W * 4 + i % 4;
 }
@@ -161,27 +179,38 @@ SCSE_DEVICE Floats<W> load_inner(const float* shared, int lane, int lanes) {
   return f;
 }
 
-// --- sums over the whole block ---
+// --- sums over the rows of threads of a block ---
 
-// Shared memory of the sums below, in floats.
+// Shared memory of these sums, in floats.
 template <int W>
-constexpr int kSumRows = kMaxThreads / 32 * kInner<W>;
+constexpr int kSumRows = W < 4 ? kMaxThreads * W : W / 4 * (kMaxThreads * 4 + kApart);
 
-// Sums f over the rows; then one thread, always the same, calls body(i, sum) for each of the step's
-// inner elements i. All threads of the block call this.
-template <int W, typename Body>
-SCSE_DEVICE void sum_rows(Floats<W> f, int lanes, float* shared, const Body& body) {
-  sum_groups(f.of, lanes);
-  const int lane = threadIdx.x % 32, size = inner_size<W>(lanes), warps = blockDim.x / 32;
+// Sums f over the rows of `lanes` threads; then one thread, always the same, calls body(i, sums)
+// for N neighbours of the step's inner elements, from i on. All threads of the block call this.
+template <int N, int W, typename Body>
+SCSE_DEVICE void sum_rows(Floats<W> f, Lanes lanes, float* shared, const Body& body) {
+  struct alignas(4 * N) Neighbours {
+    float of[N];
+  };
+  // Where rows are short and many, their sums would be few and long.
+  constexpr int least = 3;
+  sum_groups(f.of, lanes.count, 1 << least);
+  const int row = max(lanes.bits, least), down = (W < 4 ? W : 4) << row;
   __syncthreads();  // the last sums have been read
-  if (lane < lanes) store_inner(shared + threadIdx.x / 32 * size, lane, lanes, f);
+  store_inner(shared, threadIdx.x, blockDim.x, f);
   __syncthreads();
-  for (int i = threadIdx.x; i < lanes * W; i += blockDim.x) {
-    float sum = 0;
-    for (int warp = 0; warp < warps; ++warp) {
-      sum += shared[warp * size + inner_index<W>(i, lanes)];
-    }
-    body(i, sum);
+  for (int i = threadIdx.x * N; i < lanes.count * W; i += blockDim.x * N) {
+    const float* p = shared + inner_index<W>(i, blockDim.x);
+    float sums[N] = {};
+    int left = blockDim.x >> row;
+#pragma unroll 4
+    do {  // there is a row
+      const Neighbours v = *reinterpret_cast<const Neighbours*>(p);
+#pragma unroll
+      for (int k = 0; k < N; ++k) sums[k] += v.of[k];
+      p += down;
+    } while (--left > 0);
+    body(i, sums);
   }
 }
 
@@ -193,39 +222,71 @@ SCSE_DEVICE float sum_block(float v, float* shared) {
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum[0];
   __syncthreads();
   float total = 0;
-  for (int warp = 0; warp < blockDim.x / 32; ++warp) total += shared[warp];
+  if (threadIdx.x == 0) {
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) total += shared[warp];
+  }
   return total;
 }
 
-// Sums each of four values over `lanes` lanes, and adds the four sums to four neighbouring partial
-// sums; `begin`: writes them there. Each is always added by the same thread. At the first two steps
-// a lane gives away half of what it has: fewer shuffles than if every lane had every sum. The order
-// of additions is that of sum_lanes. All lanes of the warp call this.
-SCSE_DEVICE void sum_and_add(float (&sum)[kOuter], int lanes, int lane, float* p, int64_t inside,
-                             bool begin) {
-  static_assert(kOuter == 4, "two steps");
-  if (lanes >= 4) {
-    const bool upper = lane & lanes / 2, odd = lane & lanes / 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float given = upper ? sum[i] : sum[i + 2], kept = upper ? sum[i + 2] : sum[i];
-      sum[i] = kept + __shfl_xor_sync(0xffffffffu, given, lanes / 2);
-    }
-    const float given = odd ? sum[0] : sum[1], kept = odd ? sum[1] : sum[0];
-    float one[1] = {kept + __shfl_xor_sync(0xffffffffu, given, lanes / 4)};
-    sum_lanes(one, lanes / 4);
-    const int mine = upper * 2 + odd;
-    if ((lane & (lanes / 4 - 1)) == 0 && mine < inside) {
-      p[mine] = begin ? one[0] : p[mine] + one[0];
-    }
-    return;
+// --- sums over the lanes of a row, one for each of a thread's kOuter elements ---
+
+// Of four lanes or more each has one of the four sums, so what is made of a sum is made once. Of
+// fewer each has all.
+class LaneSums {
+ public:
+  SCSE_DEVICE explicit LaneSums(Lanes lanes)
+      : lanes_(lanes.count),
+        few_(lanes_ < kOuter),
+        writes_((threadIdx.x & lanes.same) == 0),
+        first_(static_cast<int>(threadIdx.x & (lanes_ - 1)) >> lanes.shift) {}
+  // All lanes of the warp call this.
+  SCSE_DEVICE void sum(float (&v)[kOuter]) const {
+    static_assert(kOuter == 4, "see few_");
+    few_ ? sum_lanes(v, lanes_) : sum_and_scatter(v, lanes_);
   }
-  sum_lanes(sum, lanes);
-  if (lane > 0) return;
+  // Calls body(i, u) for each sum of this lane: v[i] is that of element u.
+  template <typename Body>
+  SCSE_DEVICE void each(const Body& body) const {
 #pragma unroll
-  for (int u = 0; u < kOuter; ++u) {
-    if (u < inside) p[u] = begin ? sum[u] : p[u] + sum[u];
+    for (int i = 0; i < kOuter; ++i) {
+      if (i > 0 && !few_) break;
+      body(i, first_ + i);
+    }
   }
-}
+  // Whether this lane, of all that have the same sums, is the one to write them.
+  SCSE_DEVICE bool writes() const { return writes_; }
+  // What was made of the sums, to memory for them, of which the first `inside` exist.
+  SCSE_DEVICE void store(float* p, int inside, const float (&v)[kOuter]) const {
+    if (!writes()) return;
+    if (few_) {
+      store_four(p, inside, v);
+    } else if (first_ < inside) {
+      p[first_] = v[0];
+    }
+  }
+  // The same to all lanes. All lanes of the warp call this.
+  SCSE_DEVICE void give(float (&v)[kOuter]) const {
+    if (few_) return;
+    const float mine = v[0];
+#pragma unroll
+    for (int u = 0; u < kOuter; ++u) {
+      v[u] = __shfl_sync(0xffffffffu, mine, (lanes_ >> 2) * u, lanes_);
+    }
+  }
+  // Sums v, and adds the sums to partial sums; `begin`: writes them there. Each is always added by
+  // the same thread. All lanes of the warp call this.
+  SCSE_DEVICE void add(float (&v)[kOuter], float* p, int inside, bool begin) const {
+    sum(v);
+    if (!writes()) return;
+    each([&](int i, int u) {
+      if (u < inside) p[u] = begin ? v[i] : p[u] + v[i];
+    });
+  }
+
+ private:
+  const int lanes_;
+  const bool few_, writes_;
+  const int first_;
+};
 
 }  // namespace scse::cuda

@@ -61,9 +61,7 @@ Grid excitation_grid(const Problem& p, int64_t teams, int64_t strips, bool vecto
 // rare one), and whether all rows are whole fours of elements.
 template <typename Body>
 void with_excitation(const Problem& p, bool biases, const Body& body) {
-  const auto dtype_of = [&](Parameter parameter) {
-    return static_cast<Dtype>(p.dtypes >> 2 * static_cast<int>(parameter) & 3);
-  };
+  const auto dtype_of = [&](Parameter parameter) { return cuda::dtype_of(p.dtypes, parameter); };
   const Dtype dtype = dtype_of(Parameter::w1);
   const bool fit = 4 * excite_vectors(p.channels, p.hidden_channels) <= kSharedByDefault;
   const bool one = dtype == dtype_of(Parameter::w2) &&

@@ -25,10 +25,11 @@ void Passes<T>::squeeze(const Problem& p, const Forward& f) {
   const Tile& t = f.tile;
   SqueezeArguments a{};
   a.partial = f.partial, a.spatial_gate = f.spatial_gate;
-  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch, a.x_down = t.outer * p.x_pitch;
   a.channels = p.channels, a.positions = p.positions;
-  a.lanes = t.lanes, a.tiles = t.tiles, a.strips = t.strips;
-  a.dtypes = p.dtypes, a.gate = p.gate;
+  a.lanes = t.of_row(), a.tiles = t.tiles, a.strips = t.strips;
+  a.ws_dtype = dtype_of(p.dtypes, Parameter::ws), a.bs_dtype = dtype_of(p.dtypes, Parameter::bs),
+  a.gate = p.gate;
   with_width<T>(t.width, [&](auto width) {
     constexpr int W = decltype(width)::value;
     const auto run = [&](auto channel, auto spatial) {
@@ -53,7 +54,7 @@ void Passes<T>::apply(const Problem& p, const Forward& f) {
   a.channel_gate = p.channel_gate, a.spatial_gate = f.spatial_gate;
   a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
   a.channels = p.channels, a.positions = p.positions;
-  a.walk = {t.lanes, t.inner_tiles, t.outer_tiles};
+  a.walk = {t.of_row().bits, t.inner_tiles, t.outer_tiles};
   a.residual = p.residual;
   with_width<T>(t.width, [&](auto width) {
     with_combine(p.combine, [&](auto combine) {
@@ -86,9 +87,11 @@ void Passes<T>::reduce(const Problem& p, const Backward& b) {
       a.spatial_gate = b.spatial_gate, a.dq = b.dq;
       a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
       a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+      a.dy_down = t.outer * p.dy_pitch, a.x_down = t.outer * p.x_pitch;
       a.channels = p.channels, a.positions = p.positions;
-      a.lanes = t.lanes, a.tiles = t.tiles, a.strips = t.strips, a.kept = kept;
-      a.dtypes = p.dtypes, a.gate = p.gate;
+      a.lanes = t.of_row(), a.tiles = t.tiles, a.strips = t.strips, a.kept = kept;
+      a.ws_dtype = dtype_of(p.dtypes, Parameter::ws),
+      a.bs_dtype = dtype_of(p.dtypes, Parameter::bs), a.gate = p.gate;
       with_width<T>(t.width, [&](auto width) {
         constexpr int W = decltype(width)::value;
         launch("reduce", p.channels_last ? reduce_channels_last<T, W, K> : reduce_planes<T, W, K>,
@@ -113,7 +116,7 @@ void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
   a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
   a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
   a.channels = p.channels, a.positions = p.positions;
-  if (tiles > 0) a.walk = {t.lanes, t.inner_tiles, t.outer_tiles};
+  if (tiles > 0) a.walk = {t.of_row().bits, t.inner_tiles, t.outer_tiles};
   a.dtypes = p.dtypes, a.residual = p.residual ? -1 : 0, a.tasks = b.tasks;
   with_width<T>(t.width, [&](auto width) {
     with_combine(p.combine, [&](auto combine) {

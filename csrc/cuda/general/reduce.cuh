@@ -7,7 +7,8 @@
 //
 // A block for each sample and strip. Reads x and dy once from memory. For its later uses x waits in
 // shared memory, where a thread reads only what it has written itself. If a tile has too many
-// channels for that, the rest of x is read again, from a cache, since a tile is narrow.
+// channels for that, the rest of x is read again, from a cache, since a tile is narrow. dy is asked
+// for before x is used, also where gates come first: memory is waited for once.
 #pragma once
 
 #include "block.cuh"
@@ -28,11 +29,13 @@ struct ReduceArguments {
   float* dq;                    // [N, S]
   int64_t dy_sample, x_sample;  // from one sample to the next
   int64_t dy_pitch, x_pitch;    // from one row to the next
+  int64_t dy_down, x_down;      // from one step's rows to the next ones
   int64_t positions;
-  Count channels, lanes, tiles, strips;
+  Count channels, tiles, strips;
+  Lanes lanes;
   Count kept;  // accesses of a thread that wait in shared memory
-  int dtypes;  // of ws and bs, see dtypes.h
-  Gate gate;   // the spatial one
+  Dtype ws_dtype, bs_dtype;
+  Gate gate;  // the spatial one
 };
 
 // What waits in shared memory.
@@ -45,25 +48,26 @@ struct Kept {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     memory = reinterpret_cast<Bits<T, W>*>(dynamic_shared) + threadIdx.x;
   }
-  // A step's part of x: the first time from p, and later from where it waits.
-  template <bool WHOLE>
-  SCSE_DEVICE Accesses<T, W> load(int step, bool first, const T* p, int64_t pitch,
-                                  const Part& part) const {
-    const bool keep = (step + 1) * kOuter <= count;
+  SCSE_DEVICE bool has(int step) const { return (step + 1) * kOuter <= count; }
+  // A step's part of x.
+  SCSE_DEVICE void store(int step, const Accesses<T, W>& in) const {
     Bits<T, W>* at = memory + step * kOuter * blockDim.x;
+#pragma unroll
+    for (int u = 0; u < kOuter; ++u, at += blockDim.x) *at = in.at[u];
+  }
+  SCSE_DEVICE Accesses<T, W> load(int step) const {
+    const Bits<T, W>* at = memory + step * kOuter * blockDim.x;
     Accesses<T, W> in;
-    if (keep && !first) {
 #pragma unroll
-      for (int u = 0; u < kOuter; ++u) in.at[u] = at[u * blockDim.x];
-    } else {
-      in = load_part<W, WHOLE>(p, pitch, part);
-    }
-    if (keep && first) {
-#pragma unroll
-      for (int u = 0; u < kOuter; ++u) at[u * blockDim.x] = in.at[u];
-    }
+    for (int u = 0; u < kOuter; ++u, at += blockDim.x) in.at[u] = *at;
     return in;
   }
+};
+
+// A step's part of dy; `second`: of its second half.
+template <typename T, int W, Combine K>
+struct Gradient {
+  Accesses<T, W> first, second{};
 };
 
 // A strip's maps, as a thread reads them, and what a step adds to the sums. Sums over positions lie
@@ -76,7 +80,6 @@ struct Reduce {
   using ByPosition = Along<W, !CHANNELS_LAST>;
 
   Kept<T, W> kept;
-  const T *x, *dy;  // of the sample
   int64_t x_pitch, dy_pitch;
   int64_t half;  // from the first to the second half of dy
   bool whole;
@@ -85,60 +88,61 @@ struct Reduce {
   Dtype dtype;
 
   SCSE_DEVICE Reduce(const T* dy, const T* x, const void* ws, const float* channel_gate,
-                     const ReduceArguments& a, int64_t n)
+                     const ReduceArguments& a, unsigned n)
       : kept(a.kept),
-        x(x + n * a.x_sample),
-        dy(dy + n * a.dy_sample),
         x_pitch(a.x_pitch),
         dy_pitch(a.dy_pitch),
         half(a.channels * (CHANNELS_LAST ? 1 : a.dy_pitch)),
-        channel_gate(channel_gate + n * a.channels),
+        channel_gate(channel_gate + int64_t{n} * a.channels),
         ws(ws),
-        dtype(dtype_of(a.dtypes, Parameter::ws)) {
+        dtype(a.ws_dtype) {
     const int64_t row = CHANNELS_LAST ? int64_t{a.channels} : a.positions;
     whole = is_whole<W>(x, a.x_sample, x_pitch, row) && is_whole<W>(dy, a.dy_sample, dy_pitch, row);
   }
 
-  SCSE_DEVICE Accesses<T, W> load_x(int step, bool first, const Part& part) const {
-    Accesses<T, W> in;
-    with_whole<W, T>(whole, [&](auto all) {
-      in =
-          kept.template load<decltype(all)::value>(step, first, part.in(x, x_pitch), x_pitch, part);
-    });
+  // x, whose part begins at `p`; where it was used before, from where it waits.
+  SCSE_DEVICE Accesses<T, W> load_x(int step, bool first, const T* p, const Part& part) const {
+    if (!first && kept.has(step)) return kept.load(step);
+    return load_part<W>(whole, p, x_pitch, part);
+  }
+  // Comes after all loads of a step, since it waits for x.
+  SCSE_DEVICE void keep_x(int step, const Accesses<T, W>& in) const {
+    if (kept.has(step)) kept.store(step, in);
+  }
+  SCSE_DEVICE Gradient<T, W, K> load_dy(const T* p, const Part& part) const {
+    Gradient<T, W, K> in;
+    in.first = load_part<W>(whole, p, dy_pitch, part);
+    if (K == Combine::concat) in.second = load_part<W>(whole, p + half, dy_pitch, part);
     return in;
   }
 
   // q of the step's channels, before anything else reads x.
-  SCSE_DEVICE void squeeze(int step, const Part& part, ByPosition& q) const {
-    const Accesses<T, W> in = load_x(step, true, part);
+  SCSE_DEVICE void squeeze(int step, const T* x, const Part& part, ByPosition& q) const {
+    const Accesses<T, W> in = load_x(step, true, x, part);
     ByChannel weight;
     weight.load(ws, dtype, part);
+    keep_x(step, in);
 #pragma unroll
     for (int u = 0; u < kOuter; ++u) add_q(u, widen<T, W>(in.at[u]), weight, q);
   }
 
   // The step's shares of both gates' gradients: over positions in `sum`, over channels in `d_gate`;
   // and q, where it isn't known yet and `spatial` asks for it.
-  SCSE_DEVICE void shares(int step, const Part& part, bool spatial, const ByPosition& gate,
-                          ByChannel& sum, ByPosition& d_gate, ByPosition& q) const {
-    const T* const d = part.in(dy, dy_pitch);
-    Accesses<T, W> in, d_in, d2_in{};
-    with_whole<W, T>(whole, [&](auto all) {
-      constexpr bool WHOLE = decltype(all)::value;
-      in = kept.template load<WHOLE>(step, !F::by_gates, part.in(x, x_pitch), x_pitch, part);
-      d_in = load_part<W, WHOLE>(d, dy_pitch, part);
-      if (K == Combine::concat) d2_in = load_part<W, WHOLE>(d + half, dy_pitch, part);
-    });
+  SCSE_DEVICE void shares(int step, const T* x, const Part& part, const Gradient<T, W, K>& d,
+                          bool spatial, const ByPosition& gate, ByChannel& sum, ByPosition& d_gate,
+                          ByPosition& q) const {
+    const Accesses<T, W> in = load_x(step, !F::by_gates, x, part);
     ByChannel weight, channel;
     if (F::by_gates) {
       channel.load(channel_gate, part);
     } else if (spatial) {
       weight.load(ws, dtype, part);
     }
+    if (!F::by_gates) keep_x(step, in);
 #pragma unroll
     for (int u = 0; u < kOuter; ++u) {
-      const Floats<W> f = widen<T, W>(in.at[u]), g = widen<T, W>(d_in.at[u]),
-                      g2 = widen<T, W>(d2_in.at[u]);
+      const Floats<W> f = widen<T, W>(in.at[u]), g = widen<T, W>(d.first.at[u]),
+                      g2 = widen<T, W>(d.second.at[u]);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         const Shares<float> share = F::shares(f[i], g[i], g2[i], channel.at(u, i), gate.at(u, i));
@@ -150,8 +154,9 @@ struct Reduce {
   }
 
   // The step's terms of dws.
-  SCSE_DEVICE void weigh(int step, const Part& part, const ByPosition& dq, ByChannel& sum) const {
-    const Accesses<T, W> in = load_x(step, false, part);
+  SCSE_DEVICE void weigh(int step, const T* x, const Part& part, const ByPosition& dq,
+                         ByChannel& sum) const {
+    const Accesses<T, W> in = load_x(step, false, x, part);
 #pragma unroll
     for (int u = 0; u < kOuter; ++u) {
       const Floats<W> f = widen<T, W>(in.at[u]);
@@ -178,61 +183,77 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
   __shared__ __align__(16) float shared[kSumRows<W>], gates[kInner<W>], dqs[kInner<W>];
   static_assert(sizeof shared + sizeof gates + sizeof dqs <= 16 * 1024, "see kSharedByDefault");
   let_next_start();
-  const int channels = a.channels, lanes = a.lanes, tiles = a.tiles;
+  const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions;
-  const Place me(lanes);
-  const int64_t n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
-  const int64_t strip_sums = int64_t(blockIdx.x) * channels;  // in partial and partial_ws
+  const Place me(a.lanes.bits);
+  const LaneSums over_positions(a.lanes);
+  const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
+  const int64_t strip_sums = int64_t{blockIdx.x} * channels;  // in partial and partial_ws
   const bool spatial = a.partial_ws != nullptr || a.dq != nullptr;
   float bias = 0, dbs = 0;
-  if (bs != nullptr) bias = load_parameter(bs, dtype_of(a.dtypes, Parameter::bs), 0);
+  if (bs != nullptr) bias = load_parameter(bs, a.bs_dtype, 0);
   const Reduce<T, W, K, false> reduce(dy, x, ws, channel_gate, a, n);
 
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int64_t begin = (strip * tiles + tile) * (lanes * W);
-    // A step is `size` channels.
-    const int size = me.rows * kOuter;
+  const int size = me.rows * kOuter;  // channels of a step
+  const int64_t x_step = a.x_down, dy_step = a.dy_down;
+  const int64_t begin = int64_t{strip} * (tiles * lanes * W);
+  int64_t s = n * positions + begin;
+  int left = clamped(positions - begin);
+  x += n * a.x_sample + begin + me.offset<W>(a.x_pitch);
+  dy += n * a.dy_sample + begin + me.offset<W>(a.dy_pitch);
+  for (int tile = 0; tile < tiles;
+       ++tile, left -= lanes * W, s += lanes * W, x += lanes * W, dy += lanes * W) {
     const auto part_of = [&](int step) {
-      return Part{step * size + me.row * kOuter, begin + me.lane * W, channels, positions};
+      return Part{step * size + me.outer(), me.lane * W, channels, left};
     };
     const auto add_to = [&](float* sums, int step, Along<W, false>& sum) {
-      const int c = step * size + me.row * kOuter;
-      sum_and_add(sum.v.of, lanes, me.lane, sums + strip_sums + c, channels - c, tile == 0);
+      const int c = step * size + me.outer();
+      over_positions.add(sum.v.of, sums + strip_sums + c, channels - c, tile == 0);
     };
     Along<W, true> gate, q, d_gate;
     const auto store_gates = [&] {
       // Outside of the map the gate is 0. An infinite weight would make it NaN, and NaN times the
       // zeros that stand there for x is NaN.
-      sum_rows(q.v, lanes, shared, [&](int i, float sum) {
-        const bool exists = begin + i < positions;
-        gates[inner_index<W>(i, lanes)] = exists ? gate_of(a.gate, sum + bias) : 0.f;
+      sum_rows<2>(q.v, a.lanes, shared, [&](int i, const float (&sums)[2]) {
+        float* const to = gates + inner_index<W>(i, lanes);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          to[k] = i + k < left ? gate_of(a.gate, sums[k] + bias) : 0.f;
+        }
       });
     };
 
+    const T *x_at = x, *dy_at = dy;
+    Gradient<T, W, K> dy_in = reduce.load_dy(dy_at, part_of(0));
     if (F::by_gates) {
-      for (int step = 0; step * size < channels; ++step) reduce.squeeze(step, part_of(step), q);
+      for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+        reduce.squeeze(step, x_at, part_of(step), q);
+      }
+      x_at = x;
       store_gates();
       __syncthreads();
       gate.v = load_inner<W>(gates, me.lane, lanes);
     }
-    for (int step = 0; step * size < channels; ++step) {
+    for (int step = 0; step * size < channels; ++step, x_at += x_step) {
       Along<W, false> sum;
-      reduce.shares(step, part_of(step), spatial, gate, sum, d_gate, q);
+      reduce.shares(step, x_at, part_of(step), dy_in, spatial, gate, sum, d_gate, q);
+      dy_at += dy_step;
+      if ((step + 1) * size < channels) dy_in = reduce.load_dy(dy_at, part_of(step + 1));
       if (a.partial != nullptr) add_to(a.partial, step, sum);
     }
     if (!spatial) continue;
 
     if (!F::by_gates) store_gates();
     // The thread that sums up a position's gradient is the one that has written its gate.
-    sum_rows(d_gate.v, lanes, shared, [&](int i, float sum) {
-      const int64_t position = begin + i;
-      const float g = gates[inner_index<W>(i, lanes)];
-      const float d = position < positions ? gate_gradient(a.gate, sum, g) : 0.f;
-      dqs[inner_index<W>(i, lanes)] = d;
-      dbs += d;
-      if (a.dq != nullptr && position < positions) {
-        a.spatial_gate[n * positions + position] = g;
-        a.dq[n * positions + position] = d;
+    sum_rows<2>(d_gate.v, a.lanes, shared, [&](int i, const float (&sums)[2]) {
+      const int at = inner_index<W>(i, lanes);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float g = gates[at + k];
+        const float d = i + k < left ? gate_gradient(a.gate, sums[k], g) : 0.f;
+        dqs[at + k] = d;
+        dbs += d;
+        if (a.dq != nullptr && i + k < left) a.spatial_gate[s + i + k] = g, a.dq[s + i + k] = d;
       }
     });
     if (a.partial_ws == nullptr) continue;
@@ -240,9 +261,10 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
     __syncthreads();
     Along<W, true> d;
     d.v = load_inner<W>(dqs, me.lane, lanes);
-    for (int step = 0; step * size < channels; ++step) {
+    x_at = x;
+    for (int step = 0; step * size < channels; ++step, x_at += x_step) {
       Along<W, false> sum;
-      reduce.weigh(step, part_of(step), d, sum);
+      reduce.weigh(step, x_at, part_of(step), d, sum);
       add_to(a.partial_ws, step, sum);
     }
   }
@@ -261,73 +283,91 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   using F = Formula<float, K>;
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
-  const int channels = a.channels, lanes = a.lanes, tiles = a.tiles;
+  const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions;
-  const Place me(lanes);
-  const int64_t n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
-  const int64_t strip_sums = int64_t(blockIdx.x) * channels;  // in partial and partial_ws
+  const Place me(a.lanes.bits);
+  const LaneSums over_channels(a.lanes);
+  const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
+  const int64_t strip_sums = int64_t{blockIdx.x} * channels;  // in partial and partial_ws
   const bool spatial = a.partial_ws != nullptr || a.dq != nullptr;
   const bool one_step = channels <= lanes * W;  // it has all channels
   float bias = 0, dbs = 0;
-  if (bs != nullptr) bias = load_parameter(bs, dtype_of(a.dtypes, Parameter::bs), 0);
+  if (bs != nullptr) bias = load_parameter(bs, a.bs_dtype, 0);
   const Reduce<T, W, K, true> reduce(dy, x, ws, channel_gate, a, n);
 
   Along<W, true> sum, sum_ws;
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int64_t s = (strip * tiles + tile) * (me.rows * kOuter) + me.row * kOuter;
-    // A step is `size` channels.
-    const int size = lanes * W;
+  const int size = lanes * W, x_step = size, dy_step = size;  // channels of a step
+  const int along = me.rows * kOuter;                         // positions of a tile
+  const int64_t begin = int64_t{strip} * (tiles * along);
+  int64_t s = n * positions + begin + me.outer();
+  int left = clamped(positions - begin - me.outer());
+  x += n * a.x_sample + begin * a.x_pitch + me.offset<W>(a.x_pitch);
+  dy += n * a.dy_sample + begin * a.dy_pitch + me.offset<W>(a.dy_pitch);
+  for (int tile = 0; tile < tiles;
+       ++tile, left -= along, s += along, x += a.x_down, dy += a.dy_down) {
     const auto part_of = [&](int step) {
-      return Part{s, step * size + me.lane * W, positions, channels};
+      return Part{0, step * size + me.lane * W, left, channels};
     };
     // Adds sums over the tile's positions to the strip's. If one step has all channels, they wait
     // in registers until the strip ends.
     const auto flush = [&](Along<W, true>& sums, int step, float* p) {
       if (one_step && tile < tiles - 1) return;
-      sum_rows(sums.v, lanes, shared, [&](int i, float total) {
+      constexpr int N = W < 4 ? W : 4;
+      sum_rows<N>(sums.v, a.lanes, shared, [&](int i, const float (&totals)[N]) {
         const int c = step * size + i;
-        if (c < channels) {
-          float* at = p + strip_sums + c;
-          *at = (one_step || tile == 0 ? 0.f : *at) + total;
+        float* const at = p + strip_sums + c;
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          if (c + k < channels) at[k] = one_step || tile == 0 ? totals[k] : at[k] + totals[k];
         }
       });
       sums = {};
     };
     Along<W, false> gate, q, d_gate;
     const auto find_gates = [&] {
-      sum_lanes(q.v.of, lanes);
-#pragma unroll
-      for (int u = 0; u < kOuter; ++u) {
-        gate.v[u] = u < positions - s ? gate_of(a.gate, q.v[u] + bias) : 0.f;
-      }
+      over_channels.sum(q.v.of);
+      over_channels.each([&](int i, int u) {
+        q.v[i] = u < left ? gate_of(a.gate, q.v[i] + bias) : 0.f;  // see reduce_planes
+      });
     };
 
+    const T *x_at = x, *dy_at = dy;
+    Gradient<T, W, K> dy_in = reduce.load_dy(dy_at, part_of(0));
     if (F::by_gates) {
-      for (int step = 0; step * size < channels; ++step) reduce.squeeze(step, part_of(step), q);
+      for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+        reduce.squeeze(step, x_at, part_of(step), q);
+      }
+      x_at = x;
       find_gates();
+      gate = q;
+      over_channels.give(gate.v.of);
     }
-    for (int step = 0; step * size < channels; ++step) {
-      reduce.shares(step, part_of(step), spatial, gate, sum, d_gate, q);
+    for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+      reduce.shares(step, x_at, part_of(step), dy_in, spatial, gate, sum, d_gate, q);
+      dy_at += dy_step;
+      if ((step + 1) * size < channels) dy_in = reduce.load_dy(dy_at, part_of(step + 1));
       if (a.partial != nullptr) flush(sum, step, a.partial);
     }
     if (!spatial) continue;
 
     if (!F::by_gates) find_gates();
-    sum_lanes(d_gate.v.of, lanes);
-    Along<W, false> d;
-#pragma unroll
-    for (int u = 0; u < kOuter; ++u) {
-      d.v[u] = u < positions - s ? gate_gradient(a.gate, d_gate.v[u], gate.v[u]) : 0.f;
-      if (me.lane == 0) dbs += d.v[u];
-    }
-    if (a.dq != nullptr && me.lane == 0) {
-      store_four(a.spatial_gate + n * positions + s, positions - s, gate.v.of);
-      store_four(a.dq + n * positions + s, positions - s, d.v.of);
+    // From here on q has this lane's gates, and d their gradients.
+    Along<W, false> d = d_gate;
+    over_channels.sum(d.v.of);
+    over_channels.each([&](int i, int u) {
+      d.v[i] = u < left ? gate_gradient(a.gate, d.v[i], q.v[i]) : 0.f;
+      if (over_channels.writes()) dbs += d.v[i];
+    });
+    if (a.dq != nullptr) {
+      over_channels.store(a.spatial_gate + s, left, q.v.of);
+      over_channels.store(a.dq + s, left, d.v.of);
     }
     if (a.partial_ws == nullptr) continue;
 
-    for (int step = 0; step * size < channels; ++step) {
-      reduce.weigh(step, part_of(step), d, sum_ws);
+    over_channels.give(d.v.of);
+    x_at = x;
+    for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+      reduce.weigh(step, x_at, part_of(step), d, sum_ws);
       flush(sum_ws, step, a.partial_ws);
     }
   }

@@ -15,33 +15,33 @@ struct SqueezeArguments {
   float* spatial_gate;  // [N, S]
   int64_t x_sample;     // from one sample to the next
   int64_t x_pitch;      // from one row to the next
+  int64_t x_down;       // from one step's rows to the next ones
   int64_t positions;
-  Count channels, lanes, tiles, strips;
-  int dtypes;  // of ws and bs, see dtypes.h
-  Gate gate;   // the spatial one
+  Count channels, tiles, strips;
+  Lanes lanes;
+  Dtype ws_dtype, bs_dtype;
+  Gate gate;  // the spatial one
 };
 
 // A strip's x, as a thread reads it, and what a step adds to the sums: `sum` over positions, q over
 // channels. CHANNELS_LAST: channels are the inner axis.
 template <typename T, int W, bool CHANNEL, bool SPATIAL, bool CHANNELS_LAST>
 struct Squeeze {
-  const T* x;  // of the sample
-  int64_t x_pitch;
+  int64_t pitch;
   bool whole;
   const void* ws;
   Dtype dtype;
 
-  SCSE_DEVICE Squeeze(const T* x, const void* ws, const SqueezeArguments& a, int64_t n)
-      : x(x + n * a.x_sample),
-        x_pitch(a.x_pitch),
-        whole(is_whole<W>(x, a.x_sample, a.x_pitch,
-                          CHANNELS_LAST ? int64_t{a.channels} : a.positions)),
+  SCSE_DEVICE Squeeze(const T* x, const void* ws, const SqueezeArguments& a)
+      : pitch(a.x_pitch),
+        whole(is_whole<W>(x, a.x_sample, pitch, CHANNELS_LAST ? int64_t{a.channels} : a.positions)),
         ws(ws),
-        dtype(dtype_of(a.dtypes, Parameter::ws)) {}
+        dtype(a.ws_dtype) {}
 
-  SCSE_DEVICE void step(const Part& part, Along<W, CHANNELS_LAST>& sum,
+  // `x`: where the part begins.
+  SCSE_DEVICE void step(const T* x, const Part& part, Along<W, CHANNELS_LAST>& sum,
                         Along<W, !CHANNELS_LAST>& q) const {
-    const Accesses<T, W> in = load_part<W>(whole, part.in(x, x_pitch), x_pitch, part);
+    const Accesses<T, W> in = load_part<W>(whole, x, pitch, part);
     Along<W, CHANNELS_LAST> weight;
     if (SPATIAL) weight.load(ws, dtype, part);
 #pragma unroll
@@ -64,32 +64,40 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
                    const void* __restrict__ bs, const __grid_constant__ SqueezeArguments a) {
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
-  const int channels = a.channels, lanes = a.lanes, tiles = a.tiles;
-  const int64_t positions = a.positions;
-  const Place me(lanes);
-  const int64_t n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
-  const Squeeze<T, W, CHANNEL, SPATIAL, false> squeeze(x, ws, a, n);
-  float* const spatial_gate = a.spatial_gate + n * positions;
-  float* const partial = a.partial + int64_t(blockIdx.x) * channels;
+  const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
+  const int64_t positions = a.positions, pitch = a.x_pitch;
+  const Place me(a.lanes.bits);
+  const LaneSums over_positions(a.lanes);
+  const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
+  const int size = me.rows * kOuter;  // channels of a step
+  const Squeeze<T, W, CHANNEL, SPATIAL, false> squeeze(x, ws, a);
+  float* const partial = a.partial + int64_t{blockIdx.x} * channels;
   float bias = 0;
-  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, dtype_of(a.dtypes, Parameter::bs), 0);
+  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, a.bs_dtype, 0);
 
+  const int64_t begin = int64_t{strip} * (tiles * lanes * W);
+  int left = clamped(positions - begin);
+  x += n * a.x_sample + begin + me.offset<W>(pitch);
+  float* spatial_gate = a.spatial_gate + n * positions + begin;
   for (int tile = 0; tile < tiles; ++tile) {
-    const int64_t begin = (strip * tiles + tile) * (lanes * W);
     Along<W, true> q;
-    for (int first = 0; first < channels; first += me.rows * kOuter) {
-      const int c = first + me.row * kOuter;
+    const T* at = x;
+    for (int first = 0; first < channels; first += size, at += a.x_down) {
+      const int c = first + me.outer();
       Along<W, false> sum;
-      squeeze.step({c, begin + me.lane * W, channels, positions}, sum, q);
-      if (CHANNEL) {
-        sum_and_add(sum.v.of, lanes, me.lane, partial + c, channels - c, tile == 0);
-      }
+      squeeze.step(at, {c, me.lane * W, channels, left}, sum, q);
+      if (CHANNEL) over_positions.add(sum.v.of, partial + c, channels - c, tile == 0);
     }
     if (SPATIAL) {
-      sum_rows(q.v, lanes, shared, [&](int i, float sum) {
-        if (begin + i < positions) spatial_gate[begin + i] = gate_of(a.gate, sum + bias);
+      // One gate to a thread would take more instructions, and four longer.
+      sum_rows<2>(q.v, a.lanes, shared, [&](int i, const float (&sums)[2]) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          if (i + k < left) spatial_gate[i + k] = gate_of(a.gate, sums[k] + bias);
+        }
       });
     }
+    left -= lanes * W, x += lanes * W, spatial_gate += lanes * W;
   }
 }
 
@@ -99,39 +107,48 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
                           const void* __restrict__ bs, const __grid_constant__ SqueezeArguments a) {
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
-  const int channels = a.channels, lanes = a.lanes, tiles = a.tiles;
-  const int64_t positions = a.positions;
-  const Place me(lanes);
-  const int64_t n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
-  const Squeeze<T, W, CHANNEL, SPATIAL, true> squeeze(x, ws, a, n);
-  float* const spatial_gate = a.spatial_gate + n * positions;
-  float* const partial = a.partial + int64_t(blockIdx.x) * channels;
+  const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
+  const int64_t positions = a.positions, pitch = a.x_pitch;
+  const Place me(a.lanes.bits);
+  const LaneSums over_channels(a.lanes);
+  const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
+  const int size = me.rows * kOuter;  // positions of a tile
+  const Squeeze<T, W, CHANNEL, SPATIAL, true> squeeze(x, ws, a);
+  float* const partial = a.partial + int64_t{blockIdx.x} * channels;
   const bool one_step = channels <= lanes * W;  // it has all channels
   float bias = 0;
-  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, dtype_of(a.dtypes, Parameter::bs), 0);
+  if (SPATIAL && bs != nullptr) bias = load_parameter(bs, a.bs_dtype, 0);
 
+  const int64_t begin = int64_t{strip} * (tiles * size);
+  int left = clamped(positions - begin - me.outer());
+  x += n * a.x_sample + begin * pitch + me.offset<W>(pitch);
+  float* spatial_gate = a.spatial_gate + n * positions + begin + me.outer();
   Along<W, true> sum;
   for (int tile = 0; tile < tiles; ++tile) {
-    const int64_t s = (strip * tiles + tile) * (me.rows * kOuter) + me.row * kOuter;
     Along<W, false> q;
-    for (int first = 0; first < channels; first += lanes * W) {
-      squeeze.step({s, first + me.lane * W, positions, channels}, sum, q);
+    const T* at = x;
+    for (int first = 0; first < channels; first += lanes * W, at += lanes * W) {
+      squeeze.step(at, {0, first + me.lane * W, left, channels}, sum, q);
       if (CHANNEL && (!one_step || tile == tiles - 1)) {
-        sum_rows(sum.v, lanes, shared, [&](int i, float total) {
-          if (first + i < channels) {
-            const bool begin = one_step || tile == 0;
-            partial[first + i] = (begin ? 0.f : partial[first + i]) + total;
+        constexpr int N = W < 4 ? W : 4;
+        sum_rows<N>(sum.v, a.lanes, shared, [&](int i, const float (&totals)[N]) {
+#pragma unroll
+          for (int k = 0; k < N; ++k) {
+            const int c = first + i + k;
+            if (c < channels) {
+              partial[c] = one_step || tile == 0 ? totals[k] : partial[c] + totals[k];
+            }
           }
         });
         sum = {};
       }
     }
     if (SPATIAL) {
-      sum_lanes(q.v.of, lanes);
-#pragma unroll
-      for (int u = 0; u < kOuter; ++u) q.v[u] = gate_of(a.gate, q.v[u] + bias);
-      if (me.lane == 0) store_four(spatial_gate + s, positions - s, q.v.of);
+      over_channels.sum(q.v.of);
+      over_channels.each([&](int i, int) { q.v[i] = gate_of(a.gate, q.v[i] + bias); });
+      over_channels.store(spatial_gate, left, q.v.of);
     }
+    left -= size, x += a.x_down, spatial_gate += size;
   }
 }
 

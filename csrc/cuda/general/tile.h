@@ -20,6 +20,14 @@ constexpr int kMaxThreads = 256;
 // SM of 100 KiB, three fit one of 228 KiB.
 constexpr int64_t kKeptBytes = 64 * 1024;
 
+// Threads that lie side by side in a row: `count`, which is 1 << bits. The rest is for LaneSums, so
+// that no thread has to work it out.
+struct Lanes {
+  int count, bits;
+  int shift;  // a lane's number >> shift is that of its sum
+  int same;   // lanes with the same sum differ in these bits
+};
+
 // Threads of a block: `rows` rows of `lanes` threads along the inner axis. A row is part of one
 // warp, so that warps sum over the inner axis alone.
 struct Tile {
@@ -31,6 +39,10 @@ struct Tile {
   int64_t strips;                    // of a sample: each has a row of partial sums
   int64_t inner_tiles, outer_tiles;  // of the map
   int threads() const { return lanes * rows; }
+  Lanes of_row() const {
+    const int bits = bits_of(lanes), shift = lanes < kOuter ? bits : bits - bits_of(kOuter);
+    return {lanes, bits, shift, (1 << shift) - 1};
+  }
 };
 
 inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width,

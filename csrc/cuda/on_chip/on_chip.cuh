@@ -188,23 +188,7 @@ struct Lanes {
   SCSE_DEVICE int groups() const { return threads() >> shift; }
 };
 
-// Sums each of v over the lanes, of which there are at least `several`. A lane gets one of the
-// sums, that of v[scattered_index], in v[0]: fewer steps than for all sums in all lanes.
-template <int several>
-SCSE_DEVICE void sum_and_scatter(float (&v)[several], const Lanes& lanes) {
-  int apart = lanes.count() / 2;
-#pragma unroll
-  for (int left = several / 2; left > 0; left /= 2) {
-    const bool upper = thread() & apart;
-#pragma unroll
-    for (int i = 0; i < left; ++i) {
-      const float keep = upper ? v[i + left] : v[i], give = upper ? v[i] : v[i + left];
-      v[i] = keep + __shfl_xor_sync(0xffffffffu, give, apart);
-    }
-    apart /= 2;
-  }
-  for (; apart > 0; apart /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], apart);
-}
+// Which of the sums this lane gets of sum_and_scatter.
 template <int several>
 SCSE_DEVICE int scattered_index(const Lanes& lanes) {
   return lanes.lane() * several >> lanes.shift;
@@ -244,7 +228,7 @@ struct RowSums {
         }
       }
 #pragma unroll
-      for (int k = 0; k < count; ++k) sum_and_scatter(sums[k], lanes);
+      for (int k = 0; k < count; ++k) sum_and_scatter(sums[k], lanes.count());
       const int mine = row + scattered_index<several>(lanes) * step;
       if (mine < end && uses_scattered<several>(lanes)) {
 #pragma unroll
@@ -397,7 +381,7 @@ SCSE_DEVICE void matvec(const Matrix& m, const float* v, float* to) {
 #pragma unroll
       for (int r = 0; r < several; ++r) sums[r] += terms[r] * v[column];
     }
-    sum_and_scatter(sums, lanes);
+    sum_and_scatter(sums, lanes.count());
     const int mine = row + scattered_index<several>(lanes) * step;
     if (mine < m.rows && uses_scattered<several>(lanes)) to[mine] = sums[0];
   }

@@ -6,13 +6,16 @@ Each direction starts with a cold L2, and what it leaves dirty there counts as w
 float16, reduction 16, with an L2 of a tenth of the map.
 """
 
+import re
 from functools import partial
+from itertools import product
 
 import gpulab
 import torch
 from budget import make_case
 from cases import in_layout
 from fakecuda import GPU, H100, NO_CLUSTERS, Lab, connect, running_on
+from gpulab.counters import UNCHARGED
 
 from scse_kernels import ops
 
@@ -21,6 +24,8 @@ LAYOUTS = ("contiguous", "channels_last")
 GENERAL = [(NO_CLUSTERS, (4, 64, 64, 64), v, d) for v in ("add", "max", "concat") for d in LAYOUTS]
 #: Maps whose rows are no multiples of 16 bytes.
 NARROW = ((8, 512, 14, 14), (2, 1024, 7, 7))
+#: Maps whose kernels are counted by the instructions that they issue.
+ISSUED = ((8, 64, 64, 64), (8, 256, 16, 16))
 #: The maps whose sum is shown kernel by kernel.
 DETAILED = ((4, 64, 64, 64), (16, 64, 32, 32))
 ON_CHIP = [
@@ -28,6 +33,17 @@ ON_CHIP = [
     for shape, variant in (((16, 64, 32, 32), "add"), ((16, 64, 32, 32), "max"))
     for layout in LAYOUTS
 ] + [(H100, (8, 128, 16, 16), "add", "contiguous")]
+
+
+#: Maps that a kernel reads, by its name and for max: x and dy.
+MAPS = {
+    "squeeze": (1, 1),
+    "apply": (1, 1),
+    "reduce": (2, 2),
+    "apply_backward": (1, 2),
+    "on_chip::forward": (1, 1),
+    "on_chip::backward": (2, 2),
+}
 
 
 def count(gpu: GPU, shape, variant, layout, residual=False) -> tuple[int, list[Lab]]:
@@ -70,9 +86,20 @@ def wide(widths) -> float:
     return 16 * widths[16] / sum(width * lanes for width, lanes in widths.items())
 
 
-def kernel_row(report, layout) -> str:
-    """Registers to a thread, shares of wide accesses and of used bytes in touched sectors (loads /
-    stores), passes of shared memory over those without conflicts, the bound and what binds."""
+def issued(report, variant, x_bytes) -> str:
+    """Warp instructions to each KiB of the maps that a kernel over the map reads, without moves and
+    loads of parameters, most of which ptxas removes."""
+    kernel = re.sub("(_planes|_channels_last|_kernel)?<.*", "", report.kernel)
+    if kernel not in MAPS:
+        return "none"
+    instructions = report.warp_instructions - sum(report.instructions[k] for k in UNCHARGED)
+    return f"{instructions / (MAPS[kernel][variant == 'max'] * x_bytes / 1024):.0f}"
+
+
+def kernel_row(report, layout, x_bytes) -> str:
+    """Of the sum: registers to a thread, shares of wide accesses and of used bytes in touched
+    sectors (loads / stores), passes of shared memory over those without conflicts, instructions,
+    the bound and what binds."""
     line = report.roofline()
     conflicts = report.shared_wavefronts / max(1, report.shared_ideal_wavefronts)
     return row(
@@ -81,6 +108,7 @@ def kernel_row(report, layout) -> str:
         f"{100 * wide(report.load_widths):.0f} / {100 * wide(report.store_widths):.0f}",
         f"{100 * report.load_efficiency:.0f} / {100 * report.store_efficiency:.0f}",
         f"{conflicts:.2f}" if report.shared_wavefronts else "none used",
+        issued(report, "add", x_bytes),
         f"{line['bound_us']:.2f}, {line['binds']}",
     )
 
@@ -97,10 +125,21 @@ def narrow_row(shape) -> str:
     return row(str(list(shape)), *bounds)
 
 
+def issued_row(shape, layout) -> str:
+    """`issued` of each kernel over a map, for add / max."""
+    numbers = []
+    for variant in ("add", "max"):
+        x_bytes, labs = count(NO_CLUSTERS, shape, variant, layout)
+        numbers.append([issued(r, variant, x_bytes) for lab in labs for r in lab.reports])
+    pairs = zip(*numbers, strict=True)
+    over_maps = [f"{add} / {largest}" for add, largest in pairs if add != "none"]
+    return row(f"{list(shape)}, {layout}", *over_maps)
+
+
 def rows(gpu, shape, variant, layout) -> list[str]:
     """A row of passes, and those of the kernels where they are shown."""
     x_bytes, labs = count(gpu, shape, variant, layout)
-    kernels = [kernel_row(report, layout) for lab in labs for report in lab.reports]
+    kernels = [kernel_row(report, layout, x_bytes) for lab in labs for report in lab.reports]
     return [passes_row(shape, variant, layout, x_bytes, labs), *kernels * detailed(shape, variant)]
 
 
@@ -109,3 +148,5 @@ if __name__ == "__main__":
         print("\n".join(rows(*what)), flush=True)
     for shape in NARROW:
         print(narrow_row(shape), flush=True)
+    for shape, layout in product(ISSUED, LAYOUTS):
+        print(issued_row(shape, layout), flush=True)

@@ -6,16 +6,20 @@ from pathlib import Path
 import pytest
 from counts import (
     GENERAL,
+    ISSUED,
     LAYOUTS,
     NARROW,
     ON_CHIP,
     count,
     detailed,
+    issued_row,
     kernel_row,
     narrow_row,
     passes_row,
 )
 from gpu import proof
+
+from scse_kernels.ops import COMBINE
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu.md"
 
@@ -34,14 +38,34 @@ def test_the_document_has_what_is_counted(what):
             assert report.atomic_requests == 0
             if detailed(shape, variant):
                 # The compiler's version decides about registers.
-                expected = re.escape(kernel_row(report, layout))
+                expected = re.escape(kernel_row(report, layout, x_bytes))
                 expected = re.sub(rf"\\\|\\ {report.registers}\\ ", r"\\|\\ \\d+\\ ", expected)
-                assert re.search(expected, text), kernel_row(report, layout)
+                assert re.search(expected, text), kernel_row(report, layout, x_bytes)
 
 
 @pytest.mark.parametrize("shape", NARROW, ids=str)
 def test_rows_that_are_no_multiples_of_16_bytes(shape):
     assert narrow_row(shape) in DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ISSUED, ids=str)
+def test_instructions(shape, layout):
+    assert issued_row(shape, layout) in DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize("variant", ("add", "max", "mul"))
+@pytest.mark.parametrize("kernel", ("planes", "channels_last"))
+def test_memory_is_waited_for_once(kernels, kernel, variant):
+    """In reduce all loads of x and of dy stand before x is first used, which is when it is put into
+    shared memory; also where the gates come before dy is used."""
+    name = f"reduce_{kernel}<__half, 8, {COMBINE[variant]}>"
+    (function,) = [f for f in kernels.functions.values() if f.readable == name]
+    code = function.image(90).module(function.name).kernels[function.name].instrs
+    used = next(i for i, ins in enumerate(code) if ins.op == "st" and "shared" in ins.mods)
+    loads = [i for i in code[:used] if i.op == "ld" and {"global", "nc", "v4"} <= set(i.mods)]
+    # Of either map four rows, or at its end up to three.
+    assert len(loads) == 2 * (4 + 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
