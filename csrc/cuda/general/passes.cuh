@@ -28,7 +28,7 @@ void Passes<T>::squeeze(const Problem& p, const Forward& f) {
   a.x_sample = p.x_sample, a.x_pitch = p.x_pitch, a.x_down = t.outer * p.x_pitch;
   a.channels = p.channels, a.positions = p.positions;
   a.lanes = t.of_row(), a.tiles = t.tiles, a.strips = t.strips;
-  a.ws_dtype = dtype_of(p.dtypes, Parameter::ws), a.bs_dtype = dtype_of(p.dtypes, Parameter::bs),
+  a.ws_dtype = dtype_of(p.dtypes, Parameter::ws), a.bs_dtype = dtype_of(p.dtypes, Parameter::bs);
   a.gate = p.gate;
   with_width<T>(t.width, [&](auto width) {
     constexpr int W = decltype(width)::value;
@@ -90,8 +90,9 @@ void Passes<T>::reduce(const Problem& p, const Backward& b) {
       a.dy_down = t.outer * p.dy_pitch, a.x_down = t.outer * p.x_pitch;
       a.channels = p.channels, a.positions = p.positions;
       a.lanes = t.of_row(), a.tiles = t.tiles, a.strips = t.strips, a.kept = kept;
-      a.ws_dtype = dtype_of(p.dtypes, Parameter::ws),
-      a.bs_dtype = dtype_of(p.dtypes, Parameter::bs), a.gate = p.gate;
+      a.ws_dtype = dtype_of(p.dtypes, Parameter::ws);
+      a.bs_dtype = dtype_of(p.dtypes, Parameter::bs);
+      a.gate = p.gate;
       with_width<T>(t.width, [&](auto width) {
         constexpr int W = decltype(width)::value;
         launch("reduce", p.channels_last ? reduce_channels_last<T, W, K> : reduce_planes<T, W, K>,

@@ -15,7 +15,7 @@ FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
 GENERAL = {
     "strips of several tiles, wide": (PLANES, "add", FLOAT, (2, 128, 4, 140)),
-    "strips of several tiles, narrow": (PLANES, "max", HALF, (1, 21, 1, 601)),
+    "strips of several tiles, narrow": (PLANES, "max", HALF, (2, 21, 1, 601)),
     "... channels in one step": (LAST, "mul", HALF, (1, 21, 1, 601)),
     "... channels in several steps": (LAST, "concat", FLOAT, (2, 37, 1, 531)),
     "... wide, channels in one step": (LAST, "max", BFLOAT, (1, 72, 1, 1090)),
