@@ -115,6 +115,7 @@ def excite_backward_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
+    NEAR: tl.constexpr,
     GATE: tl.constexpr,
 ):
     """A program for each sample and branch. Reads its partial sums once, and the weights."""
@@ -123,7 +124,7 @@ def excite_backward_kernel(
         tl.program_id(1) == 0, tl.program_id(1) == tl.num_programs(1) - 1,
         partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr, hidden_ptr, channel_gate_ptr,
         d_excited_ptr, d_hidden_ptr, d_mean_ptr, sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE, GATE,
+        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE, NEAR, GATE,
     )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def excite_backward_sample(
     hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr, sample_ws_ptr,
     sample_bs_ptr, C, Cr, S, strips, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
     TERMS_C: tl.constexpr, TERMS_J: tl.constexpr, TERMS_STRIPS: tl.constexpr, TILE: tl.constexpr,
-    GATE: tl.constexpr,
+    NEAR: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """One branch, or both, of sample n of N."""
     SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
@@ -164,7 +165,7 @@ def excite_backward_sample(
         tl.debug_barrier()
         for begin in range(0, Cr, HIDDEN):
             j = begin + tl.arange(0, HIDDEN)
-            d = vecmat(d_excited_ptr, w2_ptr, j, C, Cr, ACC, TERMS_C, HIDDEN)
+            d = vecmat(d_excited_ptr, w2_ptr, j, C, Cr, ACC, TERMS_C, HIDDEN, NEAR)
             slope = load(slope_ptr + j, j < Cr, ACC)
             # A slope of zero stops an infinite gradient.
             tl.store(d_hidden_ptr + j, tl.where(slope == 0, 0.0, slope * d), mask=j < Cr)
@@ -172,5 +173,5 @@ def excite_backward_sample(
             tl.debug_barrier()
             for begin in range(0, C, MEANS):
                 c = begin + tl.arange(0, MEANS)
-                d = vecmat(d_hidden_ptr, w1_ptr, c, Cr, C, ACC, TERMS_J, MEANS)
+                d = vecmat(d_hidden_ptr, w1_ptr, c, Cr, C, ACC, TERMS_J, MEANS, NEAR)
                 tl.store(d_mean_ptr + n * C + c, d / S, mask=c < C)

@@ -38,6 +38,8 @@ _CHANNELS = 1024
 # sum to a step there, of four bytes.
 _MANY_WEIGHTS = 1 << 16
 _MANY_TERMS = 256
+_MANY_SUMS = 16384
+_MANY_NEAR = 64
 # Strips whose sums are few enough for each program of a sample to add up all of them.
 _FEW_STRIPS = 128
 # Warps that an SM can issue from at once.
@@ -72,15 +74,31 @@ class Excitation:
     terms_strips: int
     tile: int
     warps: int
+    near: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """A program's share of a layer of an excitation: so many outputs of so many samples."""
+
+    outputs: int
+    samples: int
+
+    def grid(self, samples: int, outputs: int) -> tuple[int, int]:
+        """Programs for a layer."""
+        return -(-samples // self.samples), -(-outputs // self.outputs)
+
+    def constants(self) -> dict[str, int]:
+        """What kernels call it."""
+        return {"BLOCK": self.outputs, "SAMPLES": self.samples}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """An excitation by several programs for each sample, in two launches: so many hidden channels,
-    then channels, to a program."""
+    """An excitation in a launch for each layer, to the hidden channels and to the channels."""
 
-    hidden: int
-    channels: int
+    hidden: Share
+    channels: Share
     warps: int
 
 
@@ -176,31 +194,43 @@ def excitation(
     least = _SECTOR // 2  # weights of two bytes
     terms_c = min(columns, max(least, tile // block_j))
     terms_j = min(block_j, max(least, tile // block_c))
-    alone = Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps)
-    terms = _MANY_TERMS // share
-    many = channels * hidden >= _MANY_WEIGHTS and 2 * samples <= processors
-    if not many or strips > _FEW_STRIPS:
+    alone = Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps, 1)
+    if channels * hidden < _MANY_WEIGHTS or strips > _FEW_STRIPS:
         return alone, None
-    shared = replace(alone, terms_c=min(terms, block_c), terms_j=min(terms, block_j))
-    return shared, _rows(shared, samples, channels, hidden, processors)
+    terms = _MANY_TERMS // share
+    shared = replace(
+        alone, terms_c=min(terms, block_c), terms_j=min(terms, block_j), near=_MANY_NEAR
+    )
+    most = _MANY_SUMS // share
+    of_hidden = _layer(samples, hidden, strips, most // shared.terms_c, processors)
+    of_channels = _layer(samples, channels, 1, most // shared.terms_j, processors)
+    return shared, Rows(of_hidden, of_channels, 8)
 
 
-def _rows(e: Excitation, samples: int, channels: int, hidden: int, processors: int) -> Rows:
-    """How an excitation is shared among programs.
+def _layer(samples: int, outputs: int, rows: int, most: int, processors: int) -> Share:
+    """How a layer of an excitation is shared among programs, with `most` sums to a program.
 
-    A multiprocessor reads 64 bytes a cycle from L2: 0.5 MB of weights, each way, take 4.7 us where
-    one program has them all, and a launch more about 1. With as many programs as `processors` each
-    has 16 outputs or more of a layer: a sector of weights of two bytes. All read their sample's
-    partial sums. (Where a sample has more strips than _FEW_STRIPS its map is large beside that.)
+    A program reads a row of weights for each output, and `rows` (partial sums, or the layer before)
+    of each sample. All programs together read twice as many bytes a cycle from L2 as half of the
+    multiprocessors could, and each of those 64. For an H100 (132 of them):
+
+    C = 512, reduction 2, 8 samples of 16 strips: ...
     """
 
-    def block(outputs: int, terms: int) -> int:
-        size = _SECTOR // 2
-        while samples * -(-outputs // size) > processors and size * terms < e.tile:
-            size *= 2
-        return min(size, power_of_two(outputs))
+    def cycles(share: Share) -> float:
+        groups, blocks = share.grid(samples, outputs)
+        programs = groups * blocks
+        read = share.outputs + share.samples * rows
+        return read * max(-(-programs // processors), 2 * programs / processors)
 
-    return Rows(block(hidden, e.terms_c), block(channels, e.terms_j), 8)
+    least = _SECTOR // 2  # outputs: a sector of weights of two bytes
+    shares = [
+        Share(block, together)
+        for block in (least, 2 * least, 4 * least)
+        for together in (1, 2, 4, 8, 16)
+        if block * together <= most and together < 2 * samples
+    ]
+    return min(shares, key=cycles)
 
 
 def gradient_block(warps: int) -> int:

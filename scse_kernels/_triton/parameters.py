@@ -42,7 +42,7 @@ def dense_gradient(
     at = r[:, None] * columns + k[None, :]
     tl.store(weight_ptr + at, weight, mask=(r[:, None] < rows) & (k[None, :] < columns))
     if bias_ptr is not None and block % blocks == 0:
-        tl.store(bias_ptr + r, sum_in_pairs(bias, 0, False), mask=r < rows)
+        tl.store(bias_ptr + r, sum_in_pairs(bias, 0, 1), mask=r < rows)
 
 
 @triton.jit

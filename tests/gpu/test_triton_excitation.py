@@ -1,11 +1,14 @@
 """Every activation and every gate in the Triton kernels as compiled, executed in the emulator."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from budget import ACTIVATIONS, GATES, make_case, same_bits
-from gpu.emulated import BY_ROWS, check, results
+from gpu.emulated import BY_ROWS, check, emulator, results
+
+from scse_kernels import ops
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -34,27 +37,67 @@ def test_hard_gates_of_the_spatial_branch_alone():
 
 @pytest.fixture
 def many(monkeypatch):
-    """All weights count as many, and sums take several steps."""
+    """All weights count as many, and sums take several steps. A function sets a program's share."""
     monkeypatch.setattr(heuristics, "_MANY_WEIGHTS", 1)
     monkeypatch.setattr(heuristics, "_MANY_TERMS", 16)
 
+    def shared(hidden, channels, warps=4):
+        rows = heuristics.Rows(heuristics.Share(*hidden), heuristics.Share(*channels), warps)
+        excitation = partial(_with_rows, heuristics.excitation, rows)
+        monkeypatch.setattr(heuristics, "excitation", excitation)
+
+    return shared
+
+
+def _with_rows(excitation, rows, *arguments):
+    return excitation(*arguments)[0], rows
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_by_several_programs_for_each_sample(many, dtype):
-    """The bits of one program, in any order of execution."""
+def test_by_a_launch_for_each_layer(many, dtype):
+    """The bits of one program to a sample, in any order of execution. The last programs have a
+    sample less."""
     i = DTYPES.index(dtype)
     case = make_case((3, 75, 5, 7), ("add", "cse", "max", "concat")[i], dtype)
+    many((16, (2, 4)[i % 2]), (16, (4, 2)[i % 2]))
     check(case, orders=((3, None), (3, 1), (1, 1)), target=(80, 90)[i % 2], by_rows=True)
 
 
-def test_neither_their_number_changes_a_bit(many, monkeypatch):
-    case = make_case((2, 75, 5, 7), parameter_dtype=torch.float16)
+SHARES = (((16, 1), (64, 1)), ((16, 2), (16, 4)), ((32, 8), (32, 2)), ((64, 4), (16, 16)))
+
+
+def test_no_share_changes_a_bit(many):
+    case = make_case((5, 75, 5, 7), reduction=2, parameter_dtype=torch.float16)
     first = check(case, by_rows=True)
-    for sizes in ((16, 64), (32, 16), (64, 128)):
-        rows = heuristics.Rows(*sizes, 4)
-        monkeypatch.setattr(heuristics, "_rows", lambda *_, rows=rows: rows)
+    for shares in SHARES:
+        many(*shares)
         for name, got in check(case, by_rows=True).items():
-            assert same_bits(got, first[name]), f"{name}: {sizes}"
+            assert same_bits(got, first[name]), f"{name}: {shares}"
+
+
+def test_no_batch_changes_a_bit(many, monkeypatch):
+    """A sample's results are those of a batch of one, whoever shares its programs."""
+    case = make_case((5, 75, 5, 7), "max", reduction=2)
+    tile = heuristics.Tile(128, 16, 2, 1, True)
+    monkeypatch.setattr(heuristics, "tile", lambda *_: tile)
+    calls = torch.ops.scse_kernels
+
+    def of(some):
+        code = ops.COMBINE["max"]
+        x, dy = case.x[some], case.dy[some]
+        with emulator():
+            y, *small = calls.triton_forward(x, *case.parameters, code)
+            needs = True, False, False
+            dx, *_ = calls.triton_backward(dy, x, *case.parameters, *small, code, *needs)
+        pooled, hidden, gate = small
+        return y, pooled, hidden.transpose(0, 1), gate, dx
+
+    many((16, 1), (16, 1))
+    alone = [of(slice(i, i + 1)) for i in range(5)]
+    for shares in SHARES:
+        many(*shares)
+        for together, *each in zip(of(slice(None)), *alone, strict=True):
+            assert same_bits(together, torch.cat(each)), shares
 
 
 def test_the_excitation_of_many_weights():
