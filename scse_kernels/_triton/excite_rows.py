@@ -14,6 +14,9 @@ import triton.language as tl
 from .activation import activate, gate_gradient, gate_of
 from .primitives import SIZES, accumulator, load, sum_in_pairs, sum_rows_at
 
+# Channels of the spatial branch's sums to a program: 128 bytes of a row.
+COLUMNS = tl.constexpr(32)
+
 
 @triton.jit
 def flat(SAMPLES: tl.constexpr, BLOCK: tl.constexpr):
@@ -189,7 +192,6 @@ def excite_backward_mean_kernel(
     S,
     strips,
     blocks,
-    TERMS_C: tl.constexpr,
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     NEAR: tl.constexpr,
@@ -197,14 +199,14 @@ def excite_backward_mean_kernel(
     BLOCK: tl.constexpr,
 ):
     """A program for SAMPLES samples and BLOCK channels, `blocks` of them (0: d_mean is not needed),
-    and one more for TERMS_C channels of the spatial branch's sums, if they are there. Reads its own
+    and one more for COLUMNS channels of the spatial branch's sums, if they are there. Reads its own
     columns of w1, or those sums, once."""
     ACC: tl.constexpr = accumulator(d_hidden_ptr.dtype.element_ty)
     first, samples = share(N, SAMPLES)
     if partial_ws_ptr is not None:  # noqa: SIM102 (one is known when compiling)
         if tl.program_id(1) >= blocks:
-            n, c = flat(SAMPLES, TERMS_C)
-            c += (tl.program_id(1) - blocks) * TERMS_C
+            n, c = flat(SAMPLES, COLUMNS)
+            c += (tl.program_id(1) - blocks) * COLUMNS
             inside = (n < samples) & (c < C)
             partial_ws_ptr += first * strips * C
             at = n * strips * C + c

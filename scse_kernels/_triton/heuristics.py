@@ -30,16 +30,22 @@ _NORM_ELEMENTS = 16, 32
 # many of dy join them. 3.35 TB/s and 0.7 us from memory make 18 KB for each of an H100's.
 _IN_FLIGHT = 16384
 # A tile's row in a contiguous map has so many bytes at least: what memory is read by, a sector.
+# Half of that where the map's row is no more than a line of the cache.
 _SECTOR = 32
+_LINE = 128
 # More channels than this are walked in several tiles: with rows of a sector it takes eight warps to
 # hold so many, and more warps would only wait for each other.
 _CHANNELS = 1024
-# Weights of one layer of an excitation from which several programs share a sample's; and terms of a
-# sum to a step there, of four bytes.
-_MANY_WEIGHTS = 1 << 16
+# Weights of one layer of an excitation from which programs share it. And there: terms of a sum to a
+# step, of four bytes; sums to a program, each of a step's terms apart, in 64 registers of each of
+# 256 threads; samples to a program at most; and from how many rows on `sum_in_pairs` adds
+# neighbours: of 16 weights in a row a warp has 8 rows (16 of two bytes each), and eight warps have
+# 128.
+_MANY_WEIGHTS = 1 << 15
 _MANY_TERMS = 256
-_MANY_SUMS = 16384
-_MANY_NEAR = 64
+_SHARED_SUMS = 16384
+_SHARED_SAMPLES = 8
+_MANY_NEAR = 128
 # Strips whose sums are few enough for each program of a sample to add up all of them.
 _FEW_STRIPS = 128
 # Warps that an SM can issue from at once.
@@ -95,7 +101,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Rows:
-    """An excitation in a launch for each layer, to the hidden channels and to the channels."""
+    """An excitation in a launch for each layer: to the hidden channels, and from them."""
 
     hidden: Share
     channels: Share
@@ -160,8 +166,9 @@ def tile(
     wanted = min(processors * _IN_FLIGHT * 3 // 4, samples * block_c * positions * itemsize // 2)
     while tiles > 1 and (programs() < enough or in_flight() < wanted):
         tiles //= 2
+    least = _SECTOR if positions * itemsize > _LINE else _SECTOR // 2
     while programs() < enough:
-        if alone or block_s * itemsize <= _SECTOR or block_c * block_s <= filled:
+        if alone or block_s * itemsize <= least or block_c * block_s <= filled:
             break
         block_s //= 2
         if warps > _SCHEDULERS or block_c * block_s < warps * filled:
@@ -172,9 +179,11 @@ def tile(
 
 
 def excitation(
-    samples: int, channels: int, hidden: int, strips: int, itemsize: int, processors: int
+    channels: int, hidden: int, strips: int, itemsize: int
 ) -> tuple[Excitation, Rows | None]:
-    """The excitation's tiles, and how several programs share a sample's: None if one does it.
+    """The excitation's tiles, and how programs share its layers: None if one program does all of a
+    sample's. Neither depends on the number of samples: so the order of sums does not, and batches
+    of all sizes have the same kernels.
 
     One program has all of a sample's weights to read, so each thread
     has 16 loads of 16 bytes on their way, and up to 128 strips' sums come in one step if they fit.
@@ -194,43 +203,32 @@ def excitation(
     least = _SECTOR // 2  # weights of two bytes
     terms_c = min(columns, max(least, tile // block_j))
     terms_j = min(block_j, max(least, tile // block_c))
-    alone = Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps, 1)
+    alone = Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps, near=1)
     if channels * hidden < _MANY_WEIGHTS or strips > _FEW_STRIPS:
         return alone, None
     terms = _MANY_TERMS // share
-    shared = replace(
-        alone, terms_c=min(terms, block_c), terms_j=min(terms, block_j), near=_MANY_NEAR
+    many = replace(
+        alone,
+        terms_c=min(terms, block_c),
+        terms_j=min(terms, block_j),
+        near=_MANY_NEAR,
     )
-    most = _MANY_SUMS // share
-    of_hidden = _layer(samples, hidden, strips, most // shared.terms_c, processors)
-    of_channels = _layer(samples, channels, 1, most // shared.terms_j, processors)
-    return shared, Rows(of_hidden, of_channels, 8)
+    return many, Rows(_shared(share, many.terms_c, terms_strips), _shared(share, many.terms_j), 8)
 
 
-def _layer(samples: int, outputs: int, rows: int, most: int, processors: int) -> Share:
-    """How a layer of an excitation is shared among programs, with `most` sums to a program.
+def _shared(share: int, terms: int, strips: int = 1) -> Share:
+    """A program's share of a layer whose sums are formed in steps of `terms` terms, which may be
+    sums over steps of `strips` strips.
 
-    A program reads a row of weights for each output, and `rows` (partial sums, or the layer before)
-    of each sample. All programs together read twice as many bytes a cycle from L2 as half of the
-    multiprocessors could, and each of those 64. For an H100 (132 of them):
-
-    C = 512, reduction 2, 8 samples of 16 strips: ...
+    With a program to a sample, all of its weights would come through one multiprocessor, 64 bytes a
+    cycle (4.7 us for 0.5 MB, where a launch more costs about 1), and all samples' through L2. Here
+    a program has few outputs, a sector of weights of two bytes, and as many samples as its
+    registers hold: four with 256 terms, even where there are fewer. (With more strips than
+    _FEW_STRIPS the map is large beside the excitation.)
     """
-
-    def cycles(share: Share) -> float:
-        groups, blocks = share.grid(samples, outputs)
-        programs = groups * blocks
-        read = share.outputs + share.samples * rows
-        return read * max(-(-programs // processors), 2 * programs / processors)
-
-    least = _SECTOR // 2  # outputs: a sector of weights of two bytes
-    shares = [
-        Share(block, together)
-        for block in (least, 2 * least, 4 * least)
-        for together in (1, 2, 4, 8, 16)
-        if block * together <= most and together < 2 * samples
-    ]
-    return min(shares, key=cycles)
+    outputs = _SECTOR // 2
+    samples = _SHARED_SUMS // (share * terms * max(outputs, strips))
+    return Share(outputs, min(_SHARED_SAMPLES, samples))
 
 
 def gradient_block(warps: int) -> int:

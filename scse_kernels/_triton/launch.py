@@ -22,6 +22,7 @@ from .apply import apply_backward_kernel, apply_kernel
 from .combine import CHANNEL, SPATIAL, by_gates
 from .excite import excite_backward_kernel, excite_kernel
 from .excite_rows import (
+    COLUMNS,
     excite_backward_hidden_kernel,
     excite_backward_mean_kernel,
     excite_gates_kernel,
@@ -105,8 +106,7 @@ class Problem:
     def shared_excitation(self, x: Tensor) -> tuple[heuristics.Excitation, heuristics.Rows | None]:
         """The excitation's tiles, and how programs share a sample's, if they do."""
         return heuristics.excitation(
-            self.samples, self.channels, self.hidden, self.strips,
-            accumulation_dtype(x.dtype).itemsize, heuristics.multiprocessors(x.device),
+            self.channels, self.hidden, self.strips, accumulation_dtype(x.dtype).itemsize
         )  # fmt: skip
 
     def excitation(self, x: Tensor) -> dict:
@@ -397,13 +397,13 @@ def plan_excitation_backward(
     )  # fmt: skip
     groups, blocks = rows.channels.grid(n, c)
     blocks = blocks if d_mean is not None else 0
-    spatial = triton.cdiv(c, e.terms_c) if partial_ws is not None else 0
+    spatial = triton.cdiv(c, COLUMNS.value) if partial_ws is not None else 0
     if blocks + spatial:
         plan.launch(
             excite_backward_mean_kernel, (groups, blocks + spatial),
             partial_ws, partial_bs, w1, d_hidden, d_mean, sample_ws, sample_bs,
             n, c, j, s, p.strips, blocks,
-            TERMS_C=e.terms_c, TERMS_J=e.terms_j, **rows.channels.constants(), **order, **warps,
+            TERMS_J=e.terms_j, **rows.channels.constants(), **order, **warps,
         )  # fmt: skip
 
 

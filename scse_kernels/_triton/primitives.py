@@ -103,7 +103,11 @@ def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
     are in its warp where the dense axis is short.
     """
     for _ in tl.static_range(halvings(x.shape[axis])):
-        if axis == 0 and x.shape[0] <= NEAR:
+        if axis == 0 and x.shape[0] <= min(NEAR, 16):
+            pairs = tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1]))
+            left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
+            x = left + right
+        elif axis == 0 and x.shape[0] <= NEAR:
             x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), 1)
         elif axis == 0:
             x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), 0)

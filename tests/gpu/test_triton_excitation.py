@@ -100,22 +100,35 @@ def test_no_batch_changes_a_bit(many, monkeypatch):
             assert same_bits(together, torch.cat(each)), shares
 
 
-def test_the_excitation_of_many_weights():
+@pytest.mark.parametrize(
+    "shape, reduction, parameters",
+    [
+        ((2, 512, 4, 8), 2, torch.float32),
+        ((5, 512, 4, 8), 2, torch.float16),
+        ((9, 1024, 3, 3), 16, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_excitation_of_many_weights(shape, reduction, parameters):
     """With the sizes that the heuristics choose; no registers are spilled."""
-    case = make_case((2, 512, 4, 8), "add", torch.float16, 2, parameter_dtype=torch.float32)
+    case = make_case(shape, "add", torch.float16, reduction, parameter_dtype=parameters)
     _, lab = results(case, checks=False)
     ran = {report.kernel: report for report in lab.reports}
     for names in BY_ROWS.values():
         for name in names:
-            assert ran[name].spill_bytes == 0 and ran[name].grid[1] >= 16
+            samples, blocks = ran[name].grid[:2]
+            assert ran[name].spill_bytes == 0 and samples <= 3 and blocks >= 4
 
 
 def test_where_the_excitation_is_shared():
-    def rows(samples, channels, hidden, strips=16):
-        return heuristics.excitation(samples, channels, hidden, strips, 4, 132)[1]
+    def rows(channels, hidden, strips=16, itemsize=4):
+        return heuristics.excitation(channels, hidden, strips, itemsize)[1]
 
-    assert rows(8, 512, 256) == heuristics.Rows(16, 32, 8)
-    assert rows(32, 512, 256) == heuristics.Rows(64, 64, 8)
-    assert rows(8, 256, 128) is None  # 128 KiB of weights: one launch costs less
-    assert rows(67, 512, 256) is None  # each of most multiprocessors has a sample
-    assert rows(8, 512, 256, 256) is None  # a large map
+    two, four, eight = (heuristics.Share(16, n) for n in (2, 4, 8))
+    assert rows(512, 256) == heuristics.Rows(four, four, 8)
+    assert rows(512, 256, 17) == heuristics.Rows(two, four, 8)
+    assert rows(512, 256, itemsize=8) == heuristics.Rows(four, four, 8)
+    assert rows(2048, 128) == heuristics.Rows(four, eight, 8)
+    assert rows(256, 128) == heuristics.Rows(four, eight, 8)
+    assert rows(256, 64) is None  # 64 KiB of weights: one launch costs less
+    assert rows(512, 256, 256) is None  # a large map
