@@ -71,7 +71,7 @@ def excite_sample(
 
     for begin in range(0, C, SUMS):
         c = begin + tl.arange(0, SUMS)
-        total = sum_rows(partial_ptr, strips, C, c, ACC, TERMS_STRIPS, SUMS)
+        total = sum_rows(partial_ptr, strips, C, c, ACC, TERMS_STRIPS)
         tl.store(pooled_ptr + c, total / S, mask=c < C)
     tl.debug_barrier()
     for begin in range(0, Cr, HIDDEN):
@@ -147,10 +147,10 @@ def excite_backward_sample(
     if partial_ws_ptr is not None and do_spatial:
         for begin in range(0, C, SUMS):
             c = begin + tl.arange(0, SUMS)
-            total = sum_rows(partial_ws_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS, SUMS)
+            total = sum_rows(partial_ws_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS)
             tl.store(sample_ws_ptr + n * C + c, total, mask=c < C)
         one = tl.arange(0, 1)
-        total = sum_rows(partial_bs_ptr + row, strips, 1, one, ACC, TERMS_STRIPS, 1)
+        total = sum_rows(partial_bs_ptr + row, strips, 1, one, ACC, TERMS_STRIPS)
         tl.store(sample_bs_ptr + n + one, total)
 
     if partial_ptr is not None and do_channel:
@@ -159,7 +159,7 @@ def excite_backward_sample(
         slope_ptr = hidden_ptr + (N + n) * Cr
         for begin in range(0, C, SUMS):
             c = begin + tl.arange(0, SUMS)
-            d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS, SUMS)
+            d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS)
             gate = load(channel_gate_ptr + n * C + c, c < C, ACC)
             tl.store(d_excited_ptr + c, gate_gradient(d, gate, GATE), mask=c < C)
         tl.debug_barrier()

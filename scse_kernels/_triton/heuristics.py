@@ -71,7 +71,8 @@ class Tile:
 class Excitation:
     """block_c and block_j: powers of two that cover channels and hidden channels. A sum over
     channels is formed in steps of terms_c terms, one over hidden channels in steps of terms_j, one
-    over strips in steps of terms_strips; so many sums at once that a step reads `tile` elements."""
+    over strips in steps of terms_strips; so many sums at once that a step reads `tile` elements.
+    near: the order of sums over a matrix' rows, NEAR of `sum_in_pairs`."""
 
     block_c: int
     block_j: int
@@ -185,10 +186,9 @@ def excitation(
     sample's. Neither depends on the number of samples: so the order of sums does not, and batches
     of all sizes have the same kernels.
 
-    One program has all of a sample's weights to read, so each thread
-    has 16 loads of 16 bytes on their way, and up to 128 strips' sums come in one step if they fit.
-    Few warps, as sums across warps cost more than they save: two up to 64 channels, at most eight.
-    `itemsize`: of the sums.
+    One program has all of a sample's weights to read, so each thread has 16 loads of 16 bytes on
+    their way, and up to 128 strips' sums come in one step if they fit. Few warps, as sums across
+    warps cost more than they save: two up to 64 channels, at most eight. `itemsize`: of the sums.
 
     For the same reason a tile has few terms of each sum and rather more sums, all if they fit:
     threads add up what they hold of a sum only after its last step.

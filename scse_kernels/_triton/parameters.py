@@ -80,8 +80,8 @@ def parameter_gradients(
             ACC: tl.constexpr = accumulator(sample_ws_ptr.dtype.element_ty)
             block = task - 2 * tiles
             c = block * BLOCK + tl.arange(0, BLOCK)
-            total = sum_rows(sample_ws_ptr, N, C, c, ACC, 2 * SAMPLES, BLOCK)
+            total = sum_rows(sample_ws_ptr, N, C, c, ACC, 2 * SAMPLES)
             tl.store(dws_ptr + c, total, mask=c < C)
             if dbs_ptr is not None and block == 0:
                 one = tl.arange(0, 1)
-                tl.store(dbs_ptr + one, sum_rows(sample_bs_ptr, N, 1, one, ACC, 2 * SAMPLES, 1))
+                tl.store(dbs_ptr + one, sum_rows(sample_bs_ptr, N, 1, one, ACC, 2 * SAMPLES))

@@ -100,7 +100,8 @@ def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
     Pairs lie half of the axis apart, and are neighbours once NEAR elements or fewer are left. A
     thread should first add what it has itself, and last what other warps have. It has neighbours on
     the axis that is dense in memory. On the other one its elements are far apart, and neighbours
-    are in its warp where the dense axis is short.
+    are in its warp where the dense axis is short. Then the last 16 rows are those of the warps.
+    Triton's sum of these takes one at a time through shared memory; to split pairs, all go at once.
     """
     for _ in tl.static_range(halvings(x.shape[axis])):
         if axis == 0 and x.shape[0] <= min(NEAR, 16):
@@ -119,7 +120,7 @@ def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(ptr, rows, size, i, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_rows(ptr, rows, size, i, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """sum_r ptr[r, i] of ptr [rows, size], for the columns i [BLOCK]."""
     return sum_rows_at(ptr, i, i < size, rows, size, ACC, BLOCK_ROWS)
 
