@@ -71,7 +71,7 @@ def excite_sample(
 
     for begin in range(0, C, SUMS):
         c = begin + tl.arange(0, SUMS)
-        total = sum_rows(partial_ptr, strips, C, c, ACC, TERMS_STRIPS, SUMS)
+        total = sum_rows(partial_ptr, strips, C, c, ACC, TERMS_STRIPS)
         tl.store(pooled_ptr + c, total / S, mask=c < C)
     tl.debug_barrier()
     for begin in range(0, Cr, HIDDEN):
@@ -115,6 +115,7 @@ def excite_backward_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
+    NEAR: tl.constexpr,
     GATE: tl.constexpr,
 ):
     """A program for each sample and branch. Reads its partial sums once, and the weights."""
@@ -123,7 +124,7 @@ def excite_backward_kernel(
         tl.program_id(1) == 0, tl.program_id(1) == tl.num_programs(1) - 1,
         partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr, hidden_ptr, channel_gate_ptr,
         d_excited_ptr, d_hidden_ptr, d_mean_ptr, sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE, GATE,
+        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE, NEAR, GATE,
     )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def excite_backward_sample(
     hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr, sample_ws_ptr,
     sample_bs_ptr, C, Cr, S, strips, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
     TERMS_C: tl.constexpr, TERMS_J: tl.constexpr, TERMS_STRIPS: tl.constexpr, TILE: tl.constexpr,
-    GATE: tl.constexpr,
+    NEAR: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """One branch, or both, of sample n of N."""
     SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
@@ -146,10 +147,10 @@ def excite_backward_sample(
     if partial_ws_ptr is not None and do_spatial:
         for begin in range(0, C, SUMS):
             c = begin + tl.arange(0, SUMS)
-            total = sum_rows(partial_ws_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS, SUMS)
+            total = sum_rows(partial_ws_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS)
             tl.store(sample_ws_ptr + n * C + c, total, mask=c < C)
         one = tl.arange(0, 1)
-        total = sum_rows(partial_bs_ptr + row, strips, 1, one, ACC, TERMS_STRIPS, 1)
+        total = sum_rows(partial_bs_ptr + row, strips, 1, one, ACC, TERMS_STRIPS)
         tl.store(sample_bs_ptr + n + one, total)
 
     if partial_ptr is not None and do_channel:
@@ -158,13 +159,13 @@ def excite_backward_sample(
         slope_ptr = hidden_ptr + (N + n) * Cr
         for begin in range(0, C, SUMS):
             c = begin + tl.arange(0, SUMS)
-            d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS, SUMS)
+            d = sum_rows(partial_ptr + row * C, strips, C, c, ACC, TERMS_STRIPS)
             gate = load(channel_gate_ptr + n * C + c, c < C, ACC)
             tl.store(d_excited_ptr + c, gate_gradient(d, gate, GATE), mask=c < C)
         tl.debug_barrier()
         for begin in range(0, Cr, HIDDEN):
             j = begin + tl.arange(0, HIDDEN)
-            d = vecmat(d_excited_ptr, w2_ptr, j, C, Cr, ACC, TERMS_C, HIDDEN)
+            d = vecmat(d_excited_ptr, w2_ptr, j, C, Cr, ACC, TERMS_C, HIDDEN, NEAR)
             slope = load(slope_ptr + j, j < Cr, ACC)
             # A slope of zero stops an infinite gradient.
             tl.store(d_hidden_ptr + j, tl.where(slope == 0, 0.0, slope * d), mask=j < Cr)
@@ -172,5 +173,5 @@ def excite_backward_sample(
             tl.debug_barrier()
             for begin in range(0, C, MEANS):
                 c = begin + tl.arange(0, MEANS)
-                d = vecmat(d_hidden_ptr, w1_ptr, c, Cr, C, ACC, TERMS_J, MEANS)
+                d = vecmat(d_hidden_ptr, w1_ptr, c, Cr, C, ACC, TERMS_J, MEANS, NEAR)
                 tl.store(d_mean_ptr + n * C + c, d / S, mask=c < C)

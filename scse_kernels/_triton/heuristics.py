@@ -30,14 +30,22 @@ _NORM_ELEMENTS = 16, 32
 # many of dy join them. 3.35 TB/s and 0.7 us from memory make 18 KB for each of an H100's.
 _IN_FLIGHT = 16384
 # A tile's row in a contiguous map has so many bytes at least: what memory is read by, a sector.
+# Half of that where the map's row is no more than a line of the cache.
 _SECTOR = 32
+_LINE = 128
 # More channels than this are walked in several tiles: with rows of a sector it takes eight warps to
 # hold so many, and more warps would only wait for each other.
 _CHANNELS = 1024
-# Weights of one layer of an excitation from which several programs share a sample's; and terms of a
-# sum to a step there, of four bytes.
-_MANY_WEIGHTS = 1 << 16
+# Weights of one layer of an excitation from which programs share it. And there: terms of a sum to a
+# step, of four bytes; sums to a program, each of a step's terms apart, in 64 registers of each of
+# 256 threads; samples to a program at most; and from how many rows on `sum_in_pairs` adds
+# neighbours: of 16 weights in a row a warp has 8 rows (16 of two bytes each), and eight warps have
+# 128.
+_MANY_WEIGHTS = 1 << 15
 _MANY_TERMS = 256
+_SHARED_SUMS = 16384
+_SHARED_SAMPLES = 8
+_MANY_NEAR = 128
 # Strips whose sums are few enough for each program of a sample to add up all of them.
 _FEW_STRIPS = 128
 # Warps that an SM can issue from at once.
@@ -63,7 +71,8 @@ class Tile:
 class Excitation:
     """block_c and block_j: powers of two that cover channels and hidden channels. A sum over
     channels is formed in steps of terms_c terms, one over hidden channels in steps of terms_j, one
-    over strips in steps of terms_strips; so many sums at once that a step reads `tile` elements."""
+    over strips in steps of terms_strips; so many sums at once that a step reads `tile` elements.
+    near: the order of sums over a matrix' rows, NEAR of `sum_in_pairs`."""
 
     block_c: int
     block_j: int
@@ -72,15 +81,31 @@ class Excitation:
     terms_strips: int
     tile: int
     warps: int
+    near: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """A program's share of a layer of an excitation: so many outputs of so many samples."""
+
+    outputs: int
+    samples: int
+
+    def grid(self, samples: int, outputs: int) -> tuple[int, int]:
+        """Programs for a layer."""
+        return -(-samples // self.samples), -(-outputs // self.outputs)
+
+    def constants(self) -> dict[str, int]:
+        """What kernels call it."""
+        return {"BLOCK": self.outputs, "SAMPLES": self.samples}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """An excitation by several programs for each sample, in two launches: so many hidden channels,
-    then channels, to a program."""
+    """An excitation in a launch for each layer: to the hidden channels, and from them."""
 
-    hidden: int
-    channels: int
+    hidden: Share
+    channels: Share
     warps: int
 
 
@@ -142,8 +167,9 @@ def tile(
     wanted = min(processors * _IN_FLIGHT * 3 // 4, samples * block_c * positions * itemsize // 2)
     while tiles > 1 and (programs() < enough or in_flight() < wanted):
         tiles //= 2
+    least = _SECTOR if positions * itemsize > _LINE else _SECTOR // 2
     while programs() < enough:
-        if alone or block_s * itemsize <= _SECTOR or block_c * block_s <= filled:
+        if alone or block_s * itemsize <= least or block_c * block_s <= filled:
             break
         block_s //= 2
         if warps > _SCHEDULERS or block_c * block_s < warps * filled:
@@ -154,14 +180,15 @@ def tile(
 
 
 def excitation(
-    samples: int, channels: int, hidden: int, strips: int, itemsize: int, processors: int
+    channels: int, hidden: int, strips: int, itemsize: int
 ) -> tuple[Excitation, Rows | None]:
-    """The excitation's tiles, and how several programs share a sample's: None if one does it.
+    """The excitation's tiles, and how programs share its layers: None if one program does all of a
+    sample's. Neither depends on the number of samples: so the order of sums does not, and batches
+    of all sizes have the same kernels.
 
-    One program has all of a sample's weights to read, so each thread
-    has 16 loads of 16 bytes on their way, and up to 128 strips' sums come in one step if they fit.
-    Few warps, as sums across warps cost more than they save: two up to 64 channels, at most eight.
-    `itemsize`: of the sums.
+    One program has all of a sample's weights to read, so each thread has 16 loads of 16 bytes on
+    their way, and up to 128 strips' sums come in one step if they fit. Few warps, as sums across
+    warps cost more than they save: two up to 64 channels, at most eight. `itemsize`: of the sums.
 
     For the same reason a tile has few terms of each sum and rather more sums, all if they fit:
     threads add up what they hold of a sum only after its last step.
@@ -176,31 +203,32 @@ def excitation(
     least = _SECTOR // 2  # weights of two bytes
     terms_c = min(columns, max(least, tile // block_j))
     terms_j = min(block_j, max(least, tile // block_c))
-    alone = Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps)
-    terms = _MANY_TERMS // share
-    many = channels * hidden >= _MANY_WEIGHTS and 2 * samples <= processors
-    if not many or strips > _FEW_STRIPS:
+    alone = Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps, near=1)
+    if channels * hidden < _MANY_WEIGHTS or strips > _FEW_STRIPS:
         return alone, None
-    shared = replace(alone, terms_c=min(terms, block_c), terms_j=min(terms, block_j))
-    return shared, _rows(shared, samples, channels, hidden, processors)
+    terms = _MANY_TERMS // share
+    many = replace(
+        alone,
+        terms_c=min(terms, block_c),
+        terms_j=min(terms, block_j),
+        near=_MANY_NEAR,
+    )
+    return many, Rows(_shared(share, many.terms_c, terms_strips), _shared(share, many.terms_j), 8)
 
 
-def _rows(e: Excitation, samples: int, channels: int, hidden: int, processors: int) -> Rows:
-    """How an excitation is shared among programs.
+def _shared(share: int, terms: int, strips: int = 1) -> Share:
+    """A program's share of a layer whose sums are formed in steps of `terms` terms, which may be
+    sums over steps of `strips` strips.
 
-    A multiprocessor reads 64 bytes a cycle from L2: 0.5 MB of weights, each way, take 4.7 us where
-    one program has them all, and a launch more about 1. With as many programs as `processors` each
-    has 16 outputs or more of a layer: a sector of weights of two bytes. All read their sample's
-    partial sums. (Where a sample has more strips than _FEW_STRIPS its map is large beside that.)
+    With a program to a sample, all of its weights would come through one multiprocessor, 64 bytes a
+    cycle (4.7 us for 0.5 MB, where a launch more costs about 1), and all samples' through L2. Here
+    a program has few outputs, a sector of weights of two bytes, and as many samples as its
+    registers hold: four with 256 terms, even where there are fewer. (With more strips than
+    _FEW_STRIPS the map is large beside the excitation.)
     """
-
-    def block(outputs: int, terms: int) -> int:
-        size = _SECTOR // 2
-        while samples * -(-outputs // size) > processors and size * terms < e.tile:
-            size *= 2
-        return min(size, power_of_two(outputs))
-
-    return Rows(block(hidden, e.terms_c), block(channels, e.terms_j), 8)
+    outputs = _SECTOR // 2
+    samples = _SHARED_SUMS // (share * terms * max(outputs, strips))
+    return Share(outputs, min(_SHARED_SAMPLES, samples))
 
 
 def gradient_block(warps: int) -> int:

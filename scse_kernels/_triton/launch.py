@@ -22,6 +22,7 @@ from .apply import apply_backward_kernel, apply_kernel
 from .combine import CHANNEL, SPATIAL, by_gates
 from .excite import excite_backward_kernel, excite_kernel
 from .excite_rows import (
+    COLUMNS,
     excite_backward_hidden_kernel,
     excite_backward_mean_kernel,
     excite_gates_kernel,
@@ -105,8 +106,7 @@ class Problem:
     def shared_excitation(self, x: Tensor) -> tuple[heuristics.Excitation, heuristics.Rows | None]:
         """The excitation's tiles, and how programs share a sample's, if they do."""
         return heuristics.excitation(
-            self.samples, self.channels, self.hidden, self.strips,
-            accumulation_dtype(x.dtype).itemsize, heuristics.multiprocessors(x.device),
+            self.channels, self.hidden, self.strips, accumulation_dtype(x.dtype).itemsize
         )  # fmt: skip
 
     def excitation(self, x: Tensor) -> dict:
@@ -354,16 +354,17 @@ def plan_excitation(
         return
     warps = {"num_warps": rows.warps, "num_stages": 1, **_all_registers()}
     plan.launch(
-        excite_hidden_kernel, (n, triton.cdiv(j, rows.hidden)),
+        excite_hidden_kernel, rows.hidden.grid(n, j),
         partial, w1, b1, pooled, hidden,
-        c, j, s, p.strips,
-        TERMS_C=e.terms_c, TERMS_STRIPS=e.terms_strips, BLOCK=rows.hidden, **activation, **warps,
+        n, c, j, s, p.strips,
+        TERMS_C=e.terms_c, TERMS_STRIPS=e.terms_strips, **rows.hidden.constants(), **activation,
+        **warps,
     )  # fmt: skip
     plan.launch(
-        excite_gates_kernel, (n, triton.cdiv(c, rows.channels)),
+        excite_gates_kernel, rows.channels.grid(n, c),
         w2, b2, hidden, channel_gate,
-        c, j,
-        TERMS_J=e.terms_j, BLOCK=rows.channels, GATE=GATE, **warps,
+        n, c, j,
+        TERMS_J=e.terms_j, GATE=GATE, **rows.channels.constants(), **warps,
     )  # fmt: skip
 
 
@@ -383,24 +384,26 @@ def plan_excitation_backward(
             d_excited_ptr=d_excited, d_hidden_ptr=d_hidden, d_mean_ptr=d_mean,
             sample_ws_ptr=sample_ws, sample_bs_ptr=sample_bs,
             C=c, Cr=j, S=s, strips=p.strips,
-            GATE=GATE, **p.excitation(x),
+            GATE=GATE, NEAR=e.near, **p.excitation(x),
         )  # fmt: skip
         return
     warps = {"num_warps": rows.warps, "num_stages": 1, **_all_registers()}
-    terms = {"TERMS_C": e.terms_c, "TERMS_STRIPS": e.terms_strips}
+    order = {"TERMS_STRIPS": e.terms_strips, "NEAR": e.near}
     plan.launch(
-        excite_backward_hidden_kernel, (n, triton.cdiv(j, rows.hidden)),
+        excite_backward_hidden_kernel, rows.hidden.grid(n, j),
         partial, w2, hidden, channel_gate, d_excited, d_hidden,
-        c, j, p.strips,
-        BLOCK=rows.hidden, GATE=GATE, **terms, **warps,
+        n, c, j, p.strips,
+        TERMS_C=e.terms_c, GATE=GATE, **rows.hidden.constants(), **order, **warps,
     )  # fmt: skip
-    blocks = triton.cdiv(c, rows.channels) if d_mean is not None else 0
-    if programs := blocks + branches - 1:
+    groups, blocks = rows.channels.grid(n, c)
+    blocks = blocks if d_mean is not None else 0
+    spatial = triton.cdiv(c, COLUMNS.value) if partial_ws is not None else 0
+    if blocks + spatial:
         plan.launch(
-            excite_backward_mean_kernel, (n, programs),
+            excite_backward_mean_kernel, (groups, blocks + spatial),
             partial_ws, partial_bs, w1, d_hidden, d_mean, sample_ws, sample_bs,
-            c, j, s, p.strips, blocks,
-            TERMS_J=e.terms_j, BLOCK=rows.channels, **terms, **warps,
+            n, c, j, s, p.strips, blocks,
+            TERMS_J=e.terms_j, **rows.channels.constants(), **order, **warps,
         )  # fmt: skip
 
 
@@ -496,6 +499,7 @@ def _plan_backward(
             SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
             STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
             BLOCK=block, GATE=gate, RESIDUAL=residual, **p.constants(*maps),
+            NEAR=p.shared_excitation(in_x.tensor)[0].near,
             **p.excitation_within(in_x.tensor), **_all_registers(),
         )  # fmt: skip
         return

@@ -278,8 +278,8 @@ def norm_sums_kernel(
             d_mean = load(d_mean_ptr + (r // strips).to(tl.int64) * C + c[None, :], mask, ACC)
             dv += d_mean * load(at + 2 * plane, mask, ACC)
             dvu += d_mean * load(at + 3 * plane, mask, ACC)
-    sum_dv = sum_in_pairs(dv, 0, False)
-    sum_dvu = sum_in_pairs(dvu, 0, False)
+    sum_dv = sum_in_pairs(dv, 0, 1)
+    sum_dvu = sum_in_pairs(dvu, 0, 1)
     rstd = reciprocal_root(tl.load(var_ptr + c, mask=c < C, other=1.0).to(ACC) + EPS)
     if dweight_ptr is not None:
         tl.store(dweight_ptr + c, sum_dvu * rstd, mask=c < C)

@@ -88,7 +88,7 @@ def norm_merge_kernel(
         count = tl.minimum(STRIP, S - r % strips * STRIP)
         mean = load(strip_mean_ptr + r.to(tl.int64) * C + c[None, :], mask, ACC)
         total += tl.where(mask, count * (mean - first), 0.0)
-    mean_of_all = first + (sum_in_pairs(total, 0, False) / values)[None, :]
+    mean_of_all = first + (sum_in_pairs(total, 0, 1) / values)[None, :]
 
     total = tl.zeros([BLOCK_ROWS, BLOCK], ACC)
     for begin in range(0, rows, BLOCK_ROWS):
@@ -100,7 +100,7 @@ def norm_merge_kernel(
         squares = load(strip_squares_ptr + at, mask, ACC)
         total += tl.where(mask, squares + count * (apart * apart), 0.0)
     mean = tl.reshape(mean_of_all, (BLOCK,))
-    var = sum_in_pairs(total, 0, False) / values
+    var = sum_in_pairs(total, 0, 1) / values
     tl.store(mean_ptr + c, mean, mask=c < C)
     tl.store(var_ptr + c, var, mask=c < C)
     if running_mean_ptr is not None:

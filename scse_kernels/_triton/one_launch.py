@@ -225,6 +225,7 @@ def backward_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     EXCITE_TILE: tl.constexpr,
+    NEAR: tl.constexpr,
     GATE: tl.constexpr,
 ):
     """Reads dy twice, the second time from L2, and x once, twice where dx depends on it; writes dx
@@ -252,7 +253,7 @@ def backward_kernel(
                     n, N, True, True, partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
                     hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr,
                     sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, GATE,
+                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, NEAR, GATE,
                 )  # fmt: skip
                 announce(done_ptr + n)
                 announce(samples_ptr)

@@ -42,7 +42,7 @@ def dense_gradient(
     at = r[:, None] * columns + k[None, :]
     tl.store(weight_ptr + at, weight, mask=(r[:, None] < rows) & (k[None, :] < columns))
     if bias_ptr is not None and block % blocks == 0:
-        tl.store(bias_ptr + r, sum_in_pairs(bias, 0, False), mask=r < rows)
+        tl.store(bias_ptr + r, sum_in_pairs(bias, 0, 1), mask=r < rows)
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def parameter_gradients(
             ACC: tl.constexpr = accumulator(sample_ws_ptr.dtype.element_ty)
             block = task - 2 * tiles
             c = block * BLOCK + tl.arange(0, BLOCK)
-            total = sum_rows(sample_ws_ptr, N, C, c, ACC, 2 * SAMPLES, BLOCK)
+            total = sum_rows(sample_ws_ptr, N, C, c, ACC, 2 * SAMPLES)
             tl.store(dws_ptr + c, total, mask=c < C)
             if dbs_ptr is not None and block == 0:
                 one = tl.arange(0, 1)
-                tl.store(dbs_ptr + one, sum_rows(sample_bs_ptr, N, 1, one, ACC, 2 * SAMPLES, 1))
+                tl.store(dbs_ptr + one, sum_rows(sample_bs_ptr, N, 1, one, ACC, 2 * SAMPLES))

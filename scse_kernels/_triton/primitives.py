@@ -97,14 +97,22 @@ def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
 
     As a + b is b + a, the result is the same to the last bit however the compiler spreads x over
     threads, and for any number of warps. (In `tl.sum` the order of the terms follows the layout.)
-    Pairs are neighbours (NEAR) or lie half of the axis apart. NEAR is for the axis that is dense in
-    memory. A thread has neighbours there: it should first add what it has itself, and last what
-    other warps have.
+    Pairs lie half of the axis apart, and are neighbours once NEAR elements or fewer are left. A
+    thread should first add what it has itself, and last what other warps have. It has neighbours on
+    the axis that is dense in memory. On the other one its elements are far apart, and neighbours
+    are in its warp where the dense axis is short. Then the last 16 rows are those of the warps.
+    Triton's sum of these takes one at a time through shared memory; to split pairs, all go at once.
     """
     for _ in tl.static_range(halvings(x.shape[axis])):
-        if axis == 0:
+        if axis == 0 and x.shape[0] <= min(NEAR, 16):
+            pairs = tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1]))
+            left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
+            x = left + right
+        elif axis == 0 and x.shape[0] <= NEAR:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), 1)
+        elif axis == 0:
             x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), 0)
-        elif NEAR:
+        elif x.shape[1] <= NEAR:
             x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
         else:
             x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), 1)
@@ -112,18 +120,24 @@ def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(ptr, rows, size, i, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """sum_r ptr[r, i] of ptr [rows, size], for the columns i [BLOCK].
+def sum_rows(ptr, rows, size, i, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """sum_r ptr[r, i] of ptr [rows, size], for the columns i [BLOCK]."""
+    return sum_rows_at(ptr, i, i < size, rows, size, ACC, BLOCK_ROWS)
+
+
+@triton.jit
+def sum_rows_at(ptr, at, inside, rows, size, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """sum_r ptr[at + r * size], r < rows, for the offsets at [BLOCK] that are `inside`, else 0.
 
     In tiles [BLOCK, BLOCK_ROWS], the other way round than `vecmat`: Triton may give tiles of one
     shape one layout, and the layout for elements of two bytes is a bad one for four.
     """
-    total = tl.zeros([BLOCK, BLOCK_ROWS], ACC)
+    total = tl.zeros([at.shape[0], BLOCK_ROWS], ACC)
     for begin in range(0, rows, BLOCK_ROWS):
         r = begin + tl.arange(0, BLOCK_ROWS)
-        at = r[None, :] * size + i[:, None]
-        total += load(ptr + at, (r[None, :] < rows) & (i[:, None] < size), ACC)
-    return sum_in_pairs(total, 1, False)
+        mask = (r[None, :] < rows) & inside[:, None]
+        total += load(ptr + (r[None, :] * size + at[:, None]), mask, ACC)
+    return sum_in_pairs(total, 1, 1)
 
 
 @triton.jit
@@ -145,7 +159,7 @@ def matvec(
         mask = (i[:, None] < rows) & (k[None, :] < columns)
         v = load(vector_ptr + k, k < columns, ACC)
         total += load(matrix_ptr + at, mask, ACC) * v[None, :]
-    return sum_in_pairs(total, 1, True)
+    return sum_in_pairs(total, 1, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -158,9 +172,10 @@ def vecmat(
     ACC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
     """sum_k vector[k] * matrix[k, i] of matrix [rows, columns], for the columns i
-    [BLOCK_COLUMNS]."""
+    [BLOCK_COLUMNS]. NEAR: see `sum_in_pairs`."""
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
     for begin in range(0, rows, BLOCK_ROWS):
         k = begin + tl.arange(0, BLOCK_ROWS)
@@ -168,4 +183,4 @@ def vecmat(
         mask = (k[:, None] < rows) & (i[None, :] < columns)
         v = load(vector_ptr + k, k < rows, ACC)
         total += load(matrix_ptr + at, mask, ACC) * v[:, None]
-    return sum_in_pairs(total, 0, False)
+    return sum_in_pairs(total, 0, NEAR)

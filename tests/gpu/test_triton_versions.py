@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 TESTS = (
     "test_triton_emulated.py::test_each_variant[add]",
     "test_triton_emulated.py::test_each_variant[max]",
-    "test_triton_excitation.py::test_by_several_programs_for_each_sample[torch.float16]",
+    "test_triton_excitation.py::test_by_a_launch_for_each_layer[torch.float16]",
     "test_triton_norm.py::test_kinds[max]",
 )
 
