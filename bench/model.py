@@ -16,7 +16,7 @@ too. If conversion takes them further away, the exit status is 1. (With --autoca
 away as its dtype takes them.)
 --compile times original and converted under torch.compile as well, and says how many seconds their
 first step took: nearly all of it is compiling. A network whose library can't be imported is left
-out, with the reason.
+out, with the reason. Written: model.png, the steps as bars.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,15 @@ _IN_FLOAT64 = 1e-7
 class _Model(NamedTuple):
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]  # of the images
+
+
+class _Bar(NamedTuple):
+    """A step in the picture."""
+
+    network: str  # and its images
+    which: str
+    milliseconds: float
+    blocks: float  # milliseconds of it; 0 where they were not timed
 
 
 def _smp(encoder: str) -> nn.Module:
@@ -133,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare and time the chosen networks; returns 1 if one was wrong."""
     providers.fused(args.device, "--reference", args.reference)
     report.print_header(report.environment(args.device), providers.missing(args.device))
-    agree = True
+    agree, bars = True, []
     for name in args.models:
         shape = MODELS[name].shape
         if args.images and len(args.images) != len(shape) - 1:
@@ -144,7 +154,17 @@ def run(args: argparse.Namespace) -> int:
         except ImportError as error:
             report.console.print(f"[yellow]{name} is left out: {error}")
             continue
-        agree &= _measure(name, original, args)
+        right, own = _measure(name, original, args)
+        agree &= right
+        bars += own
+    if bars:
+        picture = args.output / "model.png"
+        try:
+            _picture(picture, bars, report.caption(report.environment(args.device)))
+        except ImportError as error:
+            report.console.print(f"[yellow]{picture.name} is left out: {error}")
+        else:
+            report.console.print(f"Written: {picture}")
     return 0 if agree else 1
 
 
@@ -153,8 +173,9 @@ def _build(model: _Model) -> nn.Module:
     return model.build()
 
 
-def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
-    """Print what conversion does to one network; False if it gives something else."""
+def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> tuple[bool, list[_Bar]]:
+    """Print what conversion does to one network. Returns False if it gives something else; and its
+    steps."""
     console, device = report.console, args.device
     shape = MODELS[name].shape
     if args.images:
@@ -220,11 +241,15 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
         "share",
     ):
         table.add_column(column, justify="right")
+    bars = []
     for which in steps:
-        timed, cells = times[which], ("", "")
+        timed, cells, within = times[which], ("", ""), 0.0
         if which in inside:
             _, part, share = inside[which].summary()
             cells = f"{part.median * 1e3:.1f}", f"{share:.0%}"
+            within = share * timed.median * 1e3
+        title = f"{name}, {'x'.join(map(str, image.shape))}"
+        bars.append(_Bar(title, which, timed.median * 1e3, within))
         table.add_row(
             which,
             f"{timed.median * 1e3:.1f}",
@@ -249,7 +274,39 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> bool:
     if not right:
         console.print(f"[red]{name}: original and converted DISAGREE, or nothing was converted")
         console.print(str(with_norm))
-    return right
+    return right, bars
+
+
+def _picture(path: Path, bars: list[_Bar], caption: str) -> None:
+    """The steps, a group of bars for each network, with the blocks' part of them.
+
+    Raises:
+        ImportError: matplotlib isn't here.
+    """
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys(bar.network for bar in bars))
+    figure = Figure(figsize=(8, 0.6 + 0.3 * (len(bars) + len(groups))), layout="constrained")
+    panel = figure.add_subplot()
+    at = [i + 0.8 * groups.index(bar.network) for i, bar in enumerate(bars)]
+    whole, blocks = [bar.milliseconds for bar in bars], [bar.blocks for bar in bars]
+    colors = ["0.7" if bar.which.startswith(ORIGINAL) else "tab:blue" for bar in bars]
+    panel.barh(at, whole, color=colors)
+    panel.barh(
+        at, blocks, color="tab:orange", label="scSE blocks (with batch norm: not timed apart)"
+    )
+    for y, bar in zip(at, bars, strict=True):
+        panel.text(bar.milliseconds, y, f" {bar.milliseconds:.0f} ms", va="center")
+    panel.set_yticks(at, [bar.which for bar in bars])
+    for group in groups:
+        first = next(y for y, bar in zip(at, bars, strict=True) if bar.network == group)
+        panel.text(0, first - 0.55, group, va="bottom", weight="bold")
+    panel.invert_yaxis()
+    panel.set(xlabel="milliseconds of a training step", xlim=(0, 1.12 * max(whole)))
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(loc="lower right", fontsize=8)
+    figure.suptitle(caption, fontsize=8)
+    figure.savefig(path, dpi=130)
 
 
 def _seconds(step: Callable[[], None]) -> float:
