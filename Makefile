@@ -54,7 +54,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .NOTPARALLEL:
 
 test: lint test-pure $(KERNELS) $(PEERS) $(TRITONS) $(NVCC)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(TOOLS)
 	$(BIN)/ruff format --check .
@@ -71,7 +71,7 @@ test-pure: $(PURE) $(PEERS)
 # ran. Other than in `make test`, nothing is skipped: what can't run here fails.
 gpu-proof: $(TOOLS) $(TRITONS) $(NVCC)
 	rm -rf $(PROOF) && mkdir $(PROOF)
-	SCSE_GPU_PROOF=$(PROOF) $(BIN)/python -m pytest -q -n auto tests/gpu; passed=$$?; \
+	SCSE_GPU_PROOF=$(PROOF) $(BIN)/python -m pytest -q -n auto --dist worksteal tests/gpu; passed=$$?; \
 	$(BIN)/python tests/gpu/proof.py $(PROOF) && exit $$passed
 
 # As users install it, in a fresh environment and with pip's own way of building; from the sdist, so

@@ -311,8 +311,8 @@ def _run(
 def _init_handles(compiled):
     """Takes the place of CompiledKernel._init_handles, which loads the cubin."""
     if compiled.module is None:
-        compiled.module, compiled.function = module_of(compiled), compiled.name
-        found = compiled.module.resources(compiled.metadata.name)
+        compiled.module = compiled.function = compiled.name  # no module, which takes memory
+        found = module_of(compiled).resources(compiled.metadata.name)
         compiled.n_regs = found.registers if found else 0
         compiled.n_spills = (found.spill_stores + found.spill_loads) // 4 if found else 0
         compiled.n_max_threads = 1024

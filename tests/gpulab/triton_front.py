@@ -1,5 +1,7 @@
 """Compile @triton.jit functions offline and launch them on the simulator."""
 
+import functools
+
 import numpy as np
 
 from .devices import A100, H100
@@ -21,7 +23,7 @@ _POINTERS = {
     "uint64": "*u64",
     "bool": "*i1",
 }
-_compiled, _modules = {}, {}
+_compiled = {}
 
 
 def _pointer_type(array):
@@ -116,10 +118,12 @@ def triton_compile(fn, args, constexprs, target=90, **options):
 
 
 def module_of(compiled):
-    ptx = compiled.asm["ptx"]
-    if ptx not in _modules:
-        _modules[ptx] = Module(ptx)
-    return _modules[ptx]
+    return _module(compiled.asm["ptx"])
+
+
+@functools.lru_cache(200)  # megabytes each, and a process may run thousands
+def _module(ptx):
+    return Module(ptx)
 
 
 def triton_launch(
