@@ -45,6 +45,9 @@ SCSE_BUILD=cpu $(BIN)/pip --disable-pip-version-check --python $(1)/bin/python \
 cd tests && ../$(1)/bin/python -m scse_kernels
 endef
 
+# A worker for each core. One that is done takes tests from the others, since tests differ in length.
+PARALLEL := -n auto --dist worksteal
+
 # Busy-waiting threads of two processes slow each other tenfold on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -54,7 +57,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .NOTPARALLEL:
 
 test: lint test-pure $(KERNELS) $(PEERS) $(TRITONS) $(NVCC)
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(TOOLS)
 	$(BIN)/ruff format --check .
@@ -64,14 +67,14 @@ lint: $(TOOLS)
 # From tests/, since in the checkout's own folder `import scse_kernels` finds the checkout. Without
 # the tests of kernels, where the eager backend is tested too, and those of the code around them.
 test-pure: $(PURE) $(PEERS)
-	cd tests && SCSE_TEST_PURE_PYTHON=1 ../$(PURE)/bin/python -m pytest -q -n auto \
+	cd tests && SCSE_TEST_PURE_PYTHON=1 ../$(PURE)/bin/python -m pytest -q $(PARALLEL) \
 	    build convert torch kernels/test_bad_input.py batch_norm/test_norm_module.py
 
 # Executes the compiled code of every kernel for GPUs in the emulator and ends with a table of what
 # ran. Other than in `make test`, nothing is skipped: what can't run here fails.
 gpu-proof: $(TOOLS) $(TRITONS) $(NVCC)
 	rm -rf $(PROOF) && mkdir $(PROOF)
-	SCSE_GPU_PROOF=$(PROOF) $(BIN)/python -m pytest -q -n auto --dist worksteal tests/gpu; passed=$$?; \
+	SCSE_GPU_PROOF=$(PROOF) $(BIN)/python -m pytest -q $(PARALLEL) tests/gpu; passed=$$?; \
 	$(BIN)/python tests/gpu/proof.py $(PROOF) && exit $$passed
 
 # As users install it, in a fresh environment and with pip's own way of building; from the sdist, so

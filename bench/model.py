@@ -195,13 +195,14 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> tuple[
     if not norms:  # it would be the converted one once more
         del nets[WITH_NORM]
 
-    table = report.table(f"{name}, {'x'.join(map(str, image.shape))}: distance from float64")
+    title = f"{name}, {'x'.join(map(str, image.shape))}"
+    table = report.table(f"{title}: distance from float64")
     for column in ("", "output", "gradient", "gradient, in float64"):
         table.add_column(column, justify="right" if column else "left")
-    errors = _errors(nets, image[:2], autocast)
-    in_float64 = _errors(nets, image[:2].double(), None)
+    errors, in_float64 = _errors(nets, image[:2], autocast)
     for which, error in errors.items():
-        table.add_row(which, *(f"{value:.1e}" for value in (*error, in_float64[which][1])))
+        gradient = in_float64[which][1:] if which in in_float64 else ()
+        table.add_row(which, *(f"{value:.1e}" for value in (*error, *gradient)))
     console.print(table)
 
     steps = {which: _Step(net, image, autocast) for which, net in nets.items()}
@@ -248,7 +249,6 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> tuple[
             _, part, share = inside[which].summary()
             cells = f"{part.median * 1e3:.1f}", f"{share:.0%}"
             within = share * timed.median * 1e3
-        title = f"{name}, {'x'.join(map(str, image.shape))}"
         bars.append(_Bar(title, which, timed.median * 1e3, within))
         table.add_row(
             which,
@@ -261,16 +261,13 @@ def _measure(name: str, original: nn.Module, args: argparse.Namespace) -> tuple[
         )
     console.print(table)
     report.print_noise({"": noise})
-    right = bool(paths) and all(  # a comparison with NaN is False
-        all(error < _IN_FLOAT64 for error in in_float64[which])
-        and all(
-            error <= times * own
-            for error, times, own in zip(
-                errors[which], _TIMES_AS_FAR, errors[ORIGINAL], strict=True
-            )
-        )
+    # A comparison with NaN is False.
+    right = bool(paths) and all(
+        error <= times * own
         for which in nets
+        for error, times, own in zip(errors[which], _TIMES_AS_FAR, errors[ORIGINAL], strict=True)
     )
+    right &= all(error < _IN_FLOAT64 for both in in_float64.values() for error in both)
     if not right:
         console.print(f"[red]{name}: original and converted DISAGREE, or nothing was converted")
         console.print(str(with_norm))
@@ -350,9 +347,9 @@ def _target(logits: Tensor) -> Tensor:
 
 def _errors(
     nets: dict[str, nn.Module], image: Tensor, autocast: torch.dtype | None
-) -> dict[str, tuple[float, float]]:
-    """Each network's relative errors of the output and of the gradient of the parameters, computed
-    in the image's dtype, from the original network in float64."""
+) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
+    """Relative errors of the output and of the gradient of the parameters, from the original
+    network in float64: of each network as it is, and in float64 of all but the original."""
 
     def compute(
         net: nn.Module, image: Tensor, autocast: torch.dtype | None = None
@@ -366,10 +363,15 @@ def _errors(
         return logits.double(), torch.cat(grads)
 
     right = compute(nets[ORIGINAL], image.double())
-    return {
-        which: tuple(
-            ((a - b).norm() / b.norm()).item()
-            for a, b in zip(compute(net, image, autocast), right, strict=True)
-        )
+
+    def distance(output: Tensor, gradient: Tensor) -> tuple[float, float]:
+        both = zip((output, gradient), right, strict=True)
+        return tuple(((a - b).norm() / b.norm()).item() for a, b in both)
+
+    errors = {which: distance(*compute(net, image, autocast)) for which, net in nets.items()}
+    in_float64 = {
+        which: distance(*compute(net, image.double()))
         for which, net in nets.items()
+        if which != ORIGINAL
     }
+    return errors, in_float64

@@ -98,6 +98,15 @@ def recording():
         yield active
 
 
+def forbid_tritons_own_way(monkeypatch):
+    """A launch by Triton's binder raises."""
+
+    def run(*_, **__):
+        raise AssertionError("Triton's own way")
+
+    monkeypatch.setattr(JITFunction, "run", run)
+
+
 def watched(*_):
     """A profiler's hook: with it launches go Triton's own way."""
 

@@ -19,7 +19,6 @@ from gpu.planned import NORM, SCSE, SHAPE  # noqa: E402
 from gpu.recorder import Driver, Watch, a_profiler, moved, recording, sizes  # noqa: E402, F401
 from triton import knobs  # noqa: E402
 from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
 from scse_kernels import use_backend  # noqa: E402
 from scse_kernels._triton import launch, plan, tuning  # noqa: E402
@@ -53,11 +52,7 @@ def test_every_kind_launches_what_tritons_own_way_does(gpu, monkeypatch, operato
 def test_known_kinds_go_past_tritons_binder(gpu, monkeypatch, operator):
     operator.both(operator.make_case(SHAPE))
     assert len(gpu.log) == operator.launches
-
-    def run(*_, **__):
-        raise AssertionError("Triton's own way")
-
-    monkeypatch.setattr(JITFunction, "run", run)
+    recorder.forbid_tritons_own_way(monkeypatch)
     operator.both(operator.make_case(SHAPE, seed=5))  # other tensors of the same kind
     assert len(gpu.log) == 2 * operator.launches
     with pytest.raises(AssertionError, match="own way"):
