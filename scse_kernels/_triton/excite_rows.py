@@ -26,6 +26,13 @@ def flat(SAMPLES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def outputs(SAMPLES: tl.constexpr, BLOCK: tl.constexpr):
+    """Which sample, and which of the layer's outputs, each of this program's is."""
+    n, i = flat(SAMPLES, BLOCK)
+    return n, i + tl.program_id(1) * BLOCK
+
+
+@triton.jit
 def share(N, SAMPLES: tl.constexpr):
     """This program's first sample, and how many there are from it on."""
     first = tl.program_id(0) * SAMPLES
@@ -73,8 +80,7 @@ def excite_hidden_kernel(
         total += w1 * tl.reshape(pooled, (SAMPLES, TERMS_C))[:, None, :]
     h = sum_in_pairs(tl.reshape(total, (SAMPLES * BLOCK, TERMS_C)), 1, TERMS_C)
 
-    n, j = flat(SAMPLES, BLOCK)
-    j += tl.program_id(1) * BLOCK
+    n, j = outputs(SAMPLES, BLOCK)
     inside = (n < samples) & (j < Cr)
     if b1_ptr is not None:
         h += load(b1_ptr + j, j < Cr, ACC)
@@ -115,8 +121,7 @@ def excite_gates_kernel(
         total += w2 * tl.reshape(h, (SAMPLES, TERMS_J))[:, None, :]
     excited = sum_in_pairs(tl.reshape(total, (SAMPLES * BLOCK, TERMS_J)), 1, TERMS_J)
 
-    n, c = flat(SAMPLES, BLOCK)
-    c += tl.program_id(1) * BLOCK
+    n, c = outputs(SAMPLES, BLOCK)
     if b2_ptr is not None:
         excited += load(b2_ptr + c, c < C, ACC)
     gate = gate_of(excited, GATE)
@@ -150,8 +155,7 @@ def excite_backward_hidden_kernel(
     channel_gate_ptr += first * C
     d_excited_ptr += first * C
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, None, :]
-    n, j = flat(SAMPLES, BLOCK)
-    j += tl.program_id(1) * BLOCK
+    n, j = outputs(SAMPLES, BLOCK)
     of_hidden = (n < samples) & (j < Cr)
     at_hidden = (first + n) * Cr + j
     slope = load(hidden_ptr + tl.cast(N, tl.int64) * Cr + at_hidden, of_hidden, ACC)
@@ -232,6 +236,5 @@ def excite_backward_mean_kernel(
         total += w1 * tl.trans(tl.reshape(d, (SAMPLES, TERMS_J)))[:, :, None]
     d = sum_in_pairs(tl.reshape(total, (TERMS_J, SAMPLES * BLOCK)), 0, NEAR)
 
-    n, c = flat(SAMPLES, BLOCK)
-    c += tl.program_id(1) * BLOCK
+    n, c = outputs(SAMPLES, BLOCK)
     tl.store(d_mean_ptr + (first + n) * C + c, d / S, mask=(n < samples) & (c < C))
