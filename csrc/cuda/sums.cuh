@@ -17,13 +17,15 @@ SCSE_DEVICE void sum_lanes(float (&v)[count], int lanes) {
   }
 }
 
-// The same, but each lane gets one of the sums, in v[0]: lane i that of v[i * several / lanes].
-// That takes fewer steps. `lanes`: at least `several`.
-template <int several>
+// The same, but the lanes share the sums, in order: of `several` lanes or more each gets one, in
+// v[0]; of fewer, which FEW allows, each gets as many as it takes, in v[0], v[1], ... That takes
+// fewer steps.
+template <bool FEW = false, int several>
 SCSE_DEVICE void sum_and_scatter(float (&v)[several], int lanes) {
   int apart = lanes >> 1;
 #pragma unroll
   for (int left = several / 2; left > 0; left /= 2) {
+    if (FEW && apart == 0) return;
     const bool upper = threadIdx.x & apart;
 #pragma unroll
     for (int i = 0; i < left; ++i) {
@@ -35,6 +37,23 @@ SCSE_DEVICE void sum_and_scatter(float (&v)[several], int lanes) {
 #pragma unroll
   for (int fixed = 16 / several; fixed > 0; fixed /= 2) {
     if (fixed <= apart) v[0] += __shfl_xor_sync(0xffffffffu, v[0], fixed);
+  }
+}
+
+// Gives what sum_and_scatter has shared out to all lanes.
+template <int several>
+SCSE_DEVICE void gather(float (&v)[several], int lanes) {
+#pragma unroll
+  for (int has = 1; has < several; has *= 2) {
+    const int apart = lanes * has / several;
+    if (apart == 0) continue;
+    const bool upper = threadIdx.x & apart;
+#pragma unroll
+    for (int i = 0; i < has; ++i) {
+      const float other = __shfl_xor_sync(0xffffffffu, v[i], apart);
+      v[i + has] = upper ? v[i] : other;
+      v[i] = upper ? other : v[i];
+    }
   }
 }
 

@@ -14,16 +14,18 @@
 
 namespace scse::cuda {
 
+using ApplyPart = Part<kApplyOuter>;
+
 // Which part of which sample a thread has. A sample has inner_tiles * outer_tiles tiles.
 struct Walk {
   int lane_bits;
   Count inner_tiles, outer_tiles;
 
   // In tile `tile`, in a map of `rows` rows of `row` elements. `width`: of an access.
-  SCSE_DEVICE Part part(unsigned tile, int width, int64_t rows, int64_t row) const {
+  SCSE_DEVICE ApplyPart part(unsigned tile, int width, int64_t rows, int64_t row) const {
     const Place me(lane_bits);
     const unsigned outer = tile % outer_tiles, inner = tile / outer_tiles % inner_tiles;
-    return {(int64_t{outer} * me.rows + me.row) * kOuter,
+    return {(int64_t{outer} * me.rows + me.row) * kApplyOuter,
             ((int64_t{inner} << lane_bits) + me.lane) * width, rows, row};
   }
   SCSE_DEVICE int64_t sample(unsigned tile) const { return tile / outer_tiles / inner_tiles; }
@@ -51,15 +53,15 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   const int64_t row = CHANNELS_LAST ? channels : positions;
   const unsigned tile = gridDim.x - 1 - blockIdx.x;
   const int64_t n = a.walk.sample(tile);
-  const Part part = a.walk.part(tile, W, CHANNELS_LAST ? positions : channels, row);
+  const ApplyPart part = a.walk.part(tile, W, CHANNELS_LAST ? positions : channels, row);
   const int inside = part.inside, across = part.across;
   const bool whole = is_whole<W>(a.x, a.x_sample, a.x_pitch, row) && is_whole<W>(a.y, 0, 0, 0);
-  const Accesses<T, W> in =
+  const Accesses<T, W, kApplyOuter> in =
       load_part<W>(whole, part.in(a.x + n * a.x_sample, a.x_pitch), a.x_pitch, part);
 
   wait_for_previous();
-  Along<W, CHANNELS_LAST> c;
-  Along<W, !CHANNELS_LAST> s;
+  Along<W, CHANNELS_LAST, kApplyOuter> c;
+  Along<W, !CHANNELS_LAST, kApplyOuter> s;
   if (has_channel(K)) c.load(a.channel_gate + n * channels, part);
   if (has_spatial(K)) s.load(a.spatial_gate + n * positions, part);
 
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   const int64_t y_pitch = CHANNELS_LAST ? halves * channels : positions;
   T* const y = part.in(a.y + n * halves * channels * positions, y_pitch);
 #pragma unroll
-  for (int u = 0; u < kOuter; ++u) {
+  for (int u = 0; u < kApplyOuter; ++u) {
     if (u >= inside) break;
     const Floats<W> f = widen<T, W>(in.at[u]);
     Floats<W> out;
@@ -128,13 +130,13 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
   const int64_t row = CHANNELS_LAST ? channels : positions;
   const unsigned tile = gridDim.x - 1 - blockIdx.x;
   const int64_t n = a.walk.sample(tile);
-  const Part part = a.walk.part(tile, W, CHANNELS_LAST ? positions : channels, row);
+  const ApplyPart part = a.walk.part(tile, W, CHANNELS_LAST ? positions : channels, row);
   const int inside = part.inside, across = part.across;
   const bool whole = is_whole<W>(a.dy, a.dy_sample, a.dy_pitch, row) && is_whole<W>(dx, 0, 0, 0) &&
                      (!reads_x || is_whole<W>(a.x, a.x_sample, a.x_pitch, row));
   const T* const dy = part.in(a.dy + n * a.dy_sample, a.dy_pitch);
   const T* const x = part.in(a.x + n * a.x_sample, a.x_pitch);
-  Accesses<T, W> d_in, d2_in{}, in{};
+  Accesses<T, W, kApplyOuter> d_in, d2_in{}, in{};
   with_whole<W, T>(whole, [&](auto all) {
     constexpr bool WHOLE = decltype(all)::value;
     d_in = load_part<W, WHOLE>(dy, a.dy_pitch, part);
@@ -144,8 +146,8 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     }
     if (reads_x) in = load_part<W, WHOLE>(x, a.x_pitch, part);
   });
-  Along<W, CHANNELS_LAST> c, mean, weight;
-  Along<W, !CHANNELS_LAST> s, d;
+  Along<W, CHANNELS_LAST, kApplyOuter> c, mean, weight;
+  Along<W, !CHANNELS_LAST, kApplyOuter> s, d;
   if (has_spatial(K)) weight.load(a.ws, dtype_of(a.dtypes, Parameter::ws), part);
 
   wait_for_previous();
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
   }
   dx = part.in(dx + n * channels * positions, row);
 #pragma unroll
-  for (int u = 0; u < kOuter; ++u) {
+  for (int u = 0; u < kApplyOuter; ++u) {
     if (u >= inside) break;
     const Floats<W> f = widen<T, W>(in.at[u]), g = widen<T, W>(d_in.at[u]),
                     g2 = widen<T, W>(d2_in.at[u]);

@@ -31,8 +31,9 @@ SCSE_DEVICE int clamped(int64_t size) {
   return static_cast<int>(min(size, static_cast<int64_t>(INT32_MAX)));
 }
 
-// A thread's part of a step in a map of `rows` rows of `row` elements: kOuter rows from `outer` on,
+// A thread's part of a step in a map of `rows` rows of `row` elements: OUTER rows from `outer` on,
 // and of each one access, to W elements from `inner` on.
+template <int OUTER = kOuter>
 struct Part {
   int64_t outer, inner;
   int inside;  // rows that are left; none or less where the part is outside of the map
@@ -52,11 +53,12 @@ struct Part {
   }
 };
 
-// Values for a thread's part that lie along one axis: W of them along the inner one, or kOuter
-// along the outer one.
-template <int W, bool INNER>
+// Values for a thread's part that lie along one axis: W of them along the inner one, or OUTER along
+// the outer one.
+template <int W, bool INNER, int OUTER = kOuter>
 struct Along {
-  Floats<INNER ? W : kOuter> v{};
+  using Part = cuda::Part<OUTER>;
+  Floats<INNER ? W : OUTER> v{};
   // The value for element i of access u.
   SCSE_DEVICE float& at(int u, int i) { return v[INNER ? i : u]; }
   SCSE_DEVICE float at(int u, int i) const { return v[INNER ? i : u]; }
@@ -73,9 +75,9 @@ struct Along {
 };
 
 // What a thread loads in a step: an access of each row of its part, 0 outside of the map.
-template <typename T, int W>
+template <typename T, int W, int OUTER = kOuter>
 struct Accesses {
-  Bits<T, W> at[kOuter];
+  Bits<T, W> at[OUTER];
 };
 
 // Whether every access to a map can move its W elements as a whole, or only one by one. With W = 4
@@ -99,16 +101,16 @@ SCSE_DEVICE void with_whole(bool whole, const Body& body) {
 }
 
 // `p`: where the part begins.
-template <int W, bool WHOLE, typename T>
-SCSE_DEVICE Accesses<T, W> load_part(const T* p, int64_t pitch, const Part& part) {
-  Accesses<T, W> in;
-  if (WHOLE && part.inside >= kOuter) {  // the usual case: one question for all rows
+template <int W, bool WHOLE, typename T, int OUTER>
+SCSE_DEVICE Accesses<T, W, OUTER> load_part(const T* p, int64_t pitch, const Part<OUTER>& part) {
+  Accesses<T, W, OUTER> in;
+  if (WHOLE && part.inside >= OUTER) {  // the usual case: one question for all rows
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u, p += pitch) in.at[u] = load<W>(p);
+    for (int u = 0; u < OUTER; ++u, p += pitch) in.at[u] = load<W>(p);
     return in;
   }
 #pragma unroll
-  for (int u = 0; u < kOuter; ++u, p += pitch) {
+  for (int u = 0; u < OUTER; ++u, p += pitch) {
     if constexpr (WHOLE) {
       in.at[u] = u < part.inside ? load<W>(p) : Bits<T, W>{};
     } else {
@@ -117,9 +119,10 @@ SCSE_DEVICE Accesses<T, W> load_part(const T* p, int64_t pitch, const Part& part
   }
   return in;
 }
-template <int W, typename T>
-SCSE_DEVICE Accesses<T, W> load_part(bool whole, const T* p, int64_t pitch, const Part& part) {
-  Accesses<T, W> in;
+template <int W, typename T, int OUTER>
+SCSE_DEVICE Accesses<T, W, OUTER> load_part(bool whole, const T* p, int64_t pitch,
+                                            const Part<OUTER>& part) {
+  Accesses<T, W, OUTER> in;
   with_whole<W, T>(whole,
                    [&](auto all) { in = load_part<W, decltype(all)::value>(p, pitch, part); });
   return in;
@@ -230,26 +233,23 @@ SCSE_DEVICE float sum_block(float v, float* shared) {
 
 // --- sums over the lanes of a row, one for each of a thread's kOuter elements ---
 
-// Of four lanes or more each has one of the four sums, so what is made of a sum is made once. Of
-// fewer each has all.
+// The lanes of a row share the sums: each has some neighbours of them, or several lanes have the
+// same. So what is made of a sum is made once.
 class LaneSums {
  public:
   SCSE_DEVICE explicit LaneSums(Lanes lanes)
       : lanes_(lanes.count),
-        few_(lanes_ < kOuter),
+        each_(lanes.sums),
         writes_((threadIdx.x & lanes.same) == 0),
-        first_(static_cast<int>(threadIdx.x & (lanes_ - 1)) >> lanes.shift) {}
+        first_((static_cast<int>(threadIdx.x & (lanes_ - 1)) >> lanes.shift) * each_) {}
   // All lanes of the warp call this.
-  SCSE_DEVICE void sum(float (&v)[kOuter]) const {
-    static_assert(kOuter == 4, "see few_");
-    few_ ? sum_lanes(v, lanes_) : sum_and_scatter(v, lanes_);
-  }
+  SCSE_DEVICE void sum(float (&v)[kOuter]) const { sum_and_scatter<true>(v, lanes_); }
   // Calls body(i, u) for each sum of this lane: v[i] is that of element u.
   template <typename Body>
   SCSE_DEVICE void each(const Body& body) const {
 #pragma unroll
     for (int i = 0; i < kOuter; ++i) {
-      if (i > 0 && !few_) break;
+      if (i >= each_) break;
       body(i, first_ + i);
     }
   }
@@ -258,21 +258,12 @@ class LaneSums {
   // What was made of the sums, to memory for them, of which the first `inside` exist.
   SCSE_DEVICE void store(float* p, int inside, const float (&v)[kOuter]) const {
     if (!writes()) return;
-    if (few_) {
-      store_four(p, inside, v);
-    } else if (first_ < inside) {
-      p[first_] = v[0];
-    }
+    each([&](int i, int u) {
+      if (u < inside) p[u] = v[i];
+    });
   }
   // The same to all lanes. All lanes of the warp call this.
-  SCSE_DEVICE void give(float (&v)[kOuter]) const {
-    if (few_) return;
-    const float mine = v[0];
-#pragma unroll
-    for (int u = 0; u < kOuter; ++u) {
-      v[u] = __shfl_sync(0xffffffffu, mine, (lanes_ >> 2) * u, lanes_);
-    }
-  }
+  SCSE_DEVICE void give(float (&v)[kOuter]) const { gather(v, lanes_); }
   // Sums v, and adds the sums to partial sums; `begin`: writes them there. Each is always added by
   // the same thread. All lanes of the warp call this.
   SCSE_DEVICE void add(float (&v)[kOuter], float* p, int inside, bool begin) const {
@@ -284,8 +275,8 @@ class LaneSums {
   }
 
  private:
-  const int lanes_;
-  const bool few_, writes_;
+  const int lanes_, each_;
+  const bool writes_;
   const int first_;
 };
 

@@ -47,7 +47,7 @@ void Passes<T>::squeeze(const Problem& p, const Forward& f) {
 template <typename T>
 void Passes<T>::apply(const Problem& p, const Forward& f) {
   const Tile& t = f.tile;
-  Grid grid{p.samples * t.inner_tiles * t.outer_tiles, t.threads()};
+  Grid grid{p.samples * t.inner_tiles * t.outer_tiles, t.apply_threads()};
   grid.overlap = true;
   ApplyArguments<T> a{};
   a.x = static_cast<const T*>(p.x), a.y = static_cast<T*>(p.y);
@@ -79,8 +79,7 @@ void Passes<T>::reduce(const Problem& p, const Backward& b) {
       // x is used again where the gates must be known first, and for dws.
       const bool again = Formula<float, K>::by_gates || b.partial_ws != nullptr;
       const int64_t access = static_cast<int64_t>(sizeof(T)) * t.width * t.threads();
-      const int64_t steps = p.channels_last ? t.inner_tiles : t.outer_tiles;
-      const int64_t kept = again ? std::min(steps, kKeptBytes / access / kOuter) * kOuter : 0;
+      const int64_t kept = again ? std::min(t.steps, kKeptBytes / access / kOuter) * kOuter : 0;
       const Grid grid{p.samples * t.strips, t.threads(), kept * access, kKeptBytes};
       ReduceArguments a{};
       a.partial = b.partial, a.partial_ws = b.partial_ws, a.partial_bs = b.partial_bs;
@@ -108,7 +107,7 @@ void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
   const Tile& t = b.tile;
   const int64_t tiles = p.dx == nullptr ? 0 : p.samples * t.inner_tiles * t.outer_tiles;
   if (tiles + b.tasks == 0) return;
-  Grid grid{tiles + b.tasks, t.threads()};
+  Grid grid{tiles + b.tasks, t.apply_threads()};
   grid.overlap = true;
   ApplyBackwardArguments<T> a{};
   a.dy = static_cast<const T*>(p.dy), a.x = static_cast<const T*>(p.x);

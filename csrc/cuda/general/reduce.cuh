@@ -101,7 +101,7 @@ struct Reduce {
   }
 
   // x, whose part begins at `p`; where it was used before, from where it waits.
-  SCSE_DEVICE Accesses<T, W> load_x(int step, bool first, const T* p, const Part& part) const {
+  SCSE_DEVICE Accesses<T, W> load_x(int step, bool first, const T* p, const Part<>& part) const {
     if (!first && kept.has(step)) return kept.load(step);
     return load_part<W>(whole, p, x_pitch, part);
   }
@@ -109,7 +109,7 @@ struct Reduce {
   SCSE_DEVICE void keep_x(int step, const Accesses<T, W>& in) const {
     if (kept.has(step)) kept.store(step, in);
   }
-  SCSE_DEVICE Gradient<T, W, K> load_dy(const T* p, const Part& part) const {
+  SCSE_DEVICE Gradient<T, W, K> load_dy(const T* p, const Part<>& part) const {
     Gradient<T, W, K> in;
     in.first = load_part<W>(whole, p, dy_pitch, part);
     if (K == Combine::concat) in.second = load_part<W>(whole, p + half, dy_pitch, part);
@@ -117,7 +117,7 @@ struct Reduce {
   }
 
   // q of the step's channels, before anything else reads x.
-  SCSE_DEVICE void squeeze(int step, const T* x, const Part& part, ByPosition& q) const {
+  SCSE_DEVICE void squeeze(int step, const T* x, const Part<>& part, ByPosition& q) const {
     const Accesses<T, W> in = load_x(step, true, x, part);
     ByChannel weight;
     weight.load(ws, dtype, part);
@@ -128,7 +128,7 @@ struct Reduce {
 
   // The step's shares of both gates' gradients: over positions in `sum`, over channels in `d_gate`;
   // and q, where it isn't known yet and `spatial` asks for it.
-  SCSE_DEVICE void shares(int step, const T* x, const Part& part, const Gradient<T, W, K>& d,
+  SCSE_DEVICE void shares(int step, const T* x, const Part<>& part, const Gradient<T, W, K>& d,
                           bool spatial, const ByPosition& gate, ByChannel& sum, ByPosition& d_gate,
                           ByPosition& q) const {
     const Accesses<T, W> in = load_x(step, !F::by_gates, x, part);
@@ -154,7 +154,7 @@ struct Reduce {
   }
 
   // The step's terms of dws.
-  SCSE_DEVICE void weigh(int step, const T* x, const Part& part, const ByPosition& dq,
+  SCSE_DEVICE void weigh(int step, const T* x, const Part<>& part, const ByPosition& dq,
                          ByChannel& sum) const {
     const Accesses<T, W> in = load_x(step, false, x, part);
 #pragma unroll
@@ -175,7 +175,7 @@ struct Reduce {
 // The inputs are not in the structure: __restrict__ works for parameters only.
 //   dy as y, x [N, C, S] or [N, S, C], ws [C], bs [1] or null, channel_gate [N, C]
 template <typename T, int W, Combine K>
-__global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     reduce_planes(const T* __restrict__ dy, const T* __restrict__ x, const void* __restrict__ ws,
                   const void* __restrict__ bs, const float* __restrict__ channel_gate,
                   const __grid_constant__ ReduceArguments a) {
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
   for (int tile = 0; tile < tiles;
        ++tile, left -= lanes * W, s += lanes * W, x += lanes * W, dy += lanes * W) {
     const auto part_of = [&](int step) {
-      return Part{step * size + me.outer(), me.lane * W, channels, left};
+      return Part<>{step * size + me.outer(), me.lane * W, channels, left};
     };
     const auto add_to = [&](float* sums, int step, Along<W, false>& sum) {
       const int c = step * size + me.outer();
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == Combine::concat ? 2 : 3)
 }
 
 template <typename T, int W, Combine K>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads / 2, 3)
     reduce_channels_last(const T* __restrict__ dy, const T* __restrict__ x,
                          const void* __restrict__ ws, const void* __restrict__ bs,
                          const float* __restrict__ channel_gate,
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   for (int tile = 0; tile < tiles;
        ++tile, left -= along, s += along, x += a.x_down, dy += a.dy_down) {
     const auto part_of = [&](int step) {
-      return Part{0, step * size + me.lane * W, left, channels};
+      return Part<>{0, step * size + me.lane * W, left, channels};
     };
     // Adds sums over the tile's positions to the strip's. If one step has all channels, they wait
     // in registers until the strip ends.

@@ -39,7 +39,7 @@ struct Squeeze {
         dtype(a.ws_dtype) {}
 
   // `x`: where the part begins.
-  SCSE_DEVICE void step(const T* x, const Part& part, Along<W, CHANNELS_LAST>& sum,
+  SCSE_DEVICE void step(const T* x, const Part<>& part, Along<W, CHANNELS_LAST>& sum,
                         Along<W, !CHANNELS_LAST>& q) const {
     const Accesses<T, W> in = load_part<W>(whole, x, pitch, part);
     Along<W, CHANNELS_LAST> weight;
@@ -59,7 +59,7 @@ struct Squeeze {
 // x, ws and bs are not in the structure: __restrict__ works for parameters only.
 //   x [N, C, S] or [N, S, C], ws [C], bs [1] or null
 template <typename T, int W, bool CHANNEL, bool SPATIAL>
-__global__ void __launch_bounds__(kMaxThreads, 4)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     squeeze_planes(const T* __restrict__ x, const void* __restrict__ ws,
                    const void* __restrict__ bs, const __grid_constant__ SqueezeArguments a) {
   __shared__ __align__(16) float shared[kSumRows<W>];
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 }
 
 template <typename T, int W, bool CHANNEL, bool SPATIAL>
-__global__ void __launch_bounds__(kMaxThreads, 4)
+__global__ void __launch_bounds__(kMaxThreads / 2, 5)
     squeeze_channels_last(const T* __restrict__ x, const void* __restrict__ ws,
                           const void* __restrict__ bs, const __grid_constant__ SqueezeArguments a) {
   __shared__ __align__(16) float shared[kSumRows<W>];
