@@ -40,12 +40,12 @@ SCSE_DEVICE void sum_and_scatter(float (&v)[several], int lanes) {
   }
 }
 
-// Gives what sum_and_scatter has shared out to all lanes.
-template <int several>
+// Gives what sum_and_scatter has shared out, `least` sums or more to a lane, to all lanes.
+template <int least, int several>
 SCSE_DEVICE void gather(float (&v)[several], int lanes) {
 #pragma unroll
-  for (int has = 1; has < several; has *= 2) {
-    const int apart = lanes * has / several;
+  for (int has = least; has < several; has *= 2) {
+    const int apart = lanes / (several / has);
     if (apart == 0) continue;
     const bool upper = threadIdx.x & apart;
 #pragma unroll

@@ -13,8 +13,8 @@ namespace scse::cuda {
 // A thread's place in its block, 1 << lane_bits threads to a row. (Divisions would take long.)
 struct Place {
   int lane, row, rows;
-  SCSE_DEVICE explicit Place(int lane_bits)
-      : lane(threadIdx.x & ((1 << lane_bits) - 1)),
+  SCSE_DEVICE Place(int lanes, int lane_bits)
+      : lane(threadIdx.x & (lanes - 1)),
         row(threadIdx.x >> lane_bits),
         rows(blockDim.x >> lane_bits) {}
   // Its first row of a step.
@@ -219,10 +219,10 @@ SCSE_DEVICE void sum_rows(Floats<W> f, Lanes lanes, float* shared, const Body& b
 
 // The sum of v over the block, in thread 0.
 SCSE_DEVICE float sum_block(float v, float* shared) {
-  float sum[1] = {v};
-  sum_lanes(sum, 32);
+#pragma unroll
+  for (int apart = 16; apart > 0; apart /= 2) v += __shfl_xor_sync(0xffffffffu, v, apart);
   __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum[0];
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
   __syncthreads();
   float total = 0;
   if (threadIdx.x == 0) {
@@ -240,16 +240,19 @@ class LaneSums {
   SCSE_DEVICE explicit LaneSums(Lanes lanes)
       : lanes_(lanes.count),
         each_(lanes.sums),
+        shift_(lanes.shift),
         writes_((threadIdx.x & lanes.same) == 0),
         first_((static_cast<int>(threadIdx.x & (lanes_ - 1)) >> lanes.shift) * each_) {}
   // All lanes of the warp call this.
-  SCSE_DEVICE void sum(float (&v)[kOuter]) const { sum_and_scatter<true>(v, lanes_); }
+  SCSE_DEVICE void sum(float (&v)[kOuter]) const {
+    each_ == 1 ? sum_and_scatter(v, lanes_) : sum_and_scatter<true>(v, lanes_);
+  }
   // Calls body(i, u) for each sum of this lane: v[i] is that of element u.
   template <typename Body>
   SCSE_DEVICE void each(const Body& body) const {
 #pragma unroll
     for (int i = 0; i < kOuter; ++i) {
-      if (i >= each_) break;
+      if (i > 0 && i >= each_) break;
       body(i, first_ + i);
     }
   }
@@ -263,7 +266,14 @@ class LaneSums {
     });
   }
   // The same to all lanes. All lanes of the warp call this.
-  SCSE_DEVICE void give(float (&v)[kOuter]) const { gather(v, lanes_); }
+  SCSE_DEVICE void give(float (&v)[kOuter]) const {
+    if (each_ > 1) return gather<2>(v, lanes_);
+    const float mine = v[0];
+#pragma unroll
+    for (int u = 0; u < kOuter; ++u) {
+      v[u] = __shfl_sync(0xffffffffu, mine, u << shift_, lanes_);
+    }
+  }
   // Sums v, and adds the sums to partial sums; `begin`: writes them there. Each is always added by
   // the same thread. All lanes of the warp call this.
   SCSE_DEVICE void add(float (&v)[kOuter], float* p, int inside, bool begin) const {
@@ -275,7 +285,7 @@ class LaneSums {
   }
 
  private:
-  const int lanes_, each_;
+  const int lanes_, each_, shift_;
   const bool writes_;
   const int first_;
 };

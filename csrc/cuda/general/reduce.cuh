@@ -38,7 +38,7 @@ struct ReduceArguments {
   Gate gate;  // the spatial one
 };
 
-// What waits in shared memory.
+// What waits in shared memory: of a step first all of one warp, then of the next.
 template <typename T, int W>
 struct Kept {
   Bits<T, W>* memory;
@@ -46,20 +46,21 @@ struct Kept {
 
   SCSE_DEVICE explicit Kept(int kept) : count(kept) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
-    memory = reinterpret_cast<Bits<T, W>*>(dynamic_shared) + threadIdx.x;
+    memory = reinterpret_cast<Bits<T, W>*>(dynamic_shared) + threadIdx.x / 32 * 32 * kOuter +
+             threadIdx.x % 32;
   }
   SCSE_DEVICE bool has(int step) const { return (step + 1) * kOuter <= count; }
   // A step's part of x.
   SCSE_DEVICE void store(int step, const Accesses<T, W>& in) const {
     Bits<T, W>* at = memory + step * kOuter * blockDim.x;
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u, at += blockDim.x) *at = in.at[u];
+    for (int u = 0; u < kOuter; ++u) at[32 * u] = in.at[u];
   }
   SCSE_DEVICE Accesses<T, W> load(int step) const {
     const Bits<T, W>* at = memory + step * kOuter * blockDim.x;
     Accesses<T, W> in;
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u, at += blockDim.x) in.at[u] = *at;
+    for (int u = 0; u < kOuter; ++u) in.at[u] = at[32 * u];
     return in;
   }
 };
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions;
-  const Place me(a.lanes.bits);
+  const Place me(lanes, a.lanes.bits);
   const LaneSums over_positions(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t strip_sums = int64_t{blockIdx.x} * channels;  // in partial and partial_ws
@@ -285,7 +286,7 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions;
-  const Place me(a.lanes.bits);
+  const Place me(lanes, a.lanes.bits);
   const LaneSums over_channels(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t strip_sums = int64_t{blockIdx.x} * channels;  // in partial and partial_ws

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions, pitch = a.x_pitch;
-  const Place me(a.lanes.bits);
+  const Place me(lanes, a.lanes.bits);
   const LaneSums over_positions(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int size = me.rows * kOuter;  // channels of a step
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 5)
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions, pitch = a.x_pitch;
-  const Place me(a.lanes.bits);
+  const Place me(lanes, a.lanes.bits);
   const LaneSums over_channels(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int size = me.rows * kOuter;  // positions of a tile
