@@ -200,10 +200,10 @@ SCSE_DEVICE void sum_rows(Floats<W> f, Lanes lanes, float* shared, const Body& b
   sum_groups(f.of, lanes.count, 1 << least);
   const int row = max(lanes.bits, least), down = (W < 4 ? W : 4) << row;
   __syncthreads();  // the last sums have been read
-  store_inner(shared, threadIdx.x, blockDim.x, f);
+  store_inner(shared, threadIdx.x, kMaxThreads, f);
   __syncthreads();
   for (int i = threadIdx.x * N; i < lanes.count * W; i += blockDim.x * N) {
-    const float* p = shared + inner_index<W>(i, blockDim.x);
+    const float* p = shared + inner_index<W>(i, kMaxThreads);
     float sums[N] = {};
     int left = blockDim.x >> row;
 #pragma unroll 4
