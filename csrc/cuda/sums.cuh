@@ -45,7 +45,7 @@ template <int least, int several>
 SCSE_DEVICE void gather(float (&v)[several], int lanes) {
 #pragma unroll
   for (int has = least; has < several; has *= 2) {
-    const int apart = lanes / (several / has);
+    const int apart = static_cast<unsigned>(lanes) / (several / has);
     if (apart == 0) continue;
     const bool upper = threadIdx.x & apart;
 #pragma unroll

@@ -155,12 +155,20 @@ SCSE_DEVICE void load_some(const T* p, int inside, float (&v)[count]) {
   }
 }
 
-SCSE_DEVICE void store_four(float* p, int inside, const float (&v)[4]) {
-  if (inside >= 4 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-    *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
+// In one access if p's alignment allows.
+template <int count>
+SCSE_DEVICE void store_some(float* p, int inside, const float (&v)[count]) {
+  struct alignas(sizeof v) Pack {
+    float of[count];
+  };
+  if (inside >= count && reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < count; ++i) pack.of[i] = v[i];
+    *reinterpret_cast<Pack*>(p) = pack;
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < count; ++i) {
       if (i < inside) p[i] = v[i];
     }
   }

@@ -217,6 +217,19 @@ SCSE_DEVICE void sum_rows(Floats<W> f, Lanes lanes, float* shared, const Body& b
   }
 }
 
+// Adds some neighbours to partial sums, of which the first `inside` exist; `begin`: writes them
+// there.
+template <int N>
+SCSE_DEVICE void add_some(float* p, int inside, bool begin, float (&v)[N]) {
+  if (!begin) {
+    float before[N];
+    load_some(p, inside, before);
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] += before[k];
+  }
+  store_some(p, inside, v);
+}
+
 // The sum of v over the block, in thread 0.
 SCSE_DEVICE float sum_block(float v, float* shared) {
 #pragma unroll
@@ -258,12 +271,10 @@ class LaneSums {
   }
   // Whether this lane, of all that have the same sums, is the one to write them.
   SCSE_DEVICE bool writes() const { return writes_; }
-  // What was made of the sums, to memory for them, of which the first `inside` exist.
-  SCSE_DEVICE void store(float* p, int inside, const float (&v)[kOuter]) const {
-    if (!writes()) return;
-    each([&](int i, int u) {
-      if (u < inside) p[u] = v[i];
-    });
+  // The same as `each`, in the lanes that write.
+  template <typename Body>
+  SCSE_DEVICE void write(const Body& body) const {
+    if (writes()) each(body);
   }
   // The same to all lanes. All lanes of the warp call this.
   SCSE_DEVICE void give(float (&v)[kOuter]) const {
@@ -278,8 +289,7 @@ class LaneSums {
   // the same thread. All lanes of the warp call this.
   SCSE_DEVICE void add(float (&v)[kOuter], float* p, int inside, bool begin) const {
     sum(v);
-    if (!writes()) return;
-    each([&](int i, int u) {
+    write([&](int i, int u) {
       if (u < inside) p[u] = begin ? v[i] : p[u] + v[i];
     });
   }

@@ -78,9 +78,9 @@ void Passes<T>::reduce(const Problem& p, const Backward& b) {
     if constexpr (K != Combine::channel && K != Combine::spatial) {
       // x is used again where the gates must be known first, and for dws.
       const bool again = Formula<float, K>::by_gates || b.partial_ws != nullptr;
-      const int64_t access = static_cast<int64_t>(sizeof(T)) * t.width * t.threads();
-      const int64_t kept = again ? std::min(t.steps, kKeptBytes / access / kOuter) * kOuter : 0;
-      const Grid grid{p.samples * t.strips, t.threads(), kept * access, kKeptBytes};
+      const int64_t step = static_cast<int64_t>(sizeof(T)) * t.inner * t.outer;
+      const int64_t kept = again ? std::min(t.steps, kKeptBytes / step) : 0;
+      const Grid grid{p.samples * t.strips, t.threads(), kept * step, kKeptBytes};
       ReduceArguments a{};
       a.partial = b.partial, a.partial_ws = b.partial_ws, a.partial_bs = b.partial_bs;
       a.spatial_gate = b.spatial_gate, a.dq = b.dq;
@@ -88,7 +88,8 @@ void Passes<T>::reduce(const Problem& p, const Backward& b) {
       a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
       a.dy_down = t.outer * p.dy_pitch, a.x_down = t.outer * p.x_pitch;
       a.channels = p.channels, a.positions = p.positions;
-      a.lanes = t.of_row(), a.tiles = t.tiles, a.strips = t.strips, a.kept = kept;
+      a.lanes = t.of_row(), a.tiles = t.tiles, a.strips = t.strips;
+      a.steps = t.steps, a.kept = kept;
       a.ws_dtype = dtype_of(p.dtypes, Parameter::ws);
       a.bs_dtype = dtype_of(p.dtypes, Parameter::bs);
       a.gate = p.gate;

@@ -33,7 +33,8 @@ struct ReduceArguments {
   int64_t positions;
   Count channels, tiles, strips;
   Lanes lanes;
-  Count kept;  // accesses of a thread that wait in shared memory
+  Count steps;  // of a tile
+  Count kept;   // of these: whose x waits in shared memory
   Dtype ws_dtype, bs_dtype;
   Gate gate;  // the spatial one
 };
@@ -49,7 +50,7 @@ struct Kept {
     memory = reinterpret_cast<Bits<T, W>*>(dynamic_shared) + threadIdx.x / 32 * 32 * kOuter +
              threadIdx.x % 32;
   }
-  SCSE_DEVICE bool has(int step) const { return (step + 1) * kOuter <= count; }
+  SCSE_DEVICE bool has(int step) const { return step < count; }
   // A step's part of x.
   SCSE_DEVICE void store(int step, const Accesses<T, W>& in) const {
     Bits<T, W>* at = memory + step * kOuter * blockDim.x;
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   __shared__ __align__(16) float shared[kSumRows<W>], gates[kInner<W>], dqs[kInner<W>];
   static_assert(sizeof shared + sizeof gates + sizeof dqs <= 16 * 1024, "see kSharedByDefault");
   let_next_start();
-  const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
+  const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles, steps = a.steps;
   const int64_t positions = a.positions;
   const Place me(lanes, a.lanes.bits);
   const LaneSums over_positions(a.lanes);
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const T *x_at = x, *dy_at = dy;
     Gradient<T, W, K> dy_in = reduce.load_dy(dy_at, part_of(0));
     if (F::by_gates) {
-      for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+      for (int step = 0; step < steps; ++step, x_at += x_step) {
         reduce.squeeze(step, x_at, part_of(step), q);
       }
       x_at = x;
@@ -235,11 +236,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       __syncthreads();
       gate.v = load_inner<W>(gates, me.lane, lanes);
     }
-    for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+    for (int step = 0; step < steps; ++step, x_at += x_step) {
       Along<W, false> sum;
       reduce.shares(step, x_at, part_of(step), dy_in, spatial, gate, sum, d_gate, q);
       dy_at += dy_step;
-      if ((step + 1) * size < channels) dy_in = reduce.load_dy(dy_at, part_of(step + 1));
+      if (step + 1 < steps) dy_in = reduce.load_dy(dy_at, part_of(step + 1));
       if (a.partial != nullptr) add_to(a.partial, step, sum);
     }
     if (!spatial) continue;
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     Along<W, true> d;
     d.v = load_inner<W>(dqs, me.lane, lanes);
     x_at = x;
-    for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+    for (int step = 0; step < steps; ++step, x_at += x_step) {
       Along<W, false> sum;
       reduce.weigh(step, x_at, part_of(step), d, sum);
       add_to(a.partial_ws, step, sum);
@@ -284,14 +285,14 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
   using F = Formula<float, K>;
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
-  const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
+  const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles, steps = a.steps;
   const int64_t positions = a.positions;
   const Place me(lanes, a.lanes.bits);
   const LaneSums over_channels(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t strip_sums = int64_t{blockIdx.x} * channels;  // in partial and partial_ws
   const bool spatial = a.partial_ws != nullptr || a.dq != nullptr;
-  const bool one_step = channels <= lanes * W;  // it has all channels
+  const bool one_step = steps == 1;  // it has all channels
   float bias = 0, dbs = 0;
   if (bs != nullptr) bias = load_parameter(bs, a.bs_dtype, 0);
   const Reduce<T, W, K, true> reduce(dy, x, ws, channel_gate, a, n);
@@ -314,13 +315,9 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
     const auto flush = [&](Along<W, true>& sums, int step, float* p) {
       if (one_step && tile < tiles - 1) return;
       constexpr int N = W < 4 ? W : 4;
-      sum_rows<N>(sums.v, a.lanes, shared, [&](int i, const float (&totals)[N]) {
+      sum_rows<N>(sums.v, a.lanes, shared, [&](int i, float (&totals)[N]) {
         const int c = step * size + i;
-        float* const at = p + strip_sums + c;
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-          if (c + k < channels) at[k] = one_step || tile == 0 ? totals[k] : at[k] + totals[k];
-        }
+        add_some(p + strip_sums + c, channels - c, one_step || tile == 0, totals);
       });
       sums = {};
     };
@@ -335,7 +332,7 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
     const T *x_at = x, *dy_at = dy;
     Gradient<T, W, K> dy_in = reduce.load_dy(dy_at, part_of(0));
     if (F::by_gates) {
-      for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+      for (int step = 0; step < steps; ++step, x_at += x_step) {
         reduce.squeeze(step, x_at, part_of(step), q);
       }
       x_at = x;
@@ -343,10 +340,10 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
       gate = q;
       over_channels.give(gate.v.of);
     }
-    for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+    for (int step = 0; step < steps; ++step, x_at += x_step) {
       reduce.shares(step, x_at, part_of(step), dy_in, spatial, gate, sum, d_gate, q);
       dy_at += dy_step;
-      if ((step + 1) * size < channels) dy_in = reduce.load_dy(dy_at, part_of(step + 1));
+      if (step + 1 < steps) dy_in = reduce.load_dy(dy_at, part_of(step + 1));
       if (a.partial != nullptr) flush(sum, step, a.partial);
     }
     if (!spatial) continue;
@@ -360,14 +357,15 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
       if (over_channels.writes()) dbs += d.v[i];
     });
     if (a.dq != nullptr) {
-      over_channels.store(a.spatial_gate + s, left, q.v.of);
-      over_channels.store(a.dq + s, left, d.v.of);
+      over_channels.write([&](int i, int u) {
+        if (u < left) a.spatial_gate[s + u] = q.v[i], a.dq[s + u] = d.v[i];
+      });
     }
     if (a.partial_ws == nullptr) continue;
 
     over_channels.give(d.v.of);
     x_at = x;
-    for (int step = 0; step * size < channels; ++step, x_at += x_step) {
+    for (int step = 0; step < steps; ++step, x_at += x_step) {
       reduce.weigh(step, x_at, part_of(step), d, sum_ws);
       flush(sum_ws, step, a.partial_ws);
     }

@@ -131,22 +131,18 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 5)
       squeeze.step(at, {0, first + me.lane * W, left, channels}, sum, q);
       if (CHANNEL && (!one_step || tile == tiles - 1)) {
         constexpr int N = W < 4 ? W : 4;
-        sum_rows<N>(sum.v, a.lanes, shared, [&](int i, const float (&totals)[N]) {
-#pragma unroll
-          for (int k = 0; k < N; ++k) {
-            const int c = first + i + k;
-            if (c < channels) {
-              partial[c] = one_step || tile == 0 ? totals[k] : partial[c] + totals[k];
-            }
-          }
+        sum_rows<N>(sum.v, a.lanes, shared, [&](int i, float (&totals)[N]) {
+          const int c = first + i;
+          add_some(partial + c, channels - c, one_step || tile == 0, totals);
         });
         sum = {};
       }
     }
     if (SPATIAL) {
       over_channels.sum(q.v.of);
-      over_channels.each([&](int i, int) { q.v[i] = gate_of(a.gate, q.v[i] + bias); });
-      over_channels.store(spatial_gate, left, q.v.of);
+      over_channels.write([&](int i, int u) {
+        if (u < left) spatial_gate[u] = gate_of(a.gate, q.v[i] + bias);
+      });
     }
     left -= size, x += a.x_down, spatial_gate += size;
   }
