@@ -23,7 +23,7 @@ struct Walk {
 
   // In tile `tile`, in a map of `rows` rows of `row` elements. `width`: of an access.
   SCSE_DEVICE ApplyPart part(unsigned tile, int width, int64_t rows, int64_t row) const {
-    const Place me(1 << lane_bits, lane_bits);
+    const Place<kApplyOuter> me(1 << lane_bits, lane_bits);
     const unsigned outer = tile % outer_tiles, inner = tile / outer_tiles % inner_tiles;
     return {(int64_t{outer} * me.rows + me.row) * kApplyOuter,
             ((int64_t{inner} << lane_bits) + me.lane) * width, rows, row};

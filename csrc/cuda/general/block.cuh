@@ -10,7 +10,12 @@
 
 namespace scse::cuda {
 
+// How many rows a thread works on in the passes that sum, see tile.h.
+template <typename T, int W>
+constexpr int kOuter = outer_of(W * sizeof(T));
+
 // A thread's place in its block, 1 << lane_bits threads to a row. (Divisions would take long.)
+template <int OUTER>
 struct Place {
   int lane, row, rows;
   SCSE_DEVICE Place(int lanes, int lane_bits)
@@ -18,7 +23,7 @@ struct Place {
         row(threadIdx.x >> lane_bits),
         rows(blockDim.x >> lane_bits) {}
   // Its first row of a step.
-  SCSE_DEVICE int outer() const { return row * kOuter; }
+  SCSE_DEVICE int outer() const { return row * OUTER; }
   // From a step's first element to its own, in a map with that distance between rows.
   template <int W>
   SCSE_DEVICE int64_t offset(int64_t pitch) const {
@@ -33,7 +38,7 @@ SCSE_DEVICE int clamped(int64_t size) {
 
 // A thread's part of a step in a map of `rows` rows of `row` elements: OUTER rows from `outer` on,
 // and of each one access, to W elements from `inner` on.
-template <int OUTER = kOuter>
+template <int OUTER>
 struct Part {
   int64_t outer, inner;
   int inside;  // rows that are left; none or less where the part is outside of the map
@@ -55,7 +60,7 @@ struct Part {
 
 // Values for a thread's part that lie along one axis: W of them along the inner one, or OUTER along
 // the outer one.
-template <int W, bool INNER, int OUTER = kOuter>
+template <int W, bool INNER, int OUTER>
 struct Along {
   using Part = cuda::Part<OUTER>;
   Floats<INNER ? W : OUTER> v{};
@@ -75,7 +80,7 @@ struct Along {
 };
 
 // What a thread loads in a step: an access of each row of its part, 0 outside of the map.
-template <typename T, int W, int OUTER = kOuter>
+template <typename T, int W, int OUTER = kOuter<T, W>>
 struct Accesses {
   Bits<T, W> at[OUTER];
 };
@@ -244,10 +249,11 @@ SCSE_DEVICE float sum_block(float v, float* shared) {
   return total;
 }
 
-// --- sums over the lanes of a row, one for each of a thread's kOuter elements ---
+// --- sums over the lanes of a row, one for each of a thread's OUTER elements ---
 
 // The lanes of a row share the sums: each has some neighbours of them, or several lanes have the
 // same. So what is made of a sum is made once.
+template <int OUTER>
 class LaneSums {
  public:
   SCSE_DEVICE explicit LaneSums(Lanes lanes)
@@ -257,14 +263,14 @@ class LaneSums {
         writes_((threadIdx.x & lanes.same) == 0),
         first_((static_cast<int>(threadIdx.x & (lanes_ - 1)) >> lanes.shift) * each_) {}
   // All lanes of the warp call this.
-  SCSE_DEVICE void sum(float (&v)[kOuter]) const {
+  SCSE_DEVICE void sum(float (&v)[OUTER]) const {
     each_ == 1 ? sum_and_scatter(v, lanes_) : sum_and_scatter<true>(v, lanes_);
   }
   // Calls body(i, u) for each sum of this lane: v[i] is that of element u.
   template <typename Body>
   SCSE_DEVICE void each(const Body& body) const {
 #pragma unroll
-    for (int i = 0; i < kOuter; ++i) {
+    for (int i = 0; i < OUTER; ++i) {
       if (i > 0 && i >= each_) break;
       body(i, first_ + i);
     }
@@ -277,17 +283,17 @@ class LaneSums {
     if (writes()) each(body);
   }
   // The same to all lanes. All lanes of the warp call this.
-  SCSE_DEVICE void give(float (&v)[kOuter]) const {
+  SCSE_DEVICE void give(float (&v)[OUTER]) const {
     if (each_ > 1) return gather<2>(v, lanes_);
     const float mine = v[0];
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u) {
+    for (int u = 0; u < OUTER; ++u) {
       v[u] = __shfl_sync(0xffffffffu, mine, u << shift_, lanes_);
     }
   }
   // Sums v, and adds the sums to partial sums; `begin`: writes them there. Each is always added by
   // the same thread. All lanes of the warp call this.
-  SCSE_DEVICE void add(float (&v)[kOuter], float* p, int inside, bool begin) const {
+  SCSE_DEVICE void add(float (&v)[OUTER], float* p, int inside, bool begin) const {
     sum(v);
     write([&](int i, int u) {
       if (u < inside) p[u] = begin ? v[i] : p[u] + v[i];

@@ -42,26 +42,27 @@ struct ReduceArguments {
 // What waits in shared memory: of a step first all of one warp, then of the next.
 template <typename T, int W>
 struct Kept {
+  static constexpr int OUTER = kOuter<T, W>;
   Bits<T, W>* memory;
   int count;
 
   SCSE_DEVICE explicit Kept(int kept) : count(kept) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
-    memory = reinterpret_cast<Bits<T, W>*>(dynamic_shared) + threadIdx.x / 32 * 32 * kOuter +
+    memory = reinterpret_cast<Bits<T, W>*>(dynamic_shared) + threadIdx.x / 32 * 32 * OUTER +
              threadIdx.x % 32;
   }
   SCSE_DEVICE bool has(int step) const { return step < count; }
   // A step's part of x.
   SCSE_DEVICE void store(int step, const Accesses<T, W>& in) const {
-    Bits<T, W>* at = memory + step * kOuter * blockDim.x;
+    Bits<T, W>* at = memory + step * OUTER * blockDim.x;
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u) at[32 * u] = in.at[u];
+    for (int u = 0; u < OUTER; ++u) at[32 * u] = in.at[u];
   }
   SCSE_DEVICE Accesses<T, W> load(int step) const {
-    const Bits<T, W>* at = memory + step * kOuter * blockDim.x;
+    const Bits<T, W>* at = memory + step * OUTER * blockDim.x;
     Accesses<T, W> in;
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u) in.at[u] = at[32 * u];
+    for (int u = 0; u < OUTER; ++u) in.at[u] = at[32 * u];
     return in;
   }
 };
@@ -77,9 +78,10 @@ struct Gradient {
 // CHANNELS_LAST: channels are the inner axis.
 template <typename T, int W, Combine K, bool CHANNELS_LAST>
 struct Reduce {
+  static constexpr int OUTER = kOuter<T, W>;
   using F = Formula<float, K>;
-  using ByChannel = Along<W, CHANNELS_LAST>;
-  using ByPosition = Along<W, !CHANNELS_LAST>;
+  using ByChannel = Along<W, CHANNELS_LAST, OUTER>;
+  using ByPosition = Along<W, !CHANNELS_LAST, OUTER>;
 
   Kept<T, W> kept;
   int64_t x_pitch, dy_pitch;
@@ -103,7 +105,8 @@ struct Reduce {
   }
 
   // x, whose part begins at `p`; where it was used before, from where it waits.
-  SCSE_DEVICE Accesses<T, W> load_x(int step, bool first, const T* p, const Part<>& part) const {
+  SCSE_DEVICE Accesses<T, W> load_x(int step, bool first, const T* p,
+                                    const Part<OUTER>& part) const {
     if (!first && kept.has(step)) return kept.load(step);
     return load_part<W>(whole, p, x_pitch, part);
   }
@@ -111,7 +114,7 @@ struct Reduce {
   SCSE_DEVICE void keep_x(int step, const Accesses<T, W>& in) const {
     if (kept.has(step)) kept.store(step, in);
   }
-  SCSE_DEVICE Gradient<T, W, K> load_dy(const T* p, const Part<>& part) const {
+  SCSE_DEVICE Gradient<T, W, K> load_dy(const T* p, const Part<OUTER>& part) const {
     Gradient<T, W, K> in;
     in.first = load_part<W>(whole, p, dy_pitch, part);
     if (K == Combine::concat) in.second = load_part<W>(whole, p + half, dy_pitch, part);
@@ -119,18 +122,18 @@ struct Reduce {
   }
 
   // q of the step's channels, before anything else reads x.
-  SCSE_DEVICE void squeeze(int step, const T* x, const Part<>& part, ByPosition& q) const {
+  SCSE_DEVICE void squeeze(int step, const T* x, const Part<OUTER>& part, ByPosition& q) const {
     const Accesses<T, W> in = load_x(step, true, x, part);
     ByChannel weight;
     weight.load(ws, dtype, part);
     keep_x(step, in);
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u) add_q(u, widen<T, W>(in.at[u]), weight, q);
+    for (int u = 0; u < OUTER; ++u) add_q(u, widen<T, W>(in.at[u]), weight, q);
   }
 
   // The step's shares of both gates' gradients: over positions in `sum`, over channels in `d_gate`;
   // and q, where it isn't known yet and `spatial` asks for it.
-  SCSE_DEVICE void shares(int step, const T* x, const Part<>& part, const Gradient<T, W, K>& d,
+  SCSE_DEVICE void shares(int step, const T* x, const Part<OUTER>& part, const Gradient<T, W, K>& d,
                           bool spatial, const ByPosition& gate, ByChannel& sum, ByPosition& d_gate,
                           ByPosition& q) const {
     const Accesses<T, W> in = load_x(step, !F::by_gates, x, part);
@@ -142,7 +145,7 @@ struct Reduce {
     }
     if (!F::by_gates) keep_x(step, in);
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u) {
+    for (int u = 0; u < OUTER; ++u) {
       const Floats<W> f = widen<T, W>(in.at[u]), g = widen<T, W>(d.first.at[u]),
                       g2 = widen<T, W>(d.second.at[u]);
 #pragma unroll
@@ -156,11 +159,11 @@ struct Reduce {
   }
 
   // The step's terms of dws.
-  SCSE_DEVICE void weigh(int step, const T* x, const Part<>& part, const ByPosition& dq,
+  SCSE_DEVICE void weigh(int step, const T* x, const Part<OUTER>& part, const ByPosition& dq,
                          ByChannel& sum) const {
     const Accesses<T, W> in = load_x(step, false, x, part);
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u) {
+    for (int u = 0; u < OUTER; ++u) {
       const Floats<W> f = widen<T, W>(in.at[u]);
 #pragma unroll
       for (int i = 0; i < W; ++i) sum.at(u, i) += f[i] * dq.at(u, i);
@@ -177,18 +180,19 @@ struct Reduce {
 // The inputs are not in the structure: __restrict__ works for parameters only.
 //   dy as y, x [N, C, S] or [N, S, C], ws [C], bs [1] or null, channel_gate [N, C]
 template <typename T, int W, Combine K>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, (W == wide<T> ? 2 : 3) - (K == Combine::concat))
     reduce_planes(const T* __restrict__ dy, const T* __restrict__ x, const void* __restrict__ ws,
                   const void* __restrict__ bs, const float* __restrict__ channel_gate,
                   const __grid_constant__ ReduceArguments a) {
   using F = Formula<float, K>;
+  constexpr int OUTER = kOuter<T, W>;
   __shared__ __align__(16) float shared[kSumRows<W>], gates[kInner<W>], dqs[kInner<W>];
   static_assert(sizeof shared + sizeof gates + sizeof dqs <= 16 * 1024, "see kSharedByDefault");
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles, steps = a.steps;
   const int64_t positions = a.positions;
-  const Place me(lanes, a.lanes.bits);
-  const LaneSums over_positions(a.lanes);
+  const Place<OUTER> me(lanes, a.lanes.bits);
+  const LaneSums<OUTER> over_positions(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t strip_sums = int64_t{blockIdx.x} * channels;  // in partial and partial_ws
   const bool spatial = a.partial_ws != nullptr || a.dq != nullptr;
@@ -196,7 +200,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   if (bs != nullptr) bias = load_parameter(bs, a.bs_dtype, 0);
   const Reduce<T, W, K, false> reduce(dy, x, ws, channel_gate, a, n);
 
-  const int size = me.rows * kOuter;  // channels of a step
+  const int size = me.rows * OUTER;  // channels of a step
   const int64_t x_step = a.x_down, dy_step = a.dy_down;
   const int64_t begin = int64_t{strip} * (tiles * lanes * W);
   int64_t s = n * positions + begin;
@@ -206,13 +210,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   for (int tile = 0; tile < tiles;
        ++tile, left -= lanes * W, s += lanes * W, x += lanes * W, dy += lanes * W) {
     const auto part_of = [&](int step) {
-      return Part<>{step * size + me.outer(), me.lane * W, channels, left};
+      return Part<OUTER>{step * size + me.outer(), me.lane * W, channels, left};
     };
-    const auto add_to = [&](float* sums, int step, Along<W, false>& sum) {
+    const auto add_to = [&](float* sums, int step, Along<W, false, OUTER>& sum) {
       const int c = step * size + me.outer();
       over_positions.add(sum.v.of, sums + strip_sums + c, channels - c, tile == 0);
     };
-    Along<W, true> gate, q, d_gate;
+    Along<W, true, OUTER> gate, q, d_gate;
     const auto store_gates = [&] {
       // Outside of the map the gate is 0. An infinite weight would make it NaN, and NaN times the
       // zeros that stand there for x is NaN.
@@ -237,7 +241,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       gate.v = load_inner<W>(gates, me.lane, lanes);
     }
     for (int step = 0; step < steps; ++step, x_at += x_step) {
-      Along<W, false> sum;
+      Along<W, false, OUTER> sum;
       reduce.shares(step, x_at, part_of(step), dy_in, spatial, gate, sum, d_gate, q);
       dy_at += dy_step;
       if (step + 1 < steps) dy_in = reduce.load_dy(dy_at, part_of(step + 1));
@@ -261,11 +265,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     if (a.partial_ws == nullptr) continue;
 
     __syncthreads();
-    Along<W, true> d;
+    Along<W, true, OUTER> d;
     d.v = load_inner<W>(dqs, me.lane, lanes);
     x_at = x;
     for (int step = 0; step < steps; ++step, x_at += x_step) {
-      Along<W, false> sum;
+      Along<W, false, OUTER> sum;
       reduce.weigh(step, x_at, part_of(step), d, sum);
       add_to(a.partial_ws, step, sum);
     }
@@ -277,18 +281,19 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 }
 
 template <typename T, int W, Combine K>
-__global__ void __launch_bounds__(kMaxThreads / 2, 3)
+__global__ void __launch_bounds__(most_threads(true, kOuter<T, W>), W == wide<T> ? 3 : 2)
     reduce_channels_last(const T* __restrict__ dy, const T* __restrict__ x,
                          const void* __restrict__ ws, const void* __restrict__ bs,
                          const float* __restrict__ channel_gate,
                          const __grid_constant__ ReduceArguments a) {
   using F = Formula<float, K>;
+  constexpr int OUTER = kOuter<T, W>;
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles, steps = a.steps;
   const int64_t positions = a.positions;
-  const Place me(lanes, a.lanes.bits);
-  const LaneSums over_channels(a.lanes);
+  const Place<OUTER> me(lanes, a.lanes.bits);
+  const LaneSums<OUTER> over_channels(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t strip_sums = int64_t{blockIdx.x} * channels;  // in partial and partial_ws
   const bool spatial = a.partial_ws != nullptr || a.dq != nullptr;
@@ -297,9 +302,9 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
   if (bs != nullptr) bias = load_parameter(bs, a.bs_dtype, 0);
   const Reduce<T, W, K, true> reduce(dy, x, ws, channel_gate, a, n);
 
-  Along<W, true> sum, sum_ws;
+  Along<W, true, OUTER> sum, sum_ws;
   const int size = lanes * W, x_step = size, dy_step = size;  // channels of a step
-  const int along = me.rows * kOuter;                         // positions of a tile
+  const int along = me.rows * OUTER;                          // positions of a tile
   const int64_t begin = int64_t{strip} * (tiles * along);
   int64_t s = n * positions + begin + me.outer();
   int left = clamped(positions - begin - me.outer());
@@ -308,11 +313,11 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
   for (int tile = 0; tile < tiles;
        ++tile, left -= along, s += along, x += a.x_down, dy += a.dy_down) {
     const auto part_of = [&](int step) {
-      return Part<>{0, step * size + me.lane * W, left, channels};
+      return Part<OUTER>{0, step * size + me.lane * W, left, channels};
     };
     // Adds sums over the tile's positions to the strip's. If one step has all channels, they wait
     // in registers until the strip ends.
-    const auto flush = [&](Along<W, true>& sums, int step, float* p) {
+    const auto flush = [&](Along<W, true, OUTER>& sums, int step, float* p) {
       if (one_step && tile < tiles - 1) return;
       constexpr int N = W < 4 ? W : 4;
       sum_rows<N>(sums.v, a.lanes, shared, [&](int i, float (&totals)[N]) {
@@ -321,7 +326,7 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
       });
       sums = {};
     };
-    Along<W, false> gate, q, d_gate;
+    Along<W, false, OUTER> gate, q, d_gate;
     const auto find_gates = [&] {
       over_channels.sum(q.v.of);
       over_channels.each([&](int i, int u) {
@@ -350,7 +355,7 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 3)
 
     if (!F::by_gates) find_gates();
     // From here on q has this lane's gates, and d their gradients.
-    Along<W, false> d = d_gate;
+    Along<W, false, OUTER> d = d_gate;
     over_channels.sum(d.v.of);
     over_channels.each([&](int i, int u) {
       d.v[i] = u < left ? gate_gradient(a.gate, d.v[i], q.v[i]) : 0.f;

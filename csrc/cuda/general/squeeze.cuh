@@ -27,6 +27,7 @@ struct SqueezeArguments {
 // channels. CHANNELS_LAST: channels are the inner axis.
 template <typename T, int W, bool CHANNEL, bool SPATIAL, bool CHANNELS_LAST>
 struct Squeeze {
+  static constexpr int OUTER = kOuter<T, W>;
   int64_t pitch;
   bool whole;
   const void* ws;
@@ -39,13 +40,13 @@ struct Squeeze {
         dtype(a.ws_dtype) {}
 
   // `x`: where the part begins.
-  SCSE_DEVICE void step(const T* x, const Part<>& part, Along<W, CHANNELS_LAST>& sum,
-                        Along<W, !CHANNELS_LAST>& q) const {
+  SCSE_DEVICE void step(const T* x, const Part<OUTER>& part, Along<W, CHANNELS_LAST, OUTER>& sum,
+                        Along<W, !CHANNELS_LAST, OUTER>& q) const {
     const Accesses<T, W> in = load_part<W>(whole, x, pitch, part);
-    Along<W, CHANNELS_LAST> weight;
+    Along<W, CHANNELS_LAST, OUTER> weight;
     if (SPATIAL) weight.load(ws, dtype, part);
 #pragma unroll
-    for (int u = 0; u < kOuter; ++u) {
+    for (int u = 0; u < OUTER; ++u) {
       const Floats<W> f = widen<T, W>(in.at[u]);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
@@ -59,17 +60,18 @@ struct Squeeze {
 // x, ws and bs are not in the structure: __restrict__ works for parameters only.
 //   x [N, C, S] or [N, S, C], ws [C], bs [1] or null
 template <typename T, int W, bool CHANNEL, bool SPATIAL>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, W == wide<T> ? 3 : 4)
     squeeze_planes(const T* __restrict__ x, const void* __restrict__ ws,
                    const void* __restrict__ bs, const __grid_constant__ SqueezeArguments a) {
+  constexpr int OUTER = kOuter<T, W>;
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions, pitch = a.x_pitch;
-  const Place me(lanes, a.lanes.bits);
-  const LaneSums over_positions(a.lanes);
+  const Place<OUTER> me(lanes, a.lanes.bits);
+  const LaneSums<OUTER> over_positions(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
-  const int size = me.rows * kOuter;  // channels of a step
+  const int size = me.rows * OUTER;  // channels of a step
   const Squeeze<T, W, CHANNEL, SPATIAL, false> squeeze(x, ws, a);
   float* const partial = a.partial + int64_t{blockIdx.x} * channels;
   float bias = 0;
@@ -80,11 +82,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   x += n * a.x_sample + begin + me.offset<W>(pitch);
   float* spatial_gate = a.spatial_gate + n * positions + begin;
   for (int tile = 0; tile < tiles; ++tile) {
-    Along<W, true> q;
+    Along<W, true, OUTER> q;
     const T* at = x;
     for (int first = 0; first < channels; first += size, at += a.x_down) {
       const int c = first + me.outer();
-      Along<W, false> sum;
+      Along<W, false, OUTER> sum;
       squeeze.step(at, {c, me.lane * W, channels, left}, sum, q);
       if (CHANNEL) over_positions.add(sum.v.of, partial + c, channels - c, tile == 0);
     }
@@ -102,17 +104,18 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 }
 
 template <typename T, int W, bool CHANNEL, bool SPATIAL>
-__global__ void __launch_bounds__(kMaxThreads / 2, 5)
+__global__ void __launch_bounds__(most_threads(true, kOuter<T, W>), W == wide<T> ? 6 : 4)
     squeeze_channels_last(const T* __restrict__ x, const void* __restrict__ ws,
                           const void* __restrict__ bs, const __grid_constant__ SqueezeArguments a) {
+  constexpr int OUTER = kOuter<T, W>;
   __shared__ __align__(16) float shared[kSumRows<W>];
   let_next_start();
   const int channels = a.channels, lanes = a.lanes.count, tiles = a.tiles;
   const int64_t positions = a.positions, pitch = a.x_pitch;
-  const Place me(lanes, a.lanes.bits);
-  const LaneSums over_channels(a.lanes);
+  const Place<OUTER> me(lanes, a.lanes.bits);
+  const LaneSums<OUTER> over_channels(a.lanes);
   const unsigned n = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
-  const int size = me.rows * kOuter;  // positions of a tile
+  const int size = me.rows * OUTER;  // positions of a tile
   const Squeeze<T, W, CHANNEL, SPATIAL, true> squeeze(x, ws, a);
   float* const partial = a.partial + int64_t{blockIdx.x} * channels;
   const bool one_step = channels <= lanes * W;  // it has all channels
@@ -123,9 +126,9 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 5)
   int left = clamped(positions - begin - me.outer());
   x += n * a.x_sample + begin * pitch + me.offset<W>(pitch);
   float* spatial_gate = a.spatial_gate + n * positions + begin + me.outer();
-  Along<W, true> sum;
+  Along<W, true, OUTER> sum;
   for (int tile = 0; tile < tiles; ++tile) {
-    Along<W, false> q;
+    Along<W, false, OUTER> q;
     const T* at = x;
     for (int first = 0; first < channels; first += lanes * W, at += lanes * W) {
       squeeze.step(at, {0, first + me.lane * W, left, channels}, sum, q);

@@ -11,12 +11,21 @@
 namespace scse::cuda {
 
 // A map has an inner axis (stride 1: positions, or channels in channels_last maps) and an outer
-// one. A thread works on some neighbours of the outer axis at a time, and at each of them on one
-// access along the inner axis, so that as many loads of each map are on their way. In the passes
-// that sum these are kOuter, as every warp pays for its sums and its addresses; in those that apply
-// the gates kApplyOuter, as these pay for nothing and gain from more blocks.
-constexpr int kOuter = 8, kApplyOuter = 4;
+// one. A thread works on some neighbours of the outer axis at a time, OUTER, and at each of them on
+// one access along the inner axis, so that as many loads of each map are on their way. In the
+// passes that apply the gates these are kApplyOuter. Those that sum have twice as many, since each
+// warp pays for its addresses and its sums; but not where accesses are narrow: the code for
+// elements one by one would be long and take too many registers.
+constexpr int kApplyOuter = 4;
+constexpr int outer_of(int bytes_of_access) {
+  return bytes_of_access == 16 ? 2 * kApplyOuter : kApplyOuter;
+}
 constexpr int kMaxThreads = 256;
+// Of channels_last maps the passes that sum have blocks of fewer, as fewer positions are left for
+// each: more blocks are worth more than large ones.
+constexpr int most_threads(bool channels_last, int outer) {
+  return channels_last ? kMaxThreads * kApplyOuter / outer : kMaxThreads;
+}
 // How much of x waits in shared memory: all of a tile's up to 2048 channels. One block then fits an
 // SM of 100 KiB, three fit one of 228 KiB.
 constexpr int64_t kKeptBytes = 64 * 1024;
@@ -25,7 +34,7 @@ constexpr int64_t kKeptBytes = 64 * 1024;
 // that no thread has to work it out.
 struct Lanes {
   int count, bits;
-  int sums;   // of the kOuter that a lane has
+  int sums;   // of the OUTER that a lane has
   int shift;  // a lane's number >> shift is that of its sum
   int same;   // lanes with the same sum differ in these bits
 };
@@ -34,6 +43,7 @@ struct Lanes {
 // the gates `apply_rows`. A row is part of one warp, so that warps sum over the inner axis alone.
 struct Tile {
   int width;                         // elements to an access, W: 16 bytes or 8
+  int each;                          // OUTER
   int lanes, rows, apply_rows;       // powers of two
   int inner, outer;                  // elements of a step of the block
   int64_t steps;                     // of a tile
@@ -44,36 +54,35 @@ struct Tile {
   int threads() const { return lanes * rows; }
   int apply_threads() const { return lanes * apply_rows; }
   Lanes of_row() const {
-    const int bits = bits_of(lanes), shift = std::max(0, bits - bits_of(kOuter));
-    return {lanes, bits, std::max(1, kOuter / lanes), shift, (1 << shift) - 1};
+    const int bits = bits_of(lanes), shift = std::max(0, bits - bits_of(each));
+    return {lanes, bits, std::max(1, each / lanes), shift, (1 << shift) - 1};
   }
 };
 
 inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width,
                     bool channels_last) {
   Tile t{};
-  t.width = width;
+  t.width = width, t.each = outer_of(width * itemsize);
   const int64_t inner = channels_last ? channels : positions;
   const int64_t outer = channels_last ? positions : channels;
   const int64_t accesses = power_of_two(ceil_div(inner, width));
-  int most = kMaxThreads;
   if (channels_last) {
     // All of a position's channels, as far as a warp has lanes: it then sums alone.
     t.lanes = static_cast<int>(std::min<int64_t>(accesses, 32));
-    most = kMaxThreads / 2;  // a block more is worth more than a large one
   } else {
     // Where channels are many: at most 8 lanes, 128 bytes of a row, or fewer if all channels then
-    // take two steps, since each step waits for memory. Where channels are few: more lanes.
+    // take one step, since each step waits for memory. Where channels are few: more lanes.
     const int64_t wanted = 1024 / power_of_two(channels);
     const int64_t least = std::clamp<int64_t>(2 * wanted, 2, 8);
     t.lanes = static_cast<int>(std::min(std::clamp<int64_t>(wanted, least, 32), accesses));
   }
-  const auto rows = [&](int each, int threads) {
+  const auto rows = [&](int each, int most) {
     return static_cast<int>(std::clamp<int64_t>(power_of_two(ceil_div(outer, each)),
-                                                std::max(1, 32 / t.lanes), threads / t.lanes));
+                                                std::max(1, 32 / t.lanes), most / t.lanes));
   };
-  t.rows = rows(kOuter, most), t.apply_rows = rows(kApplyOuter, kMaxThreads);
-  t.inner = t.lanes * width, t.outer = t.rows * kOuter;
+  t.rows = rows(t.each, most_threads(channels_last, t.each));
+  t.apply_rows = rows(kApplyOuter, kMaxThreads);
+  t.inner = t.lanes * width, t.outer = t.rows * t.each;
   t.steps = ceil_div(channels, channels_last ? t.inner : t.outer);
   t.inner_tiles = ceil_div(inner, t.inner);
   t.outer_tiles = ceil_div(outer, t.apply_rows * kApplyOuter);
