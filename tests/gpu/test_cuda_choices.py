@@ -28,10 +28,13 @@ MOST_THREADS, MOST_BLOCKS = 256, 2**31 - 1
 
 class Tile(NamedTuple):
     width: int
+    each: int
     lanes: int
     rows: int
+    apply_rows: int
     inner: int
     outer: int
+    steps: int
     tiles: int
     positions: int
     strips: int
@@ -119,10 +122,19 @@ def test_tiles_cover_the_map(tile, itemsize, width, channels_last):
         where = f"{channels} channels, {positions} positions: {t}"
         # A row of threads is part of one warp, and a block has whole warps.
         assert _power_of_two(t.lanes) and t.lanes <= 32 and _power_of_two(t.rows), where
-        assert 32 <= t.lanes * t.rows <= MOST_THREADS, where
-        assert t.inner == t.lanes * width and t.outer == 4 * t.rows, where
-        for size, step, count in (inner, t.inner, t.inner_tiles), (outer, t.outer, t.outer_tiles):
-            assert (count - 1) * step < size <= count * step, where
+        # Wide accesses have blocks of fewer threads where positions are the outer axis.
+        assert t.each == (8 if width * itemsize == 16 else 4), where
+        most = MOST_THREADS // 2 if channels_last and t.each == 8 else MOST_THREADS
+        assert 32 <= t.lanes * t.rows <= most, where
+        assert 32 <= t.lanes * t.apply_rows <= MOST_THREADS, where
+        assert t.inner == t.lanes * width and t.outer == t.each * t.rows, where
+        step = t.inner if channels_last else t.outer
+        for size, each, count in (
+            (channels, step, t.steps),
+            (inner, t.inner, t.inner_tiles),
+            (outer, 4 * t.apply_rows, t.outer_tiles),
+        ):
+            assert (count - 1) * each < size <= count * each, where
         assert t.positions == (t.outer if channels_last else t.inner), where
         strip = t.positions * t.tiles
         assert (t.strips - 1) * strip < positions <= t.strips * strip, where

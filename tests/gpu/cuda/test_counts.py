@@ -64,8 +64,8 @@ def test_memory_is_waited_for_once(kernels, kernel, variant):
     code = function.image(90).module(function.name).kernels[function.name].instrs
     used = next(i for i, ins in enumerate(code) if ins.op == "st" and "shared" in ins.mods)
     loads = [i for i in code[:used] if i.op == "ld" and {"global", "nc", "v4"} <= set(i.mods)]
-    # Of either map four rows, or at its end up to three.
-    assert len(loads) == 2 * (4 + 3)
+    # Of either map eight rows, or at its end up to seven.
+    assert len(loads) == 2 * (8 + 7)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -20,9 +20,9 @@ int excitation_blocks(int64_t channels, int64_t hidden) { return excite_cluster(
 void tile(int64_t channels, int64_t positions, int itemsize, int width, bool channels_last,
           int64_t* out) {
   const Tile t = tile_of(channels, positions, itemsize, width, channels_last);
-  const int64_t values[] = {t.width,     t.lanes,  t.rows,        t.apply_rows,
-                            t.inner,     t.outer,  t.steps,       t.tiles,
-                            t.positions, t.strips, t.inner_tiles, t.outer_tiles};
+  const int64_t values[] = {t.width,  t.each,        t.lanes,      t.rows,  t.apply_rows,
+                            t.inner,  t.outer,       t.steps,      t.tiles, t.positions,
+                            t.strips, t.inner_tiles, t.outer_tiles};
   std::copy(std::begin(values), std::end(values), out);
 }
 
