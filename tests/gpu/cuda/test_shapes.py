@@ -1,5 +1,6 @@
 """Shapes that take another way through a kernel than those of test_kernels.py."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -53,6 +54,16 @@ def test_a_misaligned_map_of_aligned_size(layout, which):
     lab = execute(NO_CLUSTERS, case)
     widths = {kernel.split(", ")[1] for kernel in lab.launched if "excite" not in kernel}
     assert widths == ({"4"} if which == "x" else {"8", "4"})
+
+
+@pytest.mark.parametrize("kernels", ("general", "on_chip"))
+@pytest.mark.parametrize("layout", (PLANES, LAST))
+def test_equal_gates_share_the_gradient(layout, kernels, monkeypatch):
+    """All weights are zero, so both gates are 1/2 and all products tie."""
+    monkeypatch.setenv("SCSE_CUDA_KERNELS", kernels)
+    case = make_case((2, 24, 4, 8), "max", HALF)
+    tied = replace(case, parameters=tuple(torch.zeros_like(p) for p in case.parameters))
+    execute(H100, tied.arranged(*[partial(in_layout, layout)] * 2))
 
 
 def test_samples_that_begin_anywhere():
