@@ -34,6 +34,12 @@ GENERAL = {
     "many samples": (LAST, "concat", BFLOAT, (9, 8, 2, 4)),
     "more samples than are on their way": (PLANES, "add", FLOAT, (70, 40, 1, 8)),
     "a sample alone, apart": (PLANES, "sse", HALF, (1, 16, 5, 8)),
+    "strips of several tiles, channels in several steps, wide": (
+        LAST,
+        "max",
+        HALF,
+        (1, 264, 1, 530),
+    ),
 }
 
 
