@@ -64,8 +64,8 @@ def excite_sample(
     TURNS: tl.constexpr = IN_TURN if SEGMENT else 1
     ACC: tl.constexpr = accumulator(pooled_ptr.dtype.element_ty)
     SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
-    HIDDEN: tl.constexpr = at_once(BLOCK_J, TERMS_C, TILE)
-    GATES: tl.constexpr = at_once(BLOCK_C, TERMS_J, TILE)
+    HIDDEN: tl.constexpr = at_once(BLOCK_J, TURNS * TERMS_C, TILE)
+    GATES: tl.constexpr = at_once(BLOCK_C, TURNS * TERMS_J, TILE)
     n = n.to(tl.int64)
     partial_ptr += n * strips * C
     pooled_ptr += n * C
@@ -143,8 +143,8 @@ def excite_backward_sample(
     """One branch, or both, of sample n of N."""
     TURNS: tl.constexpr = IN_TURN if SEGMENT else 1
     SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
-    HIDDEN: tl.constexpr = at_once(BLOCK_J, TERMS_C, TILE)
-    MEANS: tl.constexpr = at_once(BLOCK_C, TERMS_J, TILE)
+    HIDDEN: tl.constexpr = at_once(BLOCK_J, TURNS * TERMS_C, TILE)
+    MEANS: tl.constexpr = at_once(BLOCK_C, TURNS * TERMS_J, TILE)
     n = n.to(tl.int64)
     row = n * strips
     ACC: tl.constexpr = accumulator(hidden_ptr.dtype.element_ty)

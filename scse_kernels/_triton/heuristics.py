@@ -163,7 +163,7 @@ def tile(
         warps //= 2  # a small map
     tiles = max(1, _STRIP // block_s) if alone and hold else 1
     # Where channels are walked in any case and samples are many, rows are longer, so strips fewer.
-    while not (hold or alone) and block_s < positions:
+    while not (hold or alone) and block_s < positions and block_s * itemsize < _LINE:
         if samples * -(-positions // (2 * block_s)) < processors * 3 // 4:
             break
         block_c, block_s = block_c // 2, 2 * block_s
