@@ -167,6 +167,8 @@ def tile(
         if samples * -(-positions // (2 * block_s)) < processors * 3 // 4:
             break
         block_c, block_s = block_c // 2, 2 * block_s
+    if not (hold or alone) and block_c < _CHANNELS and positions * itemsize % 16:
+        block_c //= 2  # each element of these rows is a load of its own, with its address
 
     def programs() -> int:
         return samples * -(-positions // (block_s * tiles))

@@ -344,7 +344,8 @@ def test_rows_are_long_where_channels_are_walked_and_samples_many():
     def tile(samples, positions, itemsize=2):
         return heuristics.tile(samples, 2048, positions, itemsize, 32, False, 132)
 
-    assert tile(256, 49) == heuristics.Tile(256, 64, 8, 1, False)
+    assert tile(256, 64) == heuristics.Tile(256, 64, 8, 1, False)
+    assert tile(256, 49) == heuristics.Tile(128, 64, 8, 1, False)  # no spilled registers
     assert tile(256, 196, 4) == heuristics.Tile(256, 32, 8, 1, False)
     assert tile(8, 49).block_c == 1024
 
