@@ -204,8 +204,9 @@ def matvec_part(
             k = begin + tl.arange(0, TERMS) * TURNS + turn
             at = i[:, None] * columns + k[None, :]
             mask = (i[:, None] < rows) & (k[None, :] < columns)
-            v = load(vector_ptr + k, k < columns, ACC)[None, :]
-            total = tl.fma(load(matrix_ptr + at, mask, ACC), tl.broadcast_to(v, total.shape), total)
+            v = load(vector_ptr + k, k < columns, ACC)
+            weights = load(matrix_ptr + at, mask, ACC)
+            total = tl.fma(weights, tl.broadcast_to(v[None, :], total.shape), total)
     return sum_in_pairs(total, 1, TERMS)
 
 
@@ -248,6 +249,7 @@ def vecmat_part(
             k = begin + tl.arange(0, TERMS) * TURNS + turn
             at = k[:, None] * columns + i[None, :]
             mask = (k[:, None] < rows) & (i[None, :] < columns)
-            v = load(vector_ptr + k, k < rows, ACC)[:, None]
-            total = tl.fma(load(matrix_ptr + at, mask, ACC), tl.broadcast_to(v, total.shape), total)
+            v = load(vector_ptr + k, k < rows, ACC)
+            weights = load(matrix_ptr + at, mask, ACC)
+            total = tl.fma(weights, tl.broadcast_to(v[:, None], total.shape), total)
     return sum_in_pairs(total, 0, TERMS if TURNS > 1 else 1)
