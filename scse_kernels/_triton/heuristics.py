@@ -241,7 +241,7 @@ def rows(
     the `processors` a program. No result depends on them.
 
     [256, 2048, 7, 7], 128 hidden channels: 16 samples and 64 outputs in each of four segments, 128
-        programs, read 36 MB of L2; with 16 samples, 16 outputs and all channels it were 100
+        programs, read 21 MB from L2; with 16 outputs and all channels it would be 33
     [8, 512, 16, 16], 256 hidden channels: 2 samples and 32 outputs, 128 programs
     """
     share = itemsize // 4
