@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate, gate_gradient, gate_of
-from .primitives import SIZES, accumulator, load, matvec, sum_rows, vecmat
+from .primitives import IN_TURN, SIZES, accumulator, load, matvec, sum_rows, vecmat
 
 
 @triton.constexpr_function
@@ -37,6 +37,7 @@ def excite_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     GATE: tl.constexpr,
@@ -46,7 +47,8 @@ def excite_kernel(
     excite_sample(
         tl.program_id(0), tl.num_programs(0), partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
         pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
-        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE, ACTIVATION, SLOPE, GATE,
+        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE,
+        SEGMENT, ACTIVATION, SLOPE, GATE,
     )  # fmt: skip
 
 
@@ -55,13 +57,15 @@ def excite_sample(
     n, N, partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, pooled_ptr, hidden_ptr, channel_gate_ptr,
     C, Cr, S, strips, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, TERMS_C: tl.constexpr,
     TERMS_J: tl.constexpr, TERMS_STRIPS: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, GATE: tl.constexpr,
+    SEGMENT: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """Sample n of N. TILE: elements of what is added at once, at most."""
+    """Sample n of N. TILE: elements of what is added at once, at most. SEGMENT: where weights are
+    many, channels whose terms are added apart, else 0."""
+    TURNS: tl.constexpr = IN_TURN if SEGMENT else 1
     ACC: tl.constexpr = accumulator(pooled_ptr.dtype.element_ty)
     SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
-    HIDDEN: tl.constexpr = at_once(BLOCK_J, TERMS_C, TILE)
-    GATES: tl.constexpr = at_once(BLOCK_C, TERMS_J, TILE)
+    HIDDEN: tl.constexpr = at_once(BLOCK_J, TURNS * TERMS_C, TILE)
+    GATES: tl.constexpr = at_once(BLOCK_C, TURNS * TERMS_J, TILE)
     n = n.to(tl.int64)
     partial_ptr += n * strips * C
     pooled_ptr += n * C
@@ -76,7 +80,7 @@ def excite_sample(
     tl.debug_barrier()
     for begin in range(0, Cr, HIDDEN):
         j = begin + tl.arange(0, HIDDEN)
-        h = matvec(w1_ptr, pooled_ptr, j, Cr, C, ACC, HIDDEN, TERMS_C)
+        h = matvec(w1_ptr, pooled_ptr, j, Cr, C, ACC, HIDDEN, TERMS_C, TURNS, SEGMENT)
         if b1_ptr is not None:
             h += load(b1_ptr + j, j < Cr, ACC)
         value, slope = activate(h, ACTIVATION, SLOPE)
@@ -85,7 +89,7 @@ def excite_sample(
     tl.debug_barrier()
     for begin in range(0, C, GATES):
         c = begin + tl.arange(0, GATES)
-        excited = matvec(w2_ptr, hidden_ptr, c, C, Cr, ACC, GATES, TERMS_J)
+        excited = matvec(w2_ptr, hidden_ptr, c, C, Cr, ACC, GATES, TERMS_J, TURNS, 0)
         if b2_ptr is not None:
             excited += load(b2_ptr + c, c < C, ACC)
         tl.store(channel_gate_ptr + c, gate_of(excited, GATE), mask=c < C)
@@ -115,7 +119,7 @@ def excite_backward_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
-    NEAR: tl.constexpr,
+    SEGMENT: tl.constexpr,
     GATE: tl.constexpr,
 ):
     """A program for each sample and branch. Reads its partial sums once, and the weights."""
@@ -124,7 +128,7 @@ def excite_backward_kernel(
         tl.program_id(1) == 0, tl.program_id(1) == tl.num_programs(1) - 1,
         partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr, hidden_ptr, channel_gate_ptr,
         d_excited_ptr, d_hidden_ptr, d_mean_ptr, sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE, NEAR, GATE,
+        BLOCK_C, BLOCK_J, TERMS_C, TERMS_J, TERMS_STRIPS, TILE, SEGMENT, GATE,
     )  # fmt: skip
 
 
@@ -134,12 +138,13 @@ def excite_backward_sample(
     hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr, sample_ws_ptr,
     sample_bs_ptr, C, Cr, S, strips, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
     TERMS_C: tl.constexpr, TERMS_J: tl.constexpr, TERMS_STRIPS: tl.constexpr, TILE: tl.constexpr,
-    NEAR: tl.constexpr, GATE: tl.constexpr,
+    SEGMENT: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """One branch, or both, of sample n of N."""
+    TURNS: tl.constexpr = IN_TURN if SEGMENT else 1
     SUMS: tl.constexpr = at_once(BLOCK_C, TERMS_STRIPS, TILE)
-    HIDDEN: tl.constexpr = at_once(BLOCK_J, TERMS_C, TILE)
-    MEANS: tl.constexpr = at_once(BLOCK_C, TERMS_J, TILE)
+    HIDDEN: tl.constexpr = at_once(BLOCK_J, TURNS * TERMS_C, TILE)
+    MEANS: tl.constexpr = at_once(BLOCK_C, TURNS * TERMS_J, TILE)
     n = n.to(tl.int64)
     row = n * strips
     ACC: tl.constexpr = accumulator(hidden_ptr.dtype.element_ty)
@@ -165,7 +170,7 @@ def excite_backward_sample(
         tl.debug_barrier()
         for begin in range(0, Cr, HIDDEN):
             j = begin + tl.arange(0, HIDDEN)
-            d = vecmat(d_excited_ptr, w2_ptr, j, C, Cr, ACC, TERMS_C, HIDDEN, NEAR)
+            d = vecmat(d_excited_ptr, w2_ptr, j, C, Cr, ACC, TERMS_C, HIDDEN, TURNS, SEGMENT)
             slope = load(slope_ptr + j, j < Cr, ACC)
             # A slope of zero stops an infinite gradient.
             tl.store(d_hidden_ptr + j, tl.where(slope == 0, 0.0, slope * d), mask=j < Cr)
@@ -173,5 +178,5 @@ def excite_backward_sample(
             tl.debug_barrier()
             for begin in range(0, C, MEANS):
                 c = begin + tl.arange(0, MEANS)
-                d = vecmat(d_hidden_ptr, w1_ptr, c, Cr, C, ACC, TERMS_J, MEANS, NEAR)
+                d = vecmat(d_hidden_ptr, w1_ptr, c, Cr, C, ACC, TERMS_J, MEANS, TURNS, 0)
                 tl.store(d_mean_ptr + n * C + c, d / S, mask=c < C)

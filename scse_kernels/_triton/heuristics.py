@@ -36,16 +36,15 @@ _LINE = 128
 # More channels than this are walked in several tiles: with rows of a sector it takes eight warps to
 # hold so many, and more warps would only wait for each other.
 _CHANNELS = 1024
-# Weights of one layer of an excitation from which programs share it. And there: terms of a sum to a
-# step, of four bytes; sums to a program, each of a step's terms apart, in 64 registers of each of
-# 256 threads; samples to a program at most; and from how many rows on `sum_in_pairs` adds
-# neighbours: of 16 weights in a row a warp has 8 rows (16 of two bytes each), and eight warps have
-# 128.
+# Weights of one layer of an excitation from which programs share it. And there: segments of the
+# channels, at most; a program's samples and outputs of each, the more the fewer bytes come from L2;
+# a thread's registers for its parts of sums, and at a step for weights and for partial sums.
 _MANY_WEIGHTS = 1 << 15
-_MANY_TERMS = 256
-_SHARED_SUMS = 16384
-_SHARED_SAMPLES = 8
-_MANY_NEAR = 128
+_SEGMENTS = 4
+_SHARES = ((16, 128), (16, 64), (8, 64), (8, 32), (4, 32), (2, 32))
+_PARTS = 64
+_STEP_WEIGHTS = 32
+_STEP_PARTIALS = 64
 # Strips whose sums are few enough for each program of a sample to add up all of them.
 _FEW_STRIPS = 128
 # Warps that an SM can issue from at once.
@@ -70,9 +69,9 @@ class Tile:
 @dataclass(frozen=True)
 class Excitation:
     """block_c and block_j: powers of two that cover channels and hidden channels. A sum over
-    channels is formed in steps of terms_c terms, one over hidden channels in steps of terms_j, one
-    over strips in steps of terms_strips; so many sums at once that a step reads `tile` elements.
-    near: the order of sums over a matrix' rows, NEAR of `sum_in_pairs`."""
+    channels has terms_c parts, one over hidden channels terms_j, one over strips terms_strips; so
+    many sums are formed at once that a step reads `tile` elements. segment: where weights are many,
+    channels whose terms are added apart, else 0."""
 
     block_c: int
     block_j: int
@@ -81,32 +80,41 @@ class Excitation:
     terms_strips: int
     tile: int
     warps: int
-    near: int
+    segment: int = 0
 
 
 @dataclass(frozen=True)
 class Share:
-    """A program's share of a layer of an excitation: so many outputs of so many samples."""
+    """A program's share of a layer of an excitation: so many samples, so many outputs of each, in
+    steps of so many terms."""
 
-    outputs: int
     samples: int
+    outputs: int
+    step: int
+    warps: int
 
     def grid(self, samples: int, outputs: int) -> tuple[int, int]:
-        """Programs for a layer."""
+        """Programs for a layer, or for a segment's part of it."""
         return -(-samples // self.samples), -(-outputs // self.outputs)
 
     def constants(self) -> dict[str, int]:
         """What kernels call it."""
-        return {"BLOCK": self.outputs, "SAMPLES": self.samples}
+        return {
+            "SAMPLES": self.samples,
+            "BLOCK": self.outputs,
+            "STEP": self.step,
+            "num_warps": self.warps,
+        }
 
 
 @dataclass(frozen=True)
 class Rows:
-    """An excitation in a launch for each layer: to the hidden channels, and from them."""
+    """The shares of an excitation's four kernels, two forward and two backward."""
 
     hidden: Share
-    channels: Share
-    warps: int
+    gates: Share
+    d_hidden: Share
+    d_mean: Share
 
 
 @cache
@@ -154,6 +162,13 @@ def tile(
     while warps > 1 and block_c * block_s < warps * size:
         warps //= 2  # a small map
     tiles = max(1, _STRIP // block_s) if alone and hold else 1
+    # Where channels are walked in any case and samples are many, rows are longer, so strips fewer.
+    while not (hold or alone) and block_s < positions and block_s * itemsize < _LINE:
+        if samples * -(-positions // (2 * block_s)) < processors * 3 // 4:
+            break
+        block_c, block_s = block_c // 2, 2 * block_s
+    if not (hold or alone) and block_c < _CHANNELS and positions * itemsize % 16:
+        block_c //= 2  # each element of these rows is a load of its own, with its address
 
     def programs() -> int:
         return samples * -(-positions // (block_s * tiles))
@@ -179,12 +194,9 @@ def tile(
     return Tile(block_c, block_s, warps, tiles, hold)
 
 
-def excitation(
-    channels: int, hidden: int, strips: int, itemsize: int
-) -> tuple[Excitation, Rows | None]:
-    """The excitation's tiles, and how programs share its layers: None if one program does all of a
-    sample's. Neither depends on the number of samples: so the order of sums does not, and batches
-    of all sizes have the same kernels.
+def excitation(channels: int, hidden: int, strips: int, itemsize: int) -> Excitation:
+    """The excitation's tiles. They do not depend on the number of samples: so the order of sums
+    does not.
 
     One program has all of a sample's weights to read, so each thread has 16 loads of 16 bytes on
     their way, and up to 128 strips' sums come in one step if they fit. Few warps, as sums across
@@ -192,6 +204,9 @@ def excitation(
 
     For the same reason a tile has few terms of each sum and rather more sums, all if they fit:
     threads add up what they hold of a sum only after its last step.
+
+    Many weights are shared by programs (`rows`), unless there are so many strips that the map is
+    large beside them.
     """
     block_c, block_j = power_of_two(channels), power_of_two(hidden)
     columns = min(256, block_c)
@@ -203,32 +218,57 @@ def excitation(
     least = _SECTOR // 2  # weights of two bytes
     terms_c = min(columns, max(least, tile // block_j))
     terms_j = min(block_j, max(least, tile // block_c))
-    alone = Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps, near=1)
+    alone = Excitation(block_c, block_j, terms_c, terms_j, terms_strips, tile, warps)
     if channels * hidden < _MANY_WEIGHTS or strips > _FEW_STRIPS:
-        return alone, None
-    terms = _MANY_TERMS // share
-    many = replace(
+        return alone
+    return replace(
         alone,
-        terms_c=min(terms, block_c),
-        terms_j=min(terms, block_j),
-        near=_MANY_NEAR,
+        terms_c=max(4, min(8, block_c // 64)),
+        terms_j=max(4, min(16, block_j // 32)),
+        segment=max(least, block_c // _SEGMENTS),
     )
-    return many, Rows(_shared(share, many.terms_c, terms_strips), _shared(share, many.terms_j), 8)
 
 
-def _shared(share: int, terms: int, strips: int = 1) -> Share:
-    """A program's share of a layer whose sums are formed in steps of `terms` terms, which may be
-    sums over steps of `strips` strips.
+def rows(
+    e: Excitation, samples: int, channels: int, hidden: int, itemsize: int, processors: int
+) -> Rows:
+    """How programs share an excitation of many weights.
 
     With a program to a sample, all of its weights would come through one multiprocessor, 64 bytes a
-    cycle (4.7 us for 0.5 MB, where a launch more costs about 1), and all samples' through L2. Here
-    a program has few outputs, a sector of weights of two bytes, and as many samples as its
-    registers hold: four with 256 terms, even where there are fewer. (With more strips than
-    _FEW_STRIPS the map is large beside the excitation.)
+    cycle (4.7 us for 0.5 MB, where a launch more costs about 1), and all samples' through L2. Many
+    programs with few outputs of few samples read weights and inputs often, from L2, 33 bytes a
+    cycle for each of an H100's multiprocessors. So shares are as large as leave three quarters of
+    the `processors` a program. No result depends on them.
+
+    [256, 2048, 7, 7], 128 hidden channels: 16 samples and 64 outputs in each of four segments, 128
+        programs, read 21 MB from L2; with 16 outputs and all channels it would be 33
+    [8, 512, 16, 16], 256 hidden channels: 2 samples and 32 outputs, 128 programs
     """
-    outputs = _SECTOR // 2
-    samples = _SHARED_SUMS // (share * terms * max(outputs, strips))
-    return Share(outputs, min(_SHARED_SAMPLES, samples))
+    share = itemsize // 4
+    aligned = channels % 16 == 0 and hidden % 16 == 0  # else each weight is a load of its own
+
+    def shared(
+        outputs: int, segments: int, inputs: int, terms: int, strips: int, columns: bool
+    ) -> Share:
+        for few, block in _SHARES if aligned else _SHARES[-2:]:
+            programs = -(-samples // few) * -(-outputs // block) * segments
+            warps = max(1, min(4, terms * block // 128)) if columns else 4
+            threads = 32 * warps // share  # of registers of four bytes
+            parts = few * block * terms // threads
+            if few <= samples and parts <= _PARTS and programs >= processors * 3 // 4:
+                break
+        weights = _STEP_WEIGHTS if parts > 8 else 2 * _STEP_WEIGHTS
+        step = min(weights * threads // block, _STEP_PARTIALS * threads // (few * strips), inputs)
+        return Share(few, block, max(4 * terms, step), warps)
+
+    first = hidden, -(-channels // e.segment), e.segment, e.terms_c, e.terms_strips
+    second = channels, 1, e.block_j, e.terms_j, 1
+    return Rows(
+        hidden=shared(*first, columns=False),
+        gates=shared(*second, columns=False),
+        d_hidden=shared(*first, columns=True),
+        d_mean=shared(*second, columns=True),
+    )
 
 
 def gradient_block(warps: int) -> int:

@@ -103,15 +103,20 @@ class Problem:
             "num_stages": 1,
         }
 
-    def shared_excitation(self, x: Tensor) -> tuple[heuristics.Excitation, heuristics.Rows | None]:
-        """The excitation's tiles, and how programs share a sample's, if they do."""
+    def tiles_of_excitation(self, x: Tensor) -> heuristics.Excitation:
         return heuristics.excitation(
             self.channels, self.hidden, self.strips, accumulation_dtype(x.dtype).itemsize
-        )  # fmt: skip
+        )
+
+    def rows(self, x: Tensor, e: heuristics.Excitation) -> heuristics.Rows:
+        """How programs share an excitation."""
+        itemsize = accumulation_dtype(x.dtype).itemsize
+        processors = heuristics.multiprocessors(x.device)
+        return heuristics.rows(e, self.samples, self.channels, self.hidden, itemsize, processors)
 
     def excitation(self, x: Tensor) -> dict:
         """The compile-time arguments of the excitation and of its backward."""
-        e, _ = self.shared_excitation(x)
+        e = self.tiles_of_excitation(x)
         return {
             "BLOCK_C": e.block_c,
             "BLOCK_J": e.block_j,
@@ -119,6 +124,7 @@ class Problem:
             "TERMS_J": e.terms_j,
             "TERMS_STRIPS": e.terms_strips,
             "TILE": e.tile,
+            "SEGMENT": e.segment,
             "num_warps": e.warps,
             "num_stages": 1,
         }
@@ -126,7 +132,7 @@ class Problem:
     def excitation_within(self, x: Tensor) -> dict:
         """The same, for a kernel with the tile's warps. Sums are the same, but fewer are formed at
         once."""
-        e, _ = self.shared_excitation(x)
+        e = self.tiles_of_excitation(x)
         itemsize = accumulation_dtype(x.dtype).itemsize
         return {
             "EXCITE_C": e.block_c,
@@ -135,6 +141,7 @@ class Problem:
             "TERMS_J": e.terms_j,
             "TERMS_STRIPS": e.terms_strips,
             "EXCITE_TILE": heuristics.excitation_tile(self.tile.warps, itemsize),
+            "SEGMENT": e.segment,
         }
 
     def queue(self, x: Tensor, resident: int, *kept: Tensor) -> heuristics.Queue:
@@ -341,9 +348,9 @@ def plan_excitation(
 ) -> None:  # fmt: skip
     """Fills pooled, hidden and channel_gate: one launch, or two."""
     n, c, j, s = p.samples, p.channels, p.hidden, p.positions
-    e, rows = p.shared_excitation(x)
+    e = p.tiles_of_excitation(x)
     activation = {"ACTIVATION": ACTIVATION, "SLOPE": SLOPE}
-    if rows is None:
+    if not e.segment:
         plan.launch(
             excite_kernel, (n,),
             partial_ptr=partial, w1_ptr=w1, b1_ptr=b1, w2_ptr=w2, b2_ptr=b2,
@@ -352,19 +359,23 @@ def plan_excitation(
             GATE=GATE, **activation, **p.excitation(x),
         )  # fmt: skip
         return
-    warps = {"num_warps": rows.warps, "num_stages": 1, **_all_registers()}
+    rows = p.rows(x, e)
+    segments = triton.cdiv(c, e.segment)
+    sums = plan.scratch(n, segments, j)
+    more = {"num_stages": 1, **_all_registers()}
     plan.launch(
-        excite_hidden_kernel, rows.hidden.grid(n, j),
-        partial, w1, b1, pooled, hidden,
+        excite_hidden_kernel, (*rows.hidden.grid(n, j), segments),
+        partial, w1, pooled, sums,
         n, c, j, s, p.strips,
-        TERMS_C=e.terms_c, TERMS_STRIPS=e.terms_strips, **rows.hidden.constants(), **activation,
-        **warps,
+        SEGMENT=e.segment, TERMS_C=e.terms_c, TERMS_STRIPS=e.terms_strips,
+        **rows.hidden.constants(), **more,
     )  # fmt: skip
     plan.launch(
-        excite_gates_kernel, rows.channels.grid(n, c),
-        w2, b2, hidden, channel_gate,
+        excite_gates_kernel, rows.gates.grid(n, c),
+        sums, b1, w2, b2, hidden, channel_gate,
         n, c, j,
-        TERMS_J=e.terms_j, GATE=GATE, **rows.channels.constants(), **warps,
+        SEGMENTS=segments, TERMS_J=e.terms_j, GATE=GATE, **activation,
+        **rows.gates.constants(), **more,
     )  # fmt: skip
 
 
@@ -375,8 +386,8 @@ def plan_excitation_backward(
     """Fills what of d_excited to sample_bs is not None: one launch, or two."""
     n, c, j, s = p.samples, p.channels, p.hidden, p.positions
     branches = (partial is not None) + (partial_ws is not None)
-    e, rows = p.shared_excitation(x)
-    if rows is None or partial is None:
+    e = p.tiles_of_excitation(x)
+    if not e.segment or partial is None:
         plan.launch(
             excite_backward_kernel, (n, branches),
             partial_ptr=partial, partial_ws_ptr=partial_ws, partial_bs_ptr=partial_bs,
@@ -384,27 +395,29 @@ def plan_excitation_backward(
             d_excited_ptr=d_excited, d_hidden_ptr=d_hidden, d_mean_ptr=d_mean,
             sample_ws_ptr=sample_ws, sample_bs_ptr=sample_bs,
             C=c, Cr=j, S=s, strips=p.strips,
-            GATE=GATE, NEAR=e.near, **p.excitation(x),
+            GATE=GATE, **p.excitation(x),
         )  # fmt: skip
         return
-    warps = {"num_warps": rows.warps, "num_stages": 1, **_all_registers()}
-    order = {"TERMS_STRIPS": e.terms_strips, "NEAR": e.near}
+    rows = p.rows(x, e)
+    segments = triton.cdiv(c, e.segment)
+    sums = plan.scratch(n, segments, j)
+    more = {"TERMS_STRIPS": e.terms_strips, "num_stages": 1, **_all_registers()}
     plan.launch(
-        excite_backward_hidden_kernel, rows.hidden.grid(n, j),
-        partial, w2, hidden, channel_gate, d_excited, d_hidden,
+        excite_backward_hidden_kernel, (*rows.d_hidden.grid(n, j), segments),
+        partial, w2, channel_gate, d_excited, sums,
         n, c, j, p.strips,
-        TERMS_C=e.terms_c, GATE=GATE, **rows.hidden.constants(), **order, **warps,
+        SEGMENT=e.segment, TERMS_C=e.terms_c, GATE=GATE, **rows.d_hidden.constants(), **more,
     )  # fmt: skip
-    groups, blocks = rows.channels.grid(n, c)
-    blocks = blocks if d_mean is not None else 0
+    groups, blocks = rows.d_mean.grid(n, c)
+    if d_mean is None:
+        blocks = 1  # for d_hidden
     spatial = triton.cdiv(c, COLUMNS.value) if partial_ws is not None else 0
-    if blocks + spatial:
-        plan.launch(
-            excite_backward_mean_kernel, (groups, blocks + spatial),
-            partial_ws, partial_bs, w1, d_hidden, d_mean, sample_ws, sample_bs,
-            n, c, j, s, p.strips, blocks,
-            TERMS_J=e.terms_j, **rows.channels.constants(), **order, **warps,
-        )  # fmt: skip
+    plan.launch(
+        excite_backward_mean_kernel, (groups, blocks + spatial),
+        partial_ws, partial_bs, sums, w1, hidden, d_hidden, d_mean, sample_ws, sample_bs,
+        n, c, j, s, p.strips, blocks,
+        SEGMENTS=segments, TERMS_J=e.terms_j, **rows.d_mean.constants(), **more,
+    )  # fmt: skip
 
 
 def backward(
@@ -499,7 +512,6 @@ def _plan_backward(
             SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
             STORE_GATES=store_gates, NEED_DX=need_dx, HOLD=p.tile.hold, TILES=p.tile.tiles,
             BLOCK=block, GATE=gate, RESIDUAL=residual, **p.constants(*maps),
-            NEAR=p.shared_excitation(in_x.tensor)[0].near,
             **p.excitation_within(in_x.tensor), **_all_registers(),
         )  # fmt: skip
         return

@@ -116,6 +116,7 @@ def forward_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     EXCITE_TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     GATE: tl.constexpr,
@@ -142,7 +143,7 @@ def forward_kernel(
                         n, N, partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
                         pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
                         EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE,
-                        ACTIVATION, SLOPE, GATE,
+                        SEGMENT, ACTIVATION, SLOPE, GATE,
                     )  # fmt: skip
                     announce(done_ptr + n)
         item = ticket - lag
@@ -225,7 +226,7 @@ def backward_kernel(
     TERMS_J: tl.constexpr,
     TERMS_STRIPS: tl.constexpr,
     EXCITE_TILE: tl.constexpr,
-    NEAR: tl.constexpr,
+    SEGMENT: tl.constexpr,
     GATE: tl.constexpr,
 ):
     """Reads dy twice, the second time from L2, and x once, twice where dx depends on it; writes dx
@@ -253,7 +254,7 @@ def backward_kernel(
                     n, N, True, True, partial_ptr, partial_ws_ptr, partial_bs_ptr, w1_ptr, w2_ptr,
                     hidden_ptr, channel_gate_ptr, d_excited_ptr, d_hidden_ptr, d_mean_ptr,
                     sample_ws_ptr, sample_bs_ptr, C, Cr, S, strips,
-                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, NEAR, GATE,
+                    EXCITE_C, EXCITE_J, TERMS_C, TERMS_J, TERMS_STRIPS, EXCITE_TILE, SEGMENT, GATE,
                 )  # fmt: skip
                 announce(done_ptr + n)
                 announce(samples_ptr)

@@ -11,6 +11,10 @@ import triton.language as tl
 # No policy of eviction. (Triton 3.6 takes no plain string for the default of an argument.)
 NORMAL = tl.constexpr("")
 
+# Where an excitation's weights are many: terms that a part of a sum adds one after the other. So
+# many weights of four bytes are one load.
+IN_TURN = tl.constexpr(4)
+
 # Integers that differ from map to map. No kernel is compiled for some values of these (1, multiples
 # of 16), or images of many sizes would wait for the compiler again and again. What wide accesses
 # need to know of them ALIGN says.
@@ -100,16 +104,14 @@ def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
     Pairs lie half of the axis apart, and are neighbours once NEAR elements or fewer are left. A
     thread should first add what it has itself, and last what other warps have. It has neighbours on
     the axis that is dense in memory. On the other one its elements are far apart, and neighbours
-    are in its warp where the dense axis is short. Then the last 16 rows are those of the warps.
-    Triton's sum of these takes one at a time through shared memory; to split pairs, all go at once.
+    are in its warp where the dense axis is short. Triton's sum of these takes one at a time through
+    shared memory; to split pairs, all go at once.
     """
     for _ in tl.static_range(halvings(x.shape[axis])):
-        if axis == 0 and x.shape[0] <= min(NEAR, 16):
+        if axis == 0 and x.shape[0] <= NEAR:
             pairs = tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1]))
             left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
             x = left + right
-        elif axis == 0 and x.shape[0] <= NEAR:
-            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), 1)
         elif axis == 0:
             x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), 0)
         elif x.shape[1] <= NEAR:
@@ -117,6 +119,27 @@ def sum_in_pairs(x, axis: tl.constexpr, NEAR: tl.constexpr):
         else:
             x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), 1)
     return tl.reshape(x, (x.shape[1 - axis],))
+
+
+@triton.jit
+def add_in_turn(total, x, y):
+    """total + x[0] * y[0] + x[1] * y[1] and so on, one after the other, of a power of two of
+    tensors that have total's three axes. (What is not asked to be an fma, the compiler may make one
+    here and not there.)"""
+    HALF: tl.constexpr = x.shape[0] // 2
+    if HALF == 0:
+        return tl.fma(tl.reshape(x, x.shape[1:]), tl.reshape(y, y.shape[1:]), total)
+    else:
+        x, next_x = halves(x)
+        y, next_y = halves(y)
+        return add_in_turn(add_in_turn(total, x, y), next_x, next_y)
+
+
+@triton.jit
+def halves(x):
+    """The first half of x along the first of its four axes, and the second."""
+    x = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1], x.shape[2], x.shape[3]))
+    return tl.split(tl.permute(x, (1, 2, 3, 4, 0)))
 
 
 @triton.jit
@@ -149,17 +172,42 @@ def matvec(
     columns,
     ACC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr,
+    TURNS: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
-    """sum_k matrix[i, k] * vector[k] of matrix [rows, columns], for the rows i [BLOCK_ROWS]."""
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
-    for begin in range(0, columns, BLOCK_COLUMNS):
-        k = begin + tl.arange(0, BLOCK_COLUMNS)
-        at = i[:, None] * columns + k[None, :]
-        mask = (i[:, None] < rows) & (k[None, :] < columns)
-        v = load(vector_ptr + k, k < columns, ACC)
-        total += load(matrix_ptr + at, mask, ACC) * v[None, :]
-    return sum_in_pairs(total, 1, BLOCK_COLUMNS)
+    """sum_k matrix[i, k] * vector[k] of matrix [rows, columns], for the rows i [BLOCK_ROWS].
+
+    A sum has TERMS parts. Of TURNS * TERMS columns the first part adds the first TURNS, one after
+    the other, the second part the next ones. SEGMENT: columns whose sum is formed apart, or 0."""
+    total = matvec_part(
+        matrix_ptr, vector_ptr, i, 0, SEGMENT if SEGMENT else columns, rows, columns, ACC,
+        BLOCK_ROWS, TERMS, TURNS,
+    )  # fmt: skip
+    if SEGMENT:
+        for begin in range(SEGMENT, columns, SEGMENT):
+            total += matvec_part(
+                matrix_ptr, vector_ptr, i, begin, begin + SEGMENT, rows, columns, ACC,
+                BLOCK_ROWS, TERMS, TURNS,
+            )  # fmt: skip
+    return total
+
+
+@triton.jit
+def matvec_part(
+    matrix_ptr, vector_ptr, i, first, end, rows, columns, ACC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, TERMS: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([BLOCK_ROWS, TERMS], ACC)
+    for begin in range(first, end, TURNS * TERMS):
+        for turn in tl.static_range(TURNS):
+            k = begin + tl.arange(0, TERMS) * TURNS + turn
+            at = i[:, None] * columns + k[None, :]
+            mask = (i[:, None] < rows) & (k[None, :] < columns)
+            v = load(vector_ptr + k, k < columns, ACC)
+            weights = load(matrix_ptr + at, mask, ACC)
+            total = tl.fma(weights, tl.broadcast_to(v[None, :], total.shape), total)
+    return sum_in_pairs(total, 1, TERMS)
 
 
 @triton.jit
@@ -170,17 +218,38 @@ def vecmat(
     rows,
     columns,
     ACC: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    NEAR: tl.constexpr,
+    TURNS: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
     """sum_k vector[k] * matrix[k, i] of matrix [rows, columns], for the columns i
-    [BLOCK_COLUMNS]. NEAR: see `sum_in_pairs`."""
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
-    for begin in range(0, rows, BLOCK_ROWS):
-        k = begin + tl.arange(0, BLOCK_ROWS)
-        at = k[:, None] * columns + i[None, :]
-        mask = (k[:, None] < rows) & (i[None, :] < columns)
-        v = load(vector_ptr + k, k < rows, ACC)
-        total += load(matrix_ptr + at, mask, ACC) * v[:, None]
-    return sum_in_pairs(total, 0, NEAR)
+    [BLOCK_COLUMNS]. The others: see `matvec`."""
+    total = vecmat_part(
+        vector_ptr, matrix_ptr, i, 0, SEGMENT if SEGMENT else rows, rows, columns, ACC,
+        TERMS, BLOCK_COLUMNS, TURNS,
+    )  # fmt: skip
+    if SEGMENT:
+        for begin in range(SEGMENT, rows, SEGMENT):
+            total += vecmat_part(
+                vector_ptr, matrix_ptr, i, begin, begin + SEGMENT, rows, columns, ACC,
+                TERMS, BLOCK_COLUMNS, TURNS,
+            )  # fmt: skip
+    return total
+
+
+@triton.jit
+def vecmat_part(
+    vector_ptr, matrix_ptr, i, first, end, rows, columns, ACC: tl.constexpr,
+    TERMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([TERMS, BLOCK_COLUMNS], ACC)
+    for begin in range(first, end, TURNS * TERMS):
+        for turn in tl.static_range(TURNS):
+            k = begin + tl.arange(0, TERMS) * TURNS + turn
+            at = k[:, None] * columns + i[None, :]
+            mask = (k[:, None] < rows) & (i[None, :] < columns)
+            v = load(vector_ptr + k, k < rows, ACC)
+            weights = load(matrix_ptr + at, mask, ACC)
+            total = tl.fma(weights, tl.broadcast_to(v[:, None], total.shape), total)
+    return sum_in_pairs(total, 0, TERMS if TURNS > 1 else 1)

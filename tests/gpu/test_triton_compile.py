@@ -340,6 +340,16 @@ def test_rows_of_a_contiguous_tile_are_whole_sectors(itemsize):
             assert tile.block_s * itemsize >= (16 if in_a_line else 32)
 
 
+def test_rows_are_long_where_channels_are_walked_and_samples_many():
+    def tile(samples, positions, itemsize=2):
+        return heuristics.tile(samples, 2048, positions, itemsize, 32, False, 132)
+
+    assert tile(256, 64) == heuristics.Tile(256, 64, 8, 1, False)
+    assert tile(256, 49) == heuristics.Tile(128, 64, 8, 1, False)  # no spilled registers
+    assert tile(256, 196, 4) == heuristics.Tile(256, 32, 8, 1, False)
+    assert tile(8, 49).block_c == 1024
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("launches_each_way", ["3", "1"])
 def test_offsets_in_64_bits(launches_each_way, channels_last, launches, monkeypatch):
