@@ -1,7 +1,7 @@
 """The least time that each Triton kernel over a map could take on an H100, for the tiles that
 `heuristics.py` chooses, and beside it the best of other tiles: prints the table of docs/gpu.md.
 
-    PYTHONPATH=tests python -m gpu.triton_bounds [--search] [N,C,H,W ...]
+    PYTHONPATH=tests python -m gpu.triton_bounds [--search] [--reduction R] [N,C,H,W ...]
 
 A bound is the emulator's (tests/gpulab): the largest of the times of DRAM, L2, instructions, shared
 memory and the longest chain of accesses that wait for each other. Of a large map only a share of
@@ -175,9 +175,12 @@ def main() -> None:
     parser.add_argument(
         "--search", action="store_true", help="look for a better tile, minutes each"
     )
+    parser.add_argument(
+        "--reduction", type=int, help="channels to a hidden one (default: 2 from 256 on, else 16)"
+    )
     options = parser.parse_args()
     for shape in [tuple(map(int, s.split(","))) for s in options.shapes] or SHAPES:
-        reduction = 2 if shape[1] >= 256 else 16
+        reduction = options.reduction or (2 if shape[1] >= 256 else 16)
         last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
         for layout, format_ in (("contiguous", torch.contiguous_format), ("channels_last", last)):
             choice = chosen(shape, format_)
