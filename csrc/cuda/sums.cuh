@@ -17,27 +17,34 @@ SCSE_DEVICE void sum_lanes(float (&v)[count], int lanes) {
   }
 }
 
+// The steps of the function below from the one on that leaves `left` sums to a lane. (A recursion,
+// since the compiler does not unroll a loop so large.)
+template <bool FEW, int left, int several>
+SCSE_DEVICE void sum_and_scatter_from(float (&v)[several], int apart) {
+  if (FEW && apart == 0) return;
+  const bool upper = threadIdx.x & apart;
+#pragma unroll
+  for (int i = 0; i < left; ++i) {
+    const float keep = upper ? v[i + left] : v[i], give = upper ? v[i] : v[i + left];
+    v[i] = keep + __shfl_xor_sync(0xffffffffu, give, apart);
+  }
+  apart >>= 1;
+  if constexpr (left > 1) {
+    sum_and_scatter_from<FEW, left / 2>(v, apart);
+  } else {
+#pragma unroll
+    for (int fixed = 16 / several; fixed > 0; fixed /= 2) {
+      if (fixed <= apart) v[0] += __shfl_xor_sync(0xffffffffu, v[0], fixed);
+    }
+  }
+}
+
 // The same, but the lanes share the sums, in order: of `several` lanes or more each gets one, in
 // v[0]; of fewer, which FEW allows, each gets as many as it takes, in v[0], v[1], ... That takes
 // fewer steps.
 template <bool FEW = false, int several>
 SCSE_DEVICE void sum_and_scatter(float (&v)[several], int lanes) {
-  int apart = lanes >> 1;
-#pragma unroll
-  for (int left = several / 2; left > 0; left /= 2) {
-    if (FEW && apart == 0) return;
-    const bool upper = threadIdx.x & apart;
-#pragma unroll
-    for (int i = 0; i < left; ++i) {
-      const float keep = upper ? v[i + left] : v[i], give = upper ? v[i] : v[i + left];
-      v[i] = keep + __shfl_xor_sync(0xffffffffu, give, apart);
-    }
-    apart >>= 1;
-  }
-#pragma unroll
-  for (int fixed = 16 / several; fixed > 0; fixed /= 2) {
-    if (fixed <= apart) v[0] += __shfl_xor_sync(0xffffffffu, v[0], fixed);
-  }
+  sum_and_scatter_from<FEW, several / 2>(v, lanes >> 1);
 }
 
 // Gives what sum_and_scatter has shared out, `least` sums or more to a lane, to all lanes.
