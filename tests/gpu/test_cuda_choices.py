@@ -58,7 +58,8 @@ def library(tmp_path_factory):
         [COMPILER, *flags, *folders, HERE / "cuda_headers" / "choices.cpp", "-o", file], check=True
     )
     loaded = ctypes.CDLL(str(file))
-    loaded.choice.restype = loaded.fits.restype = ctypes.c_bool
+    for function in (loaded.choice, loaded.fits, loaded.layers):
+        function.restype = ctypes.c_bool
     loaded.tasks.restype = ctypes.c_int64
     return loaded
 
@@ -219,10 +220,10 @@ def test_on_chip_where_it_saves_time(library):
     assert not on_chip(mib, 64, 512, 256)  # a large excitation
 
 
-def test_excitations_have_more_blocks_where_weights_are_many(library):
-    expected = {(64, 4): 1, (256, 16): 1, (512, 16): 1, (256, 128): 4, (512, 256): 8}
-    assert {e: library.excitation_blocks(*_long(*e)) for e in expected} == expected
-    assert library.excitation_blocks(*_long(4096, 2048)) == 8
+def test_excitations_of_many_weights_have_a_launch_for_each_layer(library):
+    expected = {(64, 4): 0, (256, 16): 0, (512, 16): 0, (512, 32): 1, (256, 128): 1, (512, 256): 1}
+    assert {e: library.layers(*_long(*e)) for e in expected} == expected
+    assert library.layers(*_long(9000, 1))  # its vectors fill the shared memory
 
 
 def test_gradients_are_shared_out(library):

@@ -1,4 +1,5 @@
-// The general kernels' host side: three launches forward, three backward, for any map and sm_80 or
+// The general kernels' host side: three launches forward, three backward (four where the excitation
+// has many weights), for any map and sm_80 or
 // later. Plain arithmetic on sizes, and pointers into the scratch memory.
 #pragma once
 
@@ -14,6 +15,7 @@ struct Forward {
   int64_t floats;       // of scratch memory
   float* partial;       // [N, strips, C]: sums of x
   float* spatial_gate;  // [N, S]
+  float* slices;        // see Layers; null where the excitation is one launch
 };
 struct Backward : PerSample {
   Tile tile;
@@ -24,11 +26,16 @@ struct Backward : PerSample {
   float* spatial_gate;  // [N, S]
   float* dq;            // [N, S]: gradient before the spatial gate
   float* d_mean;        // [N, C]: gradient of the pooled value, divided by S
+  float* slices;        // as above
   int64_t tasks;        // blocks that form the parameters' gradients
 };
 
 Forward plan_forward(const Problem& p, float* scratch);
 Backward plan_backward(const Problem& p, float* scratch);
+
+// The channel excitation and its backward, between the two passes over the map.
+void excite(const Problem& p, const Forward& f);
+void excite_backward(const Problem& p, const Backward& b);
 
 // The passes over the map, for one element type.
 template <typename T>

@@ -98,25 +98,45 @@ inline Tile tile_of(int64_t channels, int64_t positions, int itemsize, int width
   return t;
 }
 
-// Blocks that share a sample's excitation, where the device has clusters: 8192 elements of each
-// matrix to a block, four loads of 16 bytes to a thread. One SM draws 64 bytes a cycle at most, a
-// megabyte in 9 microseconds.
-inline int excite_cluster(int64_t channels, int64_t hidden_channels) {
-  return static_cast<int>(
-      std::clamp<int64_t>(power_of_two(channels * hidden_channels / 8192), 1, 8));
-}
-
-// Floats of the vectors between its steps.
+// Floats of the vectors between the steps of an excitation that is one launch.
 inline int64_t excite_vectors(int64_t channels, int64_t hidden_channels) {
   return ceil_div(channels, 4) * 4 + ceil_div(hidden_channels, 4) * 4;
 }
 
 // Threads of a block of it: 16 elements of the largest matrix for each, four loads of 16 bytes, as
-// fewer cost more in sums across warps than they save. `hidden_channels`: of this block.
+// fewer cost more in sums across warps than they save.
 constexpr int kExciteThreads = 512;
 inline int excite_threads(int64_t channels, int64_t hidden_channels, int64_t strips) {
   const int64_t largest = channels * std::max(hidden_channels, strips);
   return static_cast<int>(std::clamp<int64_t>(power_of_two(largest / 16), 64, kExciteThreads));
 }
+
+// Whether each layer of the excitation has a launch: see excite_layers.cuh. One SM draws 64 bytes a
+// cycle at most: 16,384 weights of each layer in 1.2 microseconds, about what a launch more takes.
+inline bool has_layers(int64_t channels, int64_t hidden_channels) {
+  return channels * hidden_channels >= 16384 || excite_vectors(channels, hidden_channels) > 8192;
+}
+
+constexpr int kLayerThreads = 256;
+constexpr int kSlices = 8;     // of the channels
+constexpr int kChunk = 512;    // elements of each sample's vector in shared memory
+constexpr int kColumns = 128;  // results to a block of the backward
+
+// Floats of a sample's row of a slice's results: whole fours.
+inline int64_t slices_pitch(int64_t hidden_channels) { return ceil_div(hidden_channels, 4) * 4; }
+inline int64_t slices_floats(int64_t samples, int64_t hidden_channels) {
+  return kSlices * samples * slices_pitch(hidden_channels);
+}
+
+// Samples that share a block's weights: two, as long as that leaves few blocks, which run at once.
+inline int layer_share(int64_t samples, int64_t parts) {
+  return ceil_div(samples, 2) * parts <= 256 ? 2 : 8;
+}
+
+// Lanes that share a row of so many weights, as a logarithm: sixteen weights to each.
+constexpr int kLeastLaneBits = 3;
+inline int layer_lane_bits(int64_t columns) { return columns <= 128 ? 3 : columns <= 256 ? 4 : 5; }
+// Rows of weights to a block of the forward.
+inline int64_t layer_rows(int lane_bits) { return kLayerThreads / (1 << lane_bits) * 4; }
 
 }  // namespace scse::cuda

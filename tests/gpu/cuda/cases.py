@@ -53,6 +53,12 @@ ARRANGED = {"dense": in_layout, "samples apart": apart, "misaligned": misaligned
 PARAMETERS = ("as x", torch.float32, torch.float64, torch.float16, torch.bfloat16, "mixed")
 
 
+def mixed(case: Case) -> Case:
+    """With parameters of several dtypes."""
+    pairs = zip(case.parameters, MIXED, strict=True)
+    return replace(case, parameters=tuple(p if p is None else p.to(dtype) for p, dtype in pairs))
+
+
 @dataclass(frozen=True)
 class Call:
     """What one call is asked, see `case`."""
@@ -83,10 +89,7 @@ class Call:
             residual=self.residual,
         )
         if self.parameters == "mixed":
-            mixed = zip(case.parameters, MIXED, strict=True)
-            case = replace(
-                case, parameters=tuple(p if p is None else p.to(dtype) for p, dtype in mixed)
-            )
+            case = mixed(case)
         return case.arranged(
             partial(ARRANGED[self.x], self.layout), partial(ARRANGED[self.dy], self.layout)
         )
@@ -132,6 +135,35 @@ def _calls():
 
 
 CALLS = tuple(_calls())
+
+
+#: Excitations of many weights, a launch for each layer: channels and hidden ones. Their kernels are
+#: compiled for rows of whole fours or any, and for two or eight samples to a block.
+MANY_WEIGHTS = {"fours": (1024, 16), "any": (1023, 17)}
+LAYERED = tuple(
+    (machine, dtype, rows, samples)
+    for machine, dtype, rows, samples in product(
+        ("general sm_80", "general sm_90"), (*DTYPES, "mixed"), MANY_WEIGHTS, (3, 66)
+    )
+    if (dtype, rows) != ("mixed", "fours")  # where dtypes differ, rows are any
+)
+
+
+def layered(of: tuple) -> tuple[GPU, Case]:
+    """The device and the case of one of LAYERED; the rest of it differs from one to the next."""
+    machine, dtype, rows, samples = of
+    number = LAYERED.index(of)
+    channels, hidden = MANY_WEIGHTS[rows]
+    case = make_case(
+        (samples, channels, *((1, 2), (3, 3))[samples < 8]),
+        ("add", "max", "cse", "mul", "concat")[number % 5],
+        DTYPES[number % 3],
+        channels // hidden,
+        biases=number % 4 > 0,
+        parameter_dtype=dtype if isinstance(dtype, torch.dtype) else None,
+        activation=("relu", "silu")[number % 2],
+    )
+    return MACHINES[machine], mixed(case) if dtype == "mixed" else case
 
 
 def results(gpu: GPU, case: Case, **how) -> tuple[dict[str, torch.Tensor], Lab]:

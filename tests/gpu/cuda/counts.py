@@ -22,8 +22,18 @@ from scse_kernels import ops
 LAYOUTS = ("contiguous", "channels_last")
 #: Rows of the tables: a device without clusters takes the general kernels.
 GENERAL = [(NO_CLUSTERS, (4, 64, 64, 64), v, d) for v in ("add", "max", "concat") for d in LAYOUTS]
-#: Maps whose rows are no multiples of 16 bytes.
-NARROW = ((8, 512, 14, 14), (2, 1024, 7, 7))
+#: Deep levels, and what their channels are reduced by. Rows of the first two are no multiples of 16
+#: bytes.
+DEEP = {
+    (8, 512, 14, 14): 2,
+    (2, 1024, 7, 7): 2,
+    (8, 64, 64, 64): 16,
+    (8, 256, 16, 16): 2,
+    (8, 512, 16, 16): 2,
+    (32, 512, 16, 16): 2,
+    (8, 1024, 7, 7): 2,
+    (256, 2048, 7, 7): 16,
+}
 #: Maps whose kernels are counted by the instructions that they issue.
 ISSUED = ((8, 64, 64, 64), (8, 256, 16, 16))
 #: The maps whose sum is shown kernel by kernel.
@@ -46,16 +56,20 @@ MAPS = {
 }
 
 
-def count(gpu: GPU, shape, variant, layout, residual=False) -> tuple[int, list[Lab]]:
-    """The bytes of x, and what was executed forward and backward."""
-    case = make_case(shape, variant, torch.float16, reduction=16)
+def count(
+    gpu: GPU, shape, variant, layout, residual=False, excitation=None, l2_bytes=None, **how
+) -> tuple[int, list[Lab]]:
+    """The bytes of x, and what was executed forward and backward, with an L2 of a tenth of x or of
+    `l2_bytes`. `excitation`: as of make_case, `how`: as of running_on."""
+    case = make_case(shape, variant, torch.float16, **(excitation or {"reduction": 16}))
     case = case.arranged(*[partial(in_layout, layout)] * 2)
     connect()
     emulated, code = torch.ops.scse_kernels_emulated, ops.COMBINE.get(variant, 0)
-    how, added = {"count": True}, {"residual": residual}
-    with running_on(gpu, l2=gpulab.L2Cache(case.x.nbytes // 10), **how) as forward:
+    how, added = {"count": True, **how}, {"residual": residual}
+    l2_bytes = l2_bytes or case.x.nbytes // 10
+    with running_on(gpu, l2=gpulab.L2Cache(l2_bytes), **how) as forward:
         _, *small = emulated.cuda_forward(case.x, *case.parameters, code, **added)
-    with running_on(gpu, l2=gpulab.L2Cache(case.x.nbytes // 10), **how) as backward:
+    with running_on(gpu, l2=gpulab.L2Cache(l2_bytes), **how) as backward:
         inputs = case.dy, case.x, *case.parameters, *small
         emulated.cuda_backward(*inputs, code, True, True, True, **added)
     return case.x.nbytes, [forward, backward]
@@ -113,16 +127,16 @@ def kernel_row(report, layout, x_bytes) -> str:
     )
 
 
-def narrow_row(shape) -> str:
-    """The bound of each kernel over a map: squeeze, apply, reduce, apply backward."""
-    _, labs = count(NO_CLUSTERS, shape, "add", "contiguous")
-    bounds = [
-        f"{report.roofline()['bound_us']:.2f}"
-        for lab in labs
-        for report in lab.reports
-        if not report.kernel.startswith("excite")
-    ]
-    return row(str(list(shape)), *bounds)
+def deep_row(shape) -> str:
+    """The bound of each launch, that of the longest chain of instructions that wait for one another
+    too, by the columns of the table; and their sum."""
+    excitation = {"reduction": DEEP[shape], "parameter_dtype": torch.float32}
+    how = {"l2_bytes": H100.device.l2_bytes, "latency": True}
+    _, labs = count(NO_CLUSTERS, shape, "add", "contiguous", excitation=excitation, **how)
+    bounds = [[report.roofline()["bound_us"] for report in lab.reports] for lab in labs]
+    cells = [cell for squeeze, *excite, apply in bounds for cell in ([squeeze], excite, [apply])]
+    shown = (" + ".join(f"{us:.2f}" for us in cell) for cell in cells)
+    return row(str(list(shape)), *shown, f"{sum(map(sum, bounds)):.1f}")
 
 
 def issued_row(shape, layout) -> str:
@@ -146,7 +160,7 @@ def rows(gpu, shape, variant, layout) -> list[str]:
 if __name__ == "__main__":
     for what in (*GENERAL, *ON_CHIP):
         print("\n".join(rows(*what)), flush=True)
-    for shape in NARROW:
-        print(narrow_row(shape), flush=True)
+    for shape in DEEP:
+        print(deep_row(shape), flush=True)
     for shape, layout in product(ISSUED, LAYOUTS):
         print(issued_row(shape, layout), flush=True)

@@ -4,7 +4,7 @@ and architectures, against float64."""
 from itertools import combinations
 
 import pytest
-from cases import CALLS, MACHINES, execute, results
+from cases import CALLS, LAYERED, MACHINES, execute, layered, results
 from fakecuda import SMALL_BLOCKS
 
 
@@ -21,6 +21,9 @@ def test_every_kernel_is_reached(kernels):
     for call in CALLS:
         _, lab = results(MACHINES[call.machine], call.case, dry=True)
         reached[call.machine].update(lab.launched)
+    for of in LAYERED:
+        _, lab = results(*layered(of), dry=True)
+        reached[of[0]].update(lab.launched)
     everything = {function.readable for function in kernels.functions.values()}
     on_chip = {name for name in everything if name.startswith("on_chip")}
     assert reached["on chip"] == on_chip

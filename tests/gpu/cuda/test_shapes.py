@@ -83,30 +83,6 @@ def test_samples_that_begin_anywhere():
     execute(NO_CLUSTERS, make_case((3, 8, 2, 10), "max", HALF).arranged(arrange, arrange))
 
 
-#: Dtype of the parameters, shape (reduction 2), blocks of a cluster.
-EXCITATIONS = {
-    "a block to a sample": (FLOAT, (2, 64, 2, 8), 1),
-    "two": (FLOAT, (2, 196, 2, 8), 2),
-    "four": (HALF, (2, 280, 2, 8), 4),
-    "eight": (FLOAT, (1, 416, 2, 8), 8),
-    "eight, bfloat16": (BFLOAT, (1, 362, 2, 4), 8),
-    "vectors beyond shared memory": (HALF, (1, 9000, 1, 1), 1),
-    "dtypes that are rare": (torch.float64, (2, 180, 2, 8), 1),
-}
-
-
-@pytest.mark.parametrize("what", EXCITATIONS)
-def test_excitations_over_several_blocks(what, monkeypatch):
-    monkeypatch.setenv("SCSE_CUDA_KERNELS", "general")
-    dtype, shape, blocks = EXCITATIONS[what]
-    case = make_case(shape, "add", HALF, 2 if shape[1] < 1000 else 600, parameter_dtype=dtype)
-    lab = execute(H100, case)
-    clusters = dict(zip([k.split("<")[0] for k in lab.launched], lab.clusters, strict=True))
-    assert clusters["excite"] == clusters["excite_backward"] == blocks
-    if blocks > 1:  # where the device offers no clusters
-        assert set(execute(NO_CLUSTERS, case).clusters) == {1}
-
-
 #: The last two numbers: blocks to a cluster, forward and backward.
 ON_CHIP = {
     "one block, in one part": (ONE_BLOCK, PLANES, "add", HALF, (2, 40, 4, 16), (1, 1)),

@@ -15,7 +15,7 @@ bool choice(int64_t bytes, int64_t blocks, int64_t channels, int64_t hidden) {
   return prefer_on_chip_forward(bytes, blocks, channels, hidden);
 }
 
-int excitation_blocks(int64_t channels, int64_t hidden) { return excite_cluster(channels, hidden); }
+bool layers(int64_t channels, int64_t hidden) { return has_layers(channels, hidden); }
 
 void tile(int64_t channels, int64_t positions, int itemsize, int width, bool channels_last,
           int64_t* out) {

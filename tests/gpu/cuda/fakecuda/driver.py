@@ -207,6 +207,7 @@ class Lab:
     l2: gpulab.L2Cache
     count: bool  # registers too, and how many blocks they leave room for
     dry: bool
+    latency: bool  # each launch's critical path too
     reports: list[gpulab.Report] = field(default_factory=list)
     launched: list[str] = field(default_factory=list)  # readable names
     clusters: list[int] = field(default_factory=list)  # of each: blocks to a cluster
@@ -427,6 +428,7 @@ class Driver:
             l2=lab.l2,
             registers=None if lab.count else 0,
             overlap=[lab.previous] if launch.overlap and lab.previous else [],
+            latency=lab.latency,
         )
         report.kernel = readable
         lab.previous, report.footprint = report.footprint, None
@@ -512,13 +514,14 @@ def _number(gpu: GPU, dry: bool) -> int:
 
 @contextlib.contextmanager
 def running_on(
-    gpu: GPU, seed: int | None = 0, resident=None, l2=None, count=False, dry=False
+    gpu: GPU, seed: int | None = 0, resident=None, l2=None, count=False, dry=False, latency=False
 ) -> Iterator[Lab]:
     """Backend "cuda" takes CPU tensors, for tensors on a GPU like `gpu`, and its kernels are
     executed by the emulator.
 
     `seed`, `resident` (blocks at a time), `l2`: as of gpulab.Module.launch. `count`: asks
-    ptxas for registers too. `dry`: nothing is executed, only noted.
+    ptxas for registers too. `dry`: nothing is executed, only noted. `latency`: as of
+    gpulab.Module.launch.
 
     Where the device has clusters, kernels on chip are asked for, unless the environment has a
     wish of its own.
@@ -528,7 +531,7 @@ def running_on(
     it = connect()
     wish = {"SCSE_CUDA_KERNELS": "on_chip"} if gpu.cluster != 0 and gpu.device.arch >= 90 else {}
     assert it.lab is None, "one lab at a time"
-    lab = Lab(gpu, seed, resident, l2 or gpulab.L2Cache(gpu.device.l2_bytes), count, dry)
+    lab = Lab(gpu, seed, resident, l2 or gpulab.L2Cache(gpu.device.l2_bytes), count, dry, latency)
     emulated = torch.ops.scse_kernels_emulated
     it.library.fakecuda_reset()
     it.library.fakecuda_put_tensors_on(_number(gpu, dry))
