@@ -55,7 +55,8 @@ Layers layers_of(const Problem& p, float* slices) {
   Layers l{};
   if (slices == nullptr) return l;
   l.slices = slices, l.samples = p.samples, l.pitch = slices_pitch(p.hidden_channels);
-  l.bits_of_slice = layer_lane_bits(ceil_div(p.channels, kSlices));
+  // Half the lanes, so twice the rows to a block: fewer blocks then add up the same partial sums.
+  l.bits_of_slice = layer_lane_bits(ceil_div(p.channels, 2 * kSlices));
   l.bits_of_hidden = layer_lane_bits(p.hidden_channels);
   return l;
 }
