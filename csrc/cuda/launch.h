@@ -37,8 +37,8 @@ struct Grid {
   bool overlap = false;  // may start before the kernel before has ended, see overlap.cuh
 };
 
-// A kernel must ask for more dynamic shared memory than this. By default a block has 48 KiB; our
-// kernels' static memory takes at most 16 KiB of them.
+// A kernel must ask for more dynamic shared memory than this. By default a block has 48 KiB; of
+// those kernels that have dynamic memory, static memory takes at most 16 KiB of them.
 constexpr int64_t kSharedByDefault = 32 * 1024;
 // It must also ask for clusters of more blocks than this: not every device with clusters can place
 // them.

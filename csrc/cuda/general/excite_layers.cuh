@@ -78,6 +78,14 @@ SCSE_DEVICE void sum_columns(const Work<SHARE>& work, const float* matrix, int64
   }
 }
 
+// The same for what the slices have left for [begin, end) hidden channels.
+template <int SHARE, typename Body>
+SCSE_DEVICE void sum_slices(const Work<SHARE>& work, const Layers& layers, int begin, int end,
+                            int count, const Body& body) {
+  sum_columns<true>(work, layers.row(0, work.sample), int64_t(layers.samples) * layers.pitch,
+                    work.exists ? kSlices : 0, begin, end, count, body);
+}
+
 // sum_k matrix[r, k] * vector[n, k] for SHARE samples n. A group of 1 << bits lanes has four rows
 // r, and a lane of it two fours of each row at a time.
 template <typename P, bool WHOLE, int SHARE>
@@ -266,10 +274,9 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
     __syncthreads();
     product.add(vectors, k, end);
   }
-  const int pitch = a.layers.pitch;
-  float* const slices = a.layers.slices + work.slice * int64_t(a.layers.samples) * pitch;
   product.finish([&](int i, int j, float sum) {
-    if (j < pitch) work.with_sample(i, [&](int64_t n) { slices[n * pitch + j] = sum; });
+    if (j >= a.layers.pitch) return;
+    work.with_sample(i, [&](int64_t n) { a.layers.row(work.slice, n)[j] = sum; });
   });
 }
 
@@ -281,13 +288,12 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   __shared__ __align__(16) float vectors[SHARE * kChunk];
   let_next_start();
   const Work<SHARE> work(1, a.layers.samples);
-  const int channels = a.channels, hidden_channels = a.hidden_channels, pitch = a.layers.pitch;
+  const int channels = a.channels, hidden_channels = a.hidden_channels;
   RowProduct<P, WHOLE, SHARE> product(a.w2, dtype_of(a.dtypes, Parameter::w2), channels,
                                       hidden_channels, a.layers.bits_of_hidden, work.part,
                                       make_int2(0, hidden_channels));
   const Elements<P> b1(a.b1, dtype_of(a.dtypes, Parameter::b1));
   const Elements<P> b2(a.b2, dtype_of(a.dtypes, Parameter::b2));
-  const float* const slices = a.layers.slices + work.sample * pitch;
   float* const hidden = a.hidden + work.sample * hidden_channels;
   float* const hidden_slope = a.hidden_slope + work.sample * hidden_channels;
   float* const mine = vectors + work.own * kChunk;
@@ -297,20 +303,18 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   for (int k = 0; k < hidden_channels; k += kChunk) {
     const int end = min(hidden_channels, k + kChunk);
     if (k > 0) __syncthreads();
-    sum_columns<true>(work, slices, int64_t(a.layers.samples) * pitch, work.exists ? kSlices : 0, k,
-                      end, round_up(end - k, product.step()), [&](int j, float sum) {
-                        if (j >= end) {
-                          mine[j - k] = 0;
-                          return;
-                        }
-                        if (b1.p != nullptr) sum += b1.at(j);
-                        const Activated<float> active =
-                            activate(a.activation, a.activation_parameter, sum);
-                        mine[j - k] = active.value;
-                        if (work.part == 0 && work.exists) {
-                          hidden[j] = active.value, hidden_slope[j] = active.slope;
-                        }
-                      });
+    sum_slices(work, a.layers, k, end, round_up(end - k, product.step()), [&](int j, float sum) {
+      if (j >= end) {
+        mine[j - k] = 0;
+        return;
+      }
+      if (b1.p != nullptr) sum += b1.at(j);
+      const Activated<float> active = activate(a.activation, a.activation_parameter, sum);
+      mine[j - k] = active.value;
+      if (work.part == 0 && work.exists) {
+        hidden[j] = active.value, hidden_slope[j] = active.slope;
+      }
+    });
     __syncthreads();
     product.add(vectors, k, end);
   }
@@ -369,11 +373,9 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
     __syncthreads();
     product.add(shared, k, end);
   }
-  const int pitch = a.layers.pitch;
   product.finish(shared, [&](int j, const float (&sums)[4]) {
-    if (!work.exists || j >= pitch) return;
-    const int64_t row = work.slice * int64_t(a.layers.samples) + work.sample;
-    *reinterpret_cast<float4*>(a.layers.slices + row * pitch + j) =
+    if (!work.exists || j >= a.layers.pitch) return;
+    *reinterpret_cast<float4*>(a.layers.row(work.slice, work.sample) + j) =
         make_float4(sums[0], sums[1], sums[2], sums[3]);
   });
 }
@@ -386,13 +388,12 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   __shared__ __align__(16) float shared[kLayerThreads * SHARE * 4];
   let_next_start();
   const Work<SHARE> work(1, a.layers.samples);
-  const int channels = a.channels, hidden_channels = a.hidden_channels, pitch = a.layers.pitch;
+  const int channels = a.channels, hidden_channels = a.hidden_channels;
   // Without d_mean nothing is multiplied.
   ColumnProduct<P, WHOLE, SHARE> product(a.w1, dtype_of(a.dtypes, Parameter::w1), channels,
                                          work.part,
                                          make_int2(0, a.d_mean == nullptr ? 0 : hidden_channels));
   const int64_t at = work.sample * hidden_channels;
-  const float* const slices = a.layers.slices + work.sample * pitch;
   float* const mine = shared + work.own;
 
   wait_for_previous();
@@ -400,13 +401,12 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   for (int k = 0; k < hidden_channels; k += kChunk) {
     const int end = min(hidden_channels, k + kChunk);
     if (k > 0) __syncthreads();
-    sum_columns<true>(work, slices, int64_t(a.layers.samples) * pitch, work.exists ? kSlices : 0, k,
-                      end, round_up(end - k, product.kStep), [&](int j, float sum) {
-                        const bool is_one = work.exists && j < end;
-                        const float d = is_one ? through(a.hidden_slope[at + j], sum) : 0.f;
-                        mine[(j - k) * SHARE] = d;
-                        if (work.part == 0 && is_one) a.sums.d_hidden[at + j] = d;
-                      });
+    sum_slices(work, a.layers, k, end, round_up(end - k, product.kStep), [&](int j, float sum) {
+      const bool is_one = work.exists && j < end;
+      const float d = is_one ? through(a.hidden_slope[at + j], sum) : 0.f;
+      mine[(j - k) * SHARE] = d;
+      if (work.part == 0 && is_one) a.sums.d_hidden[at + j] = d;
+    });
     if (a.d_mean == nullptr) continue;
     __syncthreads();
     product.add(shared, k, end);

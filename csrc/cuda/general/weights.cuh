@@ -66,6 +66,9 @@ struct Layers {
   float* slices;  // [kSlices, N, pitch]: the first launch's results, to be added up by the second
   Count samples, pitch;
   int bits_of_slice, bits_of_hidden;  // lanes for a row of w1's slice and of w2, as logarithms
+  SCSE_DEVICE float* row(int slice, int64_t sample) const {
+    return slices + (slice * int64_t(samples) + sample) * pitch;
+  }
 };
 
 struct ExciteArguments {
