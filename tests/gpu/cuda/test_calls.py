@@ -8,10 +8,12 @@ import pytest
 import torch
 from budget import NAMES, VARIANTS, call, make_case, same_bits
 from cases import LAYOUTS, in_layout, results
-from fakecuda import A100, H100, NO_CLUSTERS, SMALL_BLOCKS, running_on
+from fakecuda import A100, GPU, H100, NO_CLUSTERS, SMALL_BLOCKS, running_on
 
 from scse_kernels.ops import BACKWARD, COMBINE, FORWARD
 
+#: A device without clusters, for excitations of many weights, a launch for each layer.
+LAYERS = GPU(NO_CLUSTERS.device.scaled(name="many weights"), 0)
 SCHEDULES = (
     {"seed": 1, "resident": 1},
     {"seed": 2, "resident": 3},
@@ -27,11 +29,14 @@ SCHEDULES = (
         (A100, "add", "channels_last", torch.bfloat16),
         (SMALL_BLOCKS, "add", "contiguous", torch.float32),
         (SMALL_BLOCKS, "max", "channels_last", torch.float16),
+        (LAYERS, "add", "channels_last", torch.float16),
     ],
     ids=lambda value: value.device.name if hasattr(value, "device") else str(value),
 )
 def test_any_order_of_execution_gives_the_same_bits(gpu, variant, layout, dtype):
-    case = make_case((2, 37, 6, 30), variant, dtype).arranged(*[partial(in_layout, layout)] * 2)
+    shape, reduction = ((3, 132, 2, 5), 1) if gpu is LAYERS else ((2, 37, 6, 30), 2)
+    case = make_case(shape, variant, dtype, reduction)
+    case = case.arranged(*[partial(in_layout, layout)] * 2)
     in_order, lab = results(gpu, case, seed=None)
     assert max(report.ctas for report in lab.reports) > 2
     for schedule in SCHEDULES:
@@ -44,13 +49,21 @@ def test_any_order_of_execution_gives_the_same_bits(gpu, variant, layout, dtype)
 NEEDS = [needs for needs in product((True, False), repeat=3) if any(needs)]
 
 
-@pytest.mark.parametrize("gpu", (NO_CLUSTERS, SMALL_BLOCKS), ids=("general", "on chip"))
-@pytest.mark.parametrize("variant", ("add", "max", "concat", "cse", "sse"))
+@pytest.mark.parametrize(
+    "gpu, variant",
+    [
+        *product((NO_CLUSTERS, SMALL_BLOCKS), ("add", "max", "concat", "cse", "sse")),
+        *product((LAYERS,), ("add", "cse")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.device.name,
+)
 def test_gradients_only_where_they_are_wanted(gpu, variant):
     number = VARIANTS.index(variant)
     layout, dtype = LAYOUTS[number % 2], (torch.float16, torch.float32)[number // 2 % 2]
     # For the sum strips of several tiles.
-    case = make_case((1, 21, 1, 601) if variant == "add" else (2, 16, 5, 8), variant, dtype)
+    shape = (1, 21, 1, 601) if variant == "add" else (2, 16, 5, 8)
+    shape, reduction = ((2, 132, 1, 9), 1) if gpu is LAYERS else (shape, 2)
+    case = make_case(shape, variant, dtype, reduction)
     case = case.arranged(*[partial(in_layout, layout)] * 2)
     code = COMBINE.get(variant, 0)
     with running_on(gpu):
