@@ -47,14 +47,16 @@ struct ParameterGradients {
   SCSE_DEVICE void compute(int task) const {
     const int c = pieces_of(channels), h = pieces_of(hidden_channels);
     if (dw1 != nullptr) {
-      if (task < 2 * c * h) {
-        const bool second = task < c * h;
-        return dense(second ? task : task - c * h, second ? d_excited : d_hidden,
+      const int of_dw2 = c * pieces_of<kPieceColumns>(hidden_channels);
+      const int of_dw1 = h * pieces_of<kPieceColumns>(channels);
+      if (task < of_dw2 + of_dw1) {
+        const bool second = task < of_dw2;
+        return dense(second ? task : task - of_dw2, second ? d_excited : d_hidden,
                      second ? hidden : pooled, second ? channels : hidden_channels,
                      second ? hidden_channels : channels, second ? dw2 : dw1,
                      dtype_of(dtypes, second ? Parameter::w2 : Parameter::w1));
       }
-      task -= 2 * c * h;
+      task -= of_dw2 + of_dw1;
     }
     const float* matrix = sample_ws;
     int columns = channels;
@@ -73,62 +75,81 @@ struct ParameterGradients {
 
  private:
   static constexpr int kMostWarps = 8;
-  static constexpr int kEach = 8;  // accesses of a thread to a matrix that are on their way
-  static SCSE_DEVICE int pieces_of(int size) { return (size + kPiece - 1) / kPiece; }
+  template <int piece = kPiece>
+  static SCSE_DEVICE int pieces_of(int size) {
+    return (size + piece - 1) / piece;
+  }
 
-  // A thread's part of some samples: its warp's of each `warps` samples, its lane's column.
-  struct Part {
-    float of[kEach];
-    SCSE_DEVICE void load(const float* matrix, int columns, int column, int sample, int samples) {
-      const int step = blockDim.x / 32;
-      const float* p = matrix + int64_t(sample) * columns + column;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        of[i] = column < columns && sample + i * step < samples ? *p : 0.f;
-        p += int64_t(step) * columns;
-      }
-    }
-  };
-
-  // weight = left.T @ right, one piece of it; a thread has four rows of a column. Samples wait in
-  // shared memory, and the next ones are on their way meanwhile.
+  // weight = left.T @ right, one piece of it. A warp has four rows at a time, and a thread of it
+  // some columns, 32 apart. Samples wait in shared memory, and the next ones are on their way
+  // meanwhile.
   SCSE_DEVICE void dense(int piece, const float* left, const float* right, int rows, int columns,
                          void* weight, Dtype dtype) const {
+    constexpr int kAcross = kPieceColumns / 32;
+    constexpr int kEach = 4;  // samples of a thread that are on their way
     __shared__ __align__(16) float of_left[kEach * kMostWarps][kPiece];
-    __shared__ float of_right[kEach * kMostWarps][kPiece];
+    __shared__ float of_right[kEach * kMostWarps][kPieceColumns];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int across = pieces_of(columns), each = kEach * warps;
-    const int first = piece / across * kPiece, column = piece % across * kPiece + lane;
+    const int across = pieces_of<kPieceColumns>(columns), each = kEach * warps;
+    const int first = piece / across * kPiece, column = piece % across * kPieceColumns + lane;
+    float l[kEach], r[kEach][kAcross];
+    // Calls body(i) for this warp's samples n + warp + i * warps.
+    const auto with_samples = [&](int n, const auto& body) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (n + i * warps + warp >= samples) break;
+        body(i);
+      }
+    };
+    const auto ask = [&](int n) {
+      const float* of_l = left + int64_t(n + warp) * rows + first + lane;
+      const float* of_r = right + int64_t(n + warp) * columns + column;
+      with_samples(n, [&](int i) {
+        l[i] = first + lane < rows ? *of_l : 0.f;
+#pragma unroll
+        for (int u = 0; u < kAcross; ++u) r[i][u] = column + u * 32 < columns ? of_r[u * 32] : 0.f;
+        of_l += int64_t(warps) * rows, of_r += int64_t(warps) * columns;
+      });
+    };
+#pragma unroll 1
     for (int pass = 0; pass < kPiece / 4; pass += warps) {
       const int mine = (pass + warp) * 4;
-      Part l, r;
-      l.load(left, rows, first + lane, warp, samples);
-      r.load(right, columns, column, warp, samples);
-      float sum[4] = {};
+      ask(0);
+      float sum[4][kAcross] = {};
       for (int n = 0; n < samples; n += each) {
         __syncthreads();  // the samples before have been used
+        with_samples(n, [&](int i) {
+          const int at = warp + i * warps;
+          of_left[at][lane] = l[i];
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          of_left[warp + i * warps][lane] = l.of[i], of_right[warp + i * warps][lane] = r.of[i];
-        }
+          for (int u = 0; u < kAcross; ++u) of_right[at][lane + u * 32] = r[i][u];
+        });
         __syncthreads();
-        l.load(left, rows, first + lane, n + each + warp, samples);
-        r.load(right, columns, column, n + each + warp, samples);
+        ask(n + each);
         const int count = min(each, samples - n);
-#pragma unroll 4
+#pragma unroll 2
         for (int i = 0; i < count; ++i) {
           const float4 four = *reinterpret_cast<const float4*>(&of_left[i][mine]);
-          const float v = of_right[i][lane];
-          sum[0] += four.x * v, sum[1] += four.y * v, sum[2] += four.z * v, sum[3] += four.w * v;
-        }
-      }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = first + mine + i;
-        if (row < rows && column < columns) {
-          store_parameter(weight, dtype, int64_t(row) * columns + column, sum[i]);
+          for (int u = 0; u < kAcross; ++u) {
+            const float v = of_right[i][lane + u * 32];
+            sum[0][u] += four.x * v, sum[1][u] += four.y * v;
+            sum[2][u] += four.z * v, sum[3][u] += four.w * v;
+          }
         }
       }
+      typed(weight, dtype, [&](auto* to) {
+        to += int64_t(first + mine) * columns + column;
+#pragma unroll
+        for (int i = 0; i < 4; ++i, to += columns) {
+#pragma unroll
+          for (int u = 0; u < kAcross; ++u) {
+            if (first + mine + i < rows && column + u * 32 < columns) {
+              from_float(to[u * 32], sum[i][u]);
+            }
+          }
+        }
+      });
     }
   }
 
@@ -138,11 +159,17 @@ struct ParameterGradients {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int column = piece * kPiece + lane;
     float sum = 0;
+    constexpr int kEach = 8;  // loads of a thread that are on their way
     for (int n = warp; n < samples; n += kEach * warps) {
-      Part part;
-      part.load(matrix, columns, column, n, samples);
+      float of[kEach];
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) sum += part.of[i];
+      for (int i = 0; i < kEach; ++i) {
+        const int sample = n + i * warps;
+        of[i] =
+            column < columns && sample < samples ? matrix[int64_t(sample) * columns + column] : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) sum += of[i];
     }
     of_warps[warp][lane] = sum;
     __syncthreads();

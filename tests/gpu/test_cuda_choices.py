@@ -231,11 +231,11 @@ def test_gradients_are_shared_out(library):
         flags = ctypes.c_bool(channel), ctypes.c_bool(spatial)
         return library.tasks(*_long(channels, hidden), *flags)
 
-    # Pieces of 32 x 32 of both matrices, of 32 of b2, b1 and ws, and bs.
-    assert tasks(64, 32) == 2 * 2 + (2 + 1) + (2 + 1)
-    assert tasks(65, 33) == 2 * 3 * 2 + (3 + 2) + (3 + 1)
+    # Pieces of 32 x 64 of both matrices, of 32 of b2, b1 and ws, and bs.
+    assert tasks(64, 32) == (2 + 1) + (2 + 1) + (2 + 1)
+    assert tasks(65, 33) == (3 + 2 * 2) + (3 + 2) + (3 + 1)
     assert tasks(64, 32, channel=False) == 2 + 1
-    assert tasks(64, 32, spatial=False) == 2 * 2 + (2 + 1)
+    assert tasks(64, 32, spatial=False) == (2 + 1) + (2 + 1)
     assert tasks(64, 32, channel=False, spatial=False) == 0
 
 

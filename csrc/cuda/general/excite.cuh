@@ -236,6 +236,9 @@ __global__ void __launch_bounds__(kExciteThreads, 1)
   Columns<P, WHOLE> first(a.w1, dtype_of(a.dtypes, Parameter::w1), hidden_channels, channels);
   const float* const hidden_slope = a.hidden_slope + n * hidden_channels;
   const float* const channel_gate = a.channel_gate + n * channels;
+  if (threadIdx.x < 32) {
+    prefetch_row(channel_gate, channels), prefetch_row(hidden_slope, hidden_channels);
+  }
   float* const d_excited = a.sums.d_excited + n * channels;
   float* const d_hidden = a.sums.d_hidden + n * hidden_channels;
   float *const all_excited = vectors, *const all_hidden = vectors + (channels + 3) / 4 * 4;

@@ -48,6 +48,9 @@ struct Work {
   int samples_;
 };
 
+// Where a sum needs nothing besides.
+SCSE_DEVICE float nothing(int) { return 0; }
+
 // The channels of a slice: whole fours, [first, second).
 SCSE_DEVICE int2 slice_of(int channels, int slice) {
   const int each = (channels + 4 * kSlices - 1) / (4 * kSlices) * 4;
@@ -55,39 +58,69 @@ SCSE_DEVICE int2 slice_of(int channels, int slice) {
 }
 
 // Sums the rows of a matrix over its columns [begin, end): every so many pieces of 32 of them are
-// this warp's. Calls body(column, sum) for them and, with 0, for those up to begin + `count` or a
-// few more. Four lanes share four columns.
-template <bool WHOLE, int SHARE, typename Body>
+// this warp's. Calls body(column, sum, more) for them and, with 0, for those up to begin + `count`
+// or a few more; `more` is what ask(column) returned, which is asked for with the sums' own
+// elements. Four lanes share four columns. PIECES at a time, four accesses of a thread are on their
+// way.
+template <bool WHOLE, int PIECES, int SHARE, typename Ask, typename Body>
 SCSE_DEVICE void sum_columns(const Work<SHARE>& work, const float* matrix, int64_t pitch, int rows,
-                             int begin, int end, int count, const Body& body) {
+                             int begin, int end, int count, const Ask& ask, const Body& body) {
+  constexpr int kRows = 4 / PIECES, kStep = 32 * (kWarps / SHARE);
   const Elements<float> from(matrix, Dtype::float32);
   const int lane = threadIdx.x % 32, part = lane % 4;
-#pragma unroll 2
-  for (int i = 32 * work.piece; i < count; i += 32 * (kWarps / SHARE)) {
+#pragma unroll 1
+  for (int i = 32 * work.piece; i < count; i += PIECES * kStep) {
     const int k = begin + i + lane - part;
-    float sum[4] = {};
-#pragma unroll 4
-    for (int row = part; row < rows; row += 4) {
-      Four<float, WHOLE> four;
-      four.load(from, row * pitch + k, end - k);
+    float sum[PIECES][4] = {}, more[PIECES];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum[j] += four.of(j);
+    for (int p = 0; p < PIECES; ++p) more[p] = ask(k + part + p * kStep);
+#pragma unroll 1
+    for (int top = part; top < rows; top += 4 * kRows) {
+      Four<float, WHOLE> four[PIECES][kRows];
+#pragma unroll
+      for (int p = 0; p < PIECES; ++p) {
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+          const int row = top + 4 * u, column = k + p * kStep;
+          four[p][u].load(from, row * pitch + column, row < rows ? end - column : 0);
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < PIECES; ++p) {
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[p][j] += four[p][u].of(j);
+        }
+      }
     }
-    sum_and_scatter(sum, 4);
-    body(k + part, sum[0]);
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) {
+      if (i + p * kStep >= count) break;
+      sum_and_scatter(sum[p], 4);
+      body(k + part + p * kStep, sum[p][0], more[p]);
+    }
   }
 }
 
-// The same for what the slices have left for [begin, end) hidden channels.
-template <int SHARE, typename Body>
-SCSE_DEVICE void sum_slices(const Work<SHARE>& work, const Layers& layers, int begin, int end,
-                            int count, const Body& body) {
-  sum_columns<true>(work, layers.row(0, work.sample), int64_t(layers.samples) * layers.pitch,
-                    work.exists ? kSlices : 0, begin, end, count, body);
+// The same for the strips' partial sums of this warp's sample.
+template <bool WHOLE, int SHARE, typename Ask, typename Body>
+SCSE_DEVICE void sum_strips(const Work<SHARE>& work, const float* partial, int strips, int channels,
+                            int begin, int end, int count, const Ask& ask, const Body& body) {
+  sum_columns<WHOLE, 1>(work, partial + work.sample * strips * channels, channels,
+                        work.exists ? strips : 0, begin, end, count, ask, body);
 }
 
-// sum_k matrix[r, k] * vector[n, k] for SHARE samples n. A group of 1 << bits lanes has four rows
-// r, and a lane of it two fours of each row at a time.
+// The same for what the slices have left for [begin, end) hidden channels.
+template <int SHARE, typename Ask, typename Body>
+SCSE_DEVICE void sum_slices(const Work<SHARE>& work, const Layers& layers, int begin, int end,
+                            int count, const Ask& ask, const Body& body) {
+  sum_columns<true, 2>(work, layers.row(0, work.sample), int64_t(layers.samples) * layers.pitch,
+                       work.exists ? kSlices : 0, begin, end, count, ask, body);
+}
+
+// bias[r] + sum_k matrix[r, k] * vector[n, k] for SHARE samples n. A group of 1 << bits lanes has
+// four rows r, and a lane of it kFours fours of each row at a time.
 template <typename P, bool WHOLE, int SHARE>
 class RowProduct {
  public:
@@ -109,14 +142,24 @@ class RowProduct {
     }
     load(span.x);
   }
-  // How many k a group has at a time.
-  SCSE_DEVICE int step() const { return 8 << bits_; }
+  // Asks for the bias, which may be null.
+  SCSE_DEVICE void load_bias(const Elements<P>& bias) {
+    if (bias.p == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int r = row_ + number(i) % 4;
+      if (i < 1 << each() && r < rows_) bias_[i] = bias.at(r);
+    }
+  }
+  // Vectors must have zeros up to a multiple of it.
+  SCSE_DEVICE int granule() const { return 4 << bits_; }
   // Adds what k in [begin, end) make. `vectors`: [SHARE][kChunk], from `begin` on, 0 beyond `end`.
   SCSE_DEVICE void add(const float* vectors, int begin, int end) {
 #pragma unroll 1
-    for (int k = begin; k < end; k += step()) {
+    for (int k = begin; k < end; k += kFours * granule()) {
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
+      for (int u = 0; u < kFours; ++u) {
+        if (u > 0 && k + u * granule() >= end) break;
         const float* p = vectors + k - begin + (((u << bits_) + lane_) << 2);
 #pragma unroll
         for (int n = 0; n < SHARE; ++n) {
@@ -131,29 +174,33 @@ class RowProduct {
           }
         }
       }
-      if (k + step() < end_) load(k + step());
+      if (k + kFours * granule() < end_) load(k + kFours * granule());
     }
   }
   // Calls body(n, r, sum), each by one lane. All lanes of the warp call this.
   template <typename Body>
   SCSE_DEVICE void finish(const Body& body) {
     sum_and_scatter<true>(sum_, 1 << bits_);
-    // Sums of a lane, or else lanes of a sum, as logarithms.
-    const int each = max(0, kSums - bits_), same = max(0, bits_ - kSums);
-    if (lane_ & ((1 << same) - 1)) return;
+    if (lane_ & ((1 << same()) - 1)) return;
 #pragma unroll
-    for (int i = 0; i < 1 << (kSums > kLeastLaneBits ? kSums - kLeastLaneBits : 0); ++i) {
-      const int number = (lane_ >> same << each) + i;
-      if (i < 1 << each) body(number / 4, row_ + number % 4, sum_[i]);
+    for (int i = 0; i < kOwn; ++i) {
+      if (i < 1 << each()) body(number(i) / 4, row_ + number(i) % 4, sum_[i] + bias_[i]);
     }
   }
 
  private:
+  static constexpr int kFours = SHARE == 8 ? 2 : 4;
   static constexpr int kSums = SHARE == 8 ? 5 : 3;  // their logarithm
   static_assert(SHARE * 4 == 1 << kSums);
+  static constexpr int kOwn = 1 << (kSums > kLeastLaneBits ? kSums - kLeastLaneBits : 0);
+  // Sums of a lane, or else lanes of a sum, as logarithms; and the number of a lane's i-th sum.
+  SCSE_DEVICE int each() const { return max(0, kSums - bits_); }
+  SCSE_DEVICE int same() const { return max(0, bits_ - kSums); }
+  SCSE_DEVICE int number(int i) const { return (lane_ >> same() << each()) + i; }
   SCSE_DEVICE void load(int k) {
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
+    for (int u = 0; u < kFours; ++u) {
+      if (u > 0 && k + u * granule() >= end_) break;
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int at = k + (((u << bits_) + lane_) << 2);
@@ -164,8 +211,8 @@ class RowProduct {
   }
   const Elements<P> matrix_;
   const int rows_, columns_, end_, bits_, lane_, row_;
-  Four<P, WHOLE> next_[2][4];
-  float sum_[SHARE * 4] = {};
+  Four<P, WHOLE> next_[kFours][4];
+  float sum_[SHARE * 4] = {}, bias_[kOwn] = {};
 };
 
 // sum_r matrix[r, k] * vector[n, r] for SHARE samples n. A lane has four columns k, and a warp
@@ -256,7 +303,6 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   const int2 own = slice_of(channels, work.slice);
   RowProduct<P, WHOLE, SHARE> product(a.w1, dtype_of(a.dtypes, Parameter::w1), hidden_channels,
                                       channels, a.layers.bits_of_slice, work.part, own);
-  const float* const partial = a.partial + work.sample * a.strips * channels;
   float* const pooled = a.pooled + work.sample * channels;
   float* const mine = vectors + work.own * kChunk;
 
@@ -265,12 +311,12 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   for (int k = own.x; k < own.y; k += kChunk) {
     const int end = min(own.y, k + kChunk);
     if (k > own.x) __syncthreads();
-    sum_columns<WHOLE>(work, partial, channels, work.exists ? int(a.strips) : 0, k, end,
-                       round_up(end - k, product.step()), [&](int c, float sum) {
-                         const float mean = sum / static_cast<float>(a.positions);
-                         mine[c - k] = mean;
-                         if (work.part == 0 && work.exists && c < end) pooled[c] = mean;
-                       });
+    sum_strips<WHOLE>(work, a.partial, a.strips, channels, k, end,
+                      round_up(end - k, product.granule()), nothing, [&](int c, float sum, float) {
+                        const float mean = sum / static_cast<float>(a.positions);
+                        mine[c - k] = mean;
+                        if (work.part == 0 && work.exists && c < end) pooled[c] = mean;
+                      });
     __syncthreads();
     product.add(vectors, k, end);
   }
@@ -293,7 +339,8 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
                                       hidden_channels, a.layers.bits_of_hidden, work.part,
                                       make_int2(0, hidden_channels));
   const Elements<P> b1(a.b1, dtype_of(a.dtypes, Parameter::b1));
-  const Elements<P> b2(a.b2, dtype_of(a.dtypes, Parameter::b2));
+  product.load_bias({a.b2, dtype_of(a.dtypes, Parameter::b2)});
+  if constexpr (!std::is_void_v<P>) prefetch_row(b1.p, hidden_channels);
   float* const hidden = a.hidden + work.sample * hidden_channels;
   float* const hidden_slope = a.hidden_slope + work.sample * hidden_channels;
   float* const mine = vectors + work.own * kChunk;
@@ -303,24 +350,25 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   for (int k = 0; k < hidden_channels; k += kChunk) {
     const int end = min(hidden_channels, k + kChunk);
     if (k > 0) __syncthreads();
-    sum_slices(work, a.layers, k, end, round_up(end - k, product.step()), [&](int j, float sum) {
-      if (j >= end) {
-        mine[j - k] = 0;
-        return;
-      }
-      if (b1.p != nullptr) sum += b1.at(j);
-      const Activated<float> active = activate(a.activation, a.activation_parameter, sum);
-      mine[j - k] = active.value;
-      if (work.part == 0 && work.exists) {
-        hidden[j] = active.value, hidden_slope[j] = active.slope;
-      }
-    });
+    const auto bias = [&](int j) { return b1.p != nullptr && j < end ? b1.at(j) : 0.f; };
+    sum_slices(work, a.layers, k, end, round_up(end - k, product.granule()), bias,
+               [&](int j, float sum, float b) {
+                 if (j >= end) {
+                   mine[j - k] = 0;
+                   return;
+                 }
+                 const Activated<float> active =
+                     activate(a.activation, a.activation_parameter, sum + b);
+                 mine[j - k] = active.value;
+                 if (work.part == 0 && work.exists) {
+                   hidden[j] = active.value, hidden_slope[j] = active.slope;
+                 }
+               });
     __syncthreads();
     product.add(vectors, k, end);
   }
   product.finish([&](int i, int c, float excited) {
     if (c >= channels) return;
-    if (b2.p != nullptr) excited += b2.at(c);
     const float gate = gate_of(a.gate, excited);
     work.with_sample(i, [&](int64_t n) { a.channel_gate[n * channels + c] = gate; });
   });
@@ -335,19 +383,18 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   let_next_start();
   const Work<SHARE> work(kSlices, a.layers.samples);
   const int channels = a.channels, hidden_channels = a.hidden_channels;
-  const int strips = work.exists ? int(a.strips) : 0;
-  const int64_t sums_of = work.sample * a.strips * channels, at = work.sample * channels;
+  const int64_t at = work.sample * channels;
   const int2 own = slice_of(channels, work.slice);
   if (work.part * kColumns >= hidden_channels) {
     wait_for_previous();
-    sum_columns<WHOLE>(work, a.partial_ws + sums_of, channels, strips, own.x, own.y, own.y - own.x,
-                       [&](int c, float sum) {
-                         if (work.exists && c < own.y) a.sums.sample_ws[at + c] = sum;
-                       });
+    sum_strips<WHOLE>(work, a.partial_ws, a.strips, channels, own.x, own.y, own.y - own.x, nothing,
+                      [&](int c, float sum, float) {
+                        if (work.exists && c < own.y) a.sums.sample_ws[at + c] = sum;
+                      });
     if (work.slice > 0 || work.piece > 0 || !work.exists) return;
     float sum[1] = {};
-    for (int i = threadIdx.x % 32; i < strips; i += 32) {
-      sum[0] += a.partial_bs[work.sample * strips + i];
+    for (int i = threadIdx.x % 32; i < a.strips; i += 32) {
+      sum[0] += a.partial_bs[work.sample * a.strips + i];
     }
     sum_lanes(sum, 32);
     if (threadIdx.x % 32 == 0) a.sums.sample_bs[work.sample] = sum[0];
@@ -355,6 +402,7 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   }
   ColumnProduct<P, WHOLE, SHARE> product(a.w2, dtype_of(a.dtypes, Parameter::w2), hidden_channels,
                                          work.part, own);
+  if (work.exists) prefetch_row(a.channel_gate + at + own.x, own.y - own.x);
   float* const mine = shared + work.own;
 
   wait_for_previous();
@@ -362,14 +410,14 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   for (int k = own.x; k < own.y; k += kChunk) {
     const int end = min(own.y, k + kChunk);
     if (k > own.x) __syncthreads();
-    sum_columns<WHOLE>(work, a.partial + sums_of, channels, strips, k, end,
-                       round_up(end - k, product.kStep), [&](int c, float sum) {
-                         const bool is_one = work.exists && c < end;
-                         const float d =
-                             is_one ? gate_gradient(a.gate, sum, a.channel_gate[at + c]) : 0.f;
-                         mine[(c - k) * SHARE] = d;
-                         if (work.part == 0 && is_one) a.sums.d_excited[at + c] = d;
-                       });
+    const auto gate = [&](int c) { return work.exists && c < end ? a.channel_gate[at + c] : 0.f; };
+    sum_strips<WHOLE>(work, a.partial, a.strips, channels, k, end, round_up(end - k, product.kStep),
+                      gate, [&](int c, float sum, float g) {
+                        const bool is_one = work.exists && c < end;
+                        const float d = is_one ? gate_gradient(a.gate, sum, g) : 0.f;
+                        mine[(c - k) * SHARE] = d;
+                        if (work.part == 0 && is_one) a.sums.d_excited[at + c] = d;
+                      });
     __syncthreads();
     product.add(shared, k, end);
   }
@@ -394,6 +442,7 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
                                          work.part,
                                          make_int2(0, a.d_mean == nullptr ? 0 : hidden_channels));
   const int64_t at = work.sample * hidden_channels;
+  if (work.exists) prefetch_row(a.hidden_slope + at, hidden_channels);
   float* const mine = shared + work.own;
 
   wait_for_previous();
@@ -401,12 +450,13 @@ __global__ void __launch_bounds__(kLayerThreads, SHARE == 8 ? 2 : 1)
   for (int k = 0; k < hidden_channels; k += kChunk) {
     const int end = min(hidden_channels, k + kChunk);
     if (k > 0) __syncthreads();
-    sum_slices(work, a.layers, k, end, round_up(end - k, product.kStep), [&](int j, float sum) {
-      const bool is_one = work.exists && j < end;
-      const float d = is_one ? through(a.hidden_slope[at + j], sum) : 0.f;
-      mine[(j - k) * SHARE] = d;
-      if (work.part == 0 && is_one) a.sums.d_hidden[at + j] = d;
-    });
+    const auto slope = [&](int j) { return work.exists && j < end ? a.hidden_slope[at + j] : 0.f; };
+    sum_slices(work, a.layers, k, end, round_up(end - k, product.kStep), slope,
+               [&](int j, float sum, float s) {
+                 const float d = work.exists && j < end ? through(s, sum) : 0.f;
+                 mine[(j - k) * SHARE] = d;
+                 if (work.part == 0 && work.exists && j < end) a.sums.d_hidden[at + j] = d;
+               });
     if (a.d_mean == nullptr) continue;
     __syncthreads();
     product.add(shared, k, end);

@@ -61,6 +61,16 @@ SCSE_DEVICE void prefetch(const void* p, int64_t pitch, int rows, int bytes, int
   }
 }
 
+// Brings a row of so many elements to L2, by the lanes of each warp that calls this.
+template <typename T>
+SCSE_DEVICE void prefetch_row(const T* p, int count) {
+  constexpr int kLine = 128 / sizeof(T);
+#pragma unroll 1
+  for (int i = threadIdx.x % 32 * kLine; p != nullptr && i < count; i += 32 * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
+  }
+}
+
 // What excite_layers.cuh has besides.
 struct Layers {
   float* slices;  // [kSlices, N, pitch]: the first launch's results, to be added up by the second
