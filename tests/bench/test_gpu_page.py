@@ -312,6 +312,8 @@ def test_a_full_pass_and_its_page(stand_in, monkeypatch, tmp_path, capsys):
         # counted passes
         "| squeeze | 1 | 1.40 + 0.01 | 1.50 + 0.01 | 1.60 + 0.01 | 1.70 + 0.01 |",
         "| apply | 2 | 1.50 + 0.75 | 1.50 + 0.75 | 1.50 + 0.75 | 1.50 + 0.75 |",
+        # backends.py
+        "| 256x64x64x64 | 1.98 | 1.97 | 1.98 |",
         # heuristics.py
         "| 8x64x64x64, float16, contiguous, add | 64 64 2 1 3 | 64 128 4 1 3 | 1.25 |",
         "| float16 | contiguous | add | forward | 4.00 |  | 2.00 | 0.67 | 3.00 |  | 1.50 | 0.50 |",
