@@ -113,7 +113,7 @@ def _calls():
         # Accesses of 8 bytes for float32; of one element, as below, for the others.
         if access == "4 bytes" and draw.random() < (0.5 if dtype == torch.float32 else 0.8):
             continue
-        # Misaligned maps are taken element by element; test_shapes.py has wide ones.
+        # A misaligned map would not reach the kernels of 16 bytes; test_shapes.py has such maps.
         ways = ("dense", "samples apart") if access == "16 bytes" else ("dense", *ARRANGED)
         yield Call(
             machine,

@@ -1,5 +1,5 @@
-"""The operators' host code on a fake runtime: what they leave behind when a launch fails, and
-what the environment chooses."""
+"""The operators' host code on a fake runtime: what they leave behind when a launch fails, and what
+the environment chooses."""
 
 import sys
 from pathlib import Path
