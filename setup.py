@@ -42,14 +42,11 @@ SETUPTOOLS_MINIMUM = (77, 0, 3)
 # Oldest torch whose stable ABI has what the kernels use; one binary serves it and all later ones.
 TORCH_MINIMUM, TORCH_TARGET = "2.10", "0x020a000000000000"
 PYTHON_TAG, PYTHON_TARGET = "cp310", "0x030A0000"
-# The oldest CUDA toolkit with thread-block clusters, the oldest that knows sm_100 and sm_120, and
-# the oldest that knows sm_110 (to those before it was sm_101).
+# The oldest CUDA toolkit of a major version that torch is built with, the oldest that knows sm_100
+# and sm_120, and the oldest that knows sm_110 (to those before it was sm_101).
 CUDA_MINIMUM, CUDA_BLACKWELL, CUDA_THOR = (12, 0), (12, 8), (13, 0)
 # What csrc/cuda includes of a toolkit, in separate packages where it comes from PyPI or conda.
-CUDA_HEADERS = (
-    *("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"),
-    *("cooperative_groups.h", "cuda_pipeline_primitives.h"),
-)
+CUDA_HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h")
 
 
 def check_setuptools() -> None:

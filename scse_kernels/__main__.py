@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{without}\n")
 
     # Row by row: if a check hangs, the reader sees which one.
-    wrong, line = 0, "  {:24}  {:6}  {:8}  {:7}  {:17}  {}"
+    wrong, line = 0, "  {:18}  {:6}  {:8}  {:5}  {:17}  {}"
     print(line.format("kernels", "device", "dtype", "", "error / tolerance", "largest in"))
     for row in selfcheck.check([pair for pair in pairs if backends.why_not(*pair) is None]):
         print(line.format(*row), flush=True)

@@ -55,27 +55,15 @@ class Family(NamedTuple):
     environment: dict[str, str]
 
 
-class Refused(Exception):
-    """The kernels asked for can't compute a case, and say so."""
-
-
-#: How the refusal of a sample that doesn't fit on chip begins.
-REFUSAL = "SCSE_CUDA_KERNELS=on_chip:"
-
-
 def families(backend: str, device: torch.device) -> list[Family]:
     """The families of kernels that a backend, which can be used there, has on `device`."""
     if device.type == "cuda" and backend == "cuda":
-        # Code for 8.0 has neither clusters nor overlap.
+        # Code for 8.0 has no overlap.
         newer = torch.ops.scse_kernels.cuda_architecture(device.index) >= 90
         return [
-            Family(name, backend, {"SCSE_CUDA_KERNELS": kernels, "SCSE_CUDA_OVERLAP": overlap})
-            for name, kernels, overlap in (
-                ("cuda, general", "general", "1"),
-                ("cuda, general, no overlap", "general", "0"),
-                ("cuda, on chip", "on_chip", "1"),
-            )[: 3 if newer else 1]
-        ]
+            Family("cuda", backend, {"SCSE_CUDA_OVERLAP": "1"}),
+            Family("cuda, no overlap", backend, {"SCSE_CUDA_OVERLAP": "0"}),
+        ][: 2 if newer else 1]
     if device.type == "cuda" and backend == "triton":
         return [
             Family("triton", backend, {"SCSE_TRITON_LAUNCHES": "3"}),
@@ -221,26 +209,17 @@ def error(got: Tensor, want: Tensor, case: Case) -> float:
 
 
 def worst(family: Family, device: torch.device, dtype: torch.dtype) -> Worst:
-    """Compares kernels with the reference. Leaves out cases that they refuse.
-
-    Raises:
-        Refused: they refuse all cases.
-    """
-    found = refused = None
+    """Compares kernels with the reference."""
+    found = None
     for case in cases(dtype, device, family.backend):
         try:
             with environment(family.environment):
                 got = computed(case, family.backend, device)
         except Exception as raised:  # a broken backend may fail in any way, and is to be reported
-            if REFUSAL in str(raised):
-                refused = refused or raised
-                continue
             return Worst(math.inf, f"{case}: {type(raised).__name__}: {raised}")
         for name, want in expected(case).items():
             here = Worst(error(got[name], want, case), f"{name} of {case}")
             found = max(found or here, here, key=lambda w: w.error)
-    if found is None:
-        raise Refused(str(refused))
     return found
 
 
@@ -250,17 +229,14 @@ class Row(NamedTuple):
     family: str
     device: str
     dtype: str
-    verdict: str  # "ok", "WRONG" or "refused"
+    verdict: str  # "ok" or "WRONG"
     error: str
     where: str
 
 
 def compared(family: Family, device: torch.device, dtype: torch.dtype) -> Row:
     names = family.name, str(device), str(dtype).removeprefix("torch.")
-    try:
-        found = worst(family, device, dtype)
-    except Refused as reason:
-        return Row(*names, "refused", "", str(reason))
+    found = worst(family, device, dtype)
     return Row(*names, "ok" if found.error <= 1 else "WRONG", f"{found.error:.2g}", found.where)
 
 

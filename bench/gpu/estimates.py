@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from . import plan
-from .kernels import AUTO, GENERAL, ON_CHIP, SPAN, THREE, passes, short
+from .kernels import OVERLAP, SPAN, THREE, passes, short
 from .tables import MAPS, Row, by_map, label, mean, rows_of, table
 
 
@@ -19,7 +19,7 @@ def pass_counts(folder: Path) -> str:
     # `bench.gpu.kernels --once` goes through the maps in their order, forward and backward.
     for name, read, written in _counted(folder / "ncu.csv"):
         kernel = short(name)
-        place += kernel.rpartition("::")[2] in _FIRST
+        place += kernel in _FIRST
         where = MAPS[place % len(MAPS)]
         if passes(kernel, "add") != 0:
             cell = f"{read / x_bytes:.2f} + {written / x_bytes:.2f}"
@@ -36,10 +36,7 @@ def pass_counts(folder: Path) -> str:
 
 
 #: The kernel that a forward begins with.
-_FIRST = {
-    *("squeeze_kernel", "squeeze_planes", "squeeze_channels_last"),
-    "forward_kernel",
-}
+_FIRST = {"squeeze_kernel", "squeeze_planes", "squeeze_channels_last", "forward_kernel"}
 
 
 def _counted(file: Path) -> list[tuple[str, float, float]]:
@@ -61,42 +58,11 @@ def _number(text: str | None) -> float:
     return float((text or "").replace(",", ""))
 
 
-def choices(kernels: list[Row]) -> str:
-    """Each call's span in both families, and whether `auto` took the shorter one."""
-    spans: dict[tuple, dict[str, float]] = {}
-    taken: dict[tuple, str] = {}
-    for row in kernels:
-        if row["backend"] != "cuda" or not row["direction"]:
-            continue
-        key = tuple(row[name] for name in ("shape", "layout", "combine", "direction"))
-        if row["kernel"] == SPAN:
-            spans.setdefault(key, {})[row["family"]] = float(row["us"])
-        elif row["family"] == AUTO:
-            taken.setdefault(key, ON_CHIP if row["kernel"].startswith("on_chip") else GENERAL)
-    both = {k: v for k, v in spans.items() if {GENERAL, ON_CHIP} <= v.keys() and k in taken}
-    if not both:
-        return "Not measured in both families."
-    fastest = {key: min(times[GENERAL], times[ON_CHIP]) for key, times in both.items()}
-    costs = {key: times[taken[key]] / fastest[key] for key, times in both.items()}
-    wrong = sorted((key for key in both if costs[key] > 1), key=costs.get, reverse=True)
-    if not wrong:
-        return f"Of {len(both)} calls all took the faster family."
-    worst: dict[tuple[str, str], tuple[object, ...]] = {}
-    for key in wrong:
-        us = (f"{both[key][name]:.1f}" for name in (GENERAL, ON_CHIP))
-        worst.setdefault((key[0], key[-1]), (*key, *us, taken[key], f"{costs[key]:.2f}"))
-    header = ("shape", "layout", "combine", "", "general, us", "on chip, us", "taken", "times")
-    return (
-        f"Of {len(both)} calls {len(wrong)} took the slower family; the worst of each shape and"
-        f" direction:\n\n{table(header, worst.values())}"
-    )
-
-
 def backends(kernels: list[Row]) -> str:
     """Triton's span over that of CUDA: the faster one is what `auto` should take first."""
     spans: dict[tuple, dict[str, float]] = {}
     for row in kernels:
-        if row["kernel"] == SPAN and row["family"] in (AUTO, THREE):
+        if row["kernel"] == SPAN and row["family"] in (OVERLAP, THREE):
             key = tuple(row[name] for name in ("shape", "layout", "combine", "direction"))
             spans.setdefault(key, {})[row["backend"]] = float(row["us"])
     ratios: dict[str, list[float]] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..timing import COLD
 from . import plan
-from .kernels import ALONE, COPY, ON_CHIP, ONE, SPAN, THREE
+from .kernels import COPY, OVERLAP, SPAN
 from .tables import Row, by_map, label, mean, rows_of, table
 
 
@@ -15,7 +15,7 @@ def kernels(rows: list[Row]) -> str:
     the calls by size."""
     large: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        alone = row["family"] in (ALONE, ON_CHIP, THREE, ONE)
+        alone = row["family"] != OVERLAP
         if row["shape"] == plan.LARGE and row["kernel"] not in (COPY, SPAN) and alone:
             cell = f"{float(row['us']):.1f} us"
             if row["of_copy"]:
@@ -54,7 +54,7 @@ def deep(rows: list[Row]) -> str:
     for row in rows:
         if row["direction"]:
             here = found.setdefault((row["shape"], row["layout"], row["family"]), {})
-            name = label(row["kernel"])[0].rpartition("::")[2].removesuffix("_kernel")
+            name = label(row["kernel"])[0].removesuffix("_kernel")
             us = f"{float(row['us']):.1f}"
             here.setdefault(row["direction"], []).append(
                 f"**{us}**" if row["kernel"] == SPAN else f"{name} {us}"

@@ -35,8 +35,6 @@ def text(facts: Mapping, results: Iterable[Result], folder: Path, seconds: float
         "## Estimates",
         "### Pass counts (docs/gpu.md)",
         _part(estimates.pass_counts, folder),
-        "### On chip or general (csrc/cuda/choose.h)",
-        _part(estimates.choices, kernels),
         "### CUDA or Triton (scse_kernels/backends.py)",
         _part(estimates.backends, kernels),
         "### Tiles (scse_kernels/_triton/heuristics.py)",

@@ -19,7 +19,7 @@ LEVELS = ("8x256x16x16", "8x128x32x32", "8x64x64x64", "8x32x128x128")
 #: Deep levels with reduction 2, as the articles and pytorch-3dunet have it: there the excitation
 #: weighs most. Rows of 14 and 7 halves are no multiples of 16 bytes.
 DEEP = ("8x256x16x16", "8x512x16x16", "8x512x14x14", "2x1024x7x7")
-#: Its maps, 128 MiB in float16, are larger than any L2, and a sample of it fits on chip.
+#: Its maps, 128 MiB in float16, are larger than any L2.
 LARGE = "256x64x64x64"
 #: Aligned and odd sizes, for tools that slow a kernel a hundredfold.
 SMALL = ("2x64x32x32", "3x19x23x9")
@@ -104,7 +104,7 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
     )
     deep = _python(
         *("bench.gpu.kernels", "--shape", *DEEP, "--reduction", 2, "--combine", "add"),
-        *("--family", kernels.AUTO, kernels.ALONE, kernels.ON_CHIP, kernels.THREE),
+        *("--family", kernels.OVERLAP, kernels.ALONE, kernels.THREE),
         *("--output", folder / "deep.csv"),
     )
     tune = _python(
@@ -197,6 +197,6 @@ def _sanitizer(tool: str) -> Step:
 
 
 def _once(*shapes: str) -> tuple[str, ...]:
-    """One call of each kernel. `auto` and no overlap would be the same kernels again."""
-    families = (kernels.ON_CHIP, kernels.GENERAL, kernels.THREE, kernels.ONE)
+    """One call of each kernel. Without overlap they would be the same again."""
+    families = (kernels.OVERLAP, kernels.THREE, kernels.ONE)
     return _python("bench.gpu.kernels", "--once", "--shape", *shapes, "--family", *families)

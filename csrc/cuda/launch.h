@@ -33,32 +33,22 @@ struct Grid {
   int threads;
   int64_t shared = 0;    // bytes of dynamic shared memory
   int64_t most = 0;      // of `shared`, in any launch of this kernel on this device: a constant
-  int cluster = 1;       // blocks to a cluster
   bool overlap = false;  // may start before the kernel before has ended, see overlap.cuh
 };
 
 // A kernel must ask for more dynamic shared memory than this. By default a block has 48 KiB; of
 // those kernels that have dynamic memory, static memory takes at most 16 KiB of them.
 constexpr int64_t kSharedByDefault = 32 * 1024;
-// It must also ask for clusters of more blocks than this: not every device with clusters can place
-// them.
-constexpr int kClusterByDefault = 8;
 
-// Asks for what a kernel doesn't get by default; the runtime remembers it.
-inline void ask_for(const char* name, const void* kernel, const Grid& grid, int device) {
-  static OncePerKernel shared, cluster;
-  if (grid.shared > kSharedByDefault) {
-    shared.run(kernel, device, [&] {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.most)),
-            name);
-    });
-  }
-  if (grid.cluster > kClusterByDefault) {
-    cluster.run(kernel, device, [&] {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
-    });
-  }
+// Asks for the memory that a kernel doesn't get by default; the runtime remembers it.
+inline void ask_for_shared(const char* name, const void* kernel, const Grid& grid, int device) {
+  static OncePerKernel once;
+  if (grid.shared <= kSharedByDefault) return;
+  once.run(kernel, device, [&] {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(grid.most)),
+          name);
+  });
 }
 
 // The arguments have the types of the kernel's parameters: a conversion could lose something.
@@ -69,24 +59,17 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   if (grid.blocks > INT32_MAX) {
     throw std::runtime_error(std::string("scse_kernels: ") + name + ": more than 2**31 - 1 blocks");
   }
-  ask_for(name, reinterpret_cast<const void*>(kernel), grid, p.device);
+  ask_for_shared(name, reinterpret_cast<const void*>(kernel), grid, p.device);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared;
   config.stream = p.stream;
-  cudaLaunchAttribute attributes[2];
-  config.attrs = attributes;
-  if (grid.cluster > 1) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeClusterDimension;
-    a.val.clusterDim.x = grid.cluster, a.val.clusterDim.y = 1, a.val.clusterDim.z = 1;
-  }
-  if (grid.overlap && p.overlap && p.architecture >= 90) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    a.val.programmaticStreamSerializationAllowed = 1;
-  }
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = grid.overlap && p.overlap && p.architecture >= 90;
   // What it returns is about this launch (or says that the device is lost); the runtime's last
   // error may be somebody else's.
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);

@@ -1,5 +1,5 @@
 // The operators scse_kernels::cuda_forward and cuda_backward (schemas: scse_kernels/ops.py):
-// checks, layout, memory, and the choice of the kernels. LibTorch's stable ABI only.
+// checks, layout and memory. LibTorch's stable ABI only.
 
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -7,11 +7,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../tensors.h"
-#include "choose.h"
 #include "general/general.h"
-#include "launch.h"
 #include "options.h"
-#include "on_chip/on_chip.h"
 
 namespace scse::cuda {
 namespace {
@@ -93,25 +90,6 @@ Problem describe(const Tensor& x, const Map& map, const Optional& w1, const Opti
   return p;
 }
 
-// The kernels of one call. `fits`: on_chip_forward_fits or on_chip_backward_fits. `preferred`:
-// whether the on-chip ones are, where nobody asks for either.
-template <typename Preferred>
-const Launcher& kernels(const Problem& p, bool (*fits)(const Problem&),
-                        const Preferred& preferred) {
-  const Family wanted = wanted_family();
-  if (wanted == Family::general || p.samples == 0) return general;
-  if (wanted == Family::on_chip) {
-    STD_TORCH_CHECK(fits(p), "SCSE_CUDA_KERNELS=on_chip: ", on_chip_why_not(p));
-    return on_chip_kernels;
-  }
-  return preferred() ? on_chip_kernels : general;
-}
-
-bool forward_is_faster_on_chip(const Problem& p) {
-  const int64_t bytes = p.samples * p.channels * p.positions * itemsize(p.dtype);
-  return prefer_on_chip_forward(bytes, on_chip_blocks(p), p.channels, p.hidden_channels);
-}
-
 Tensor scratch(int64_t floats, const Tensor& x) { return empty({floats}, ScalarType::Float, x); }
 
 ForwardResult cuda_forward(const Tensor& x, const Optional& w1, const Optional& b1,
@@ -149,10 +127,8 @@ ForwardResult cuda_forward(const Tensor& x, const Optional& w1, const Optional& 
   p.ws = parameters.add(p, Parameter::ws, "ws", ws, C);
   p.bs = parameters.add(p, Parameter::bs, "bs", bs, 1);
 
-  const Launcher& chosen =
-      kernels(p, on_chip_forward_fits, [&] { return forward_is_faster_on_chip(p); });
-  const Tensor memory = scratch(chosen.forward_scratch(p), x);
-  chosen.forward(p, static_cast<float*>(memory.mutable_data_ptr()));
+  const Tensor memory = scratch(forward_scratch(p), x);
+  forward(p, static_cast<float*>(memory.mutable_data_ptr()));
   return {y, pooled, hidden, channel_gate};
 }
 
@@ -195,10 +171,8 @@ BackwardResult cuda_backward(const Tensor& dy, const Tensor& x, const Optional& 
     p.dx = dx.mutable_data_ptr();
   }
 
-  // On chip it is never faster, see choose.h.
-  const Launcher& chosen = kernels(p, on_chip_backward_fits, [] { return false; });
-  const Tensor memory = scratch(chosen.backward_scratch(p), x);
-  chosen.backward(p, static_cast<float*>(memory.mutable_data_ptr()));
+  const Tensor memory = scratch(backward_scratch(p), x);
+  backward(p, static_cast<float*>(memory.mutable_data_ptr()));
   return {dx, dw1, db1, dw2, db2, dws, dbs};
 }
 

@@ -61,12 +61,4 @@ struct PerSample {
   float* sample_bs;  // [N]
 };
 
-// A way to compute it. `scratch`: floats of memory that the launcher wants, aligned to 256 bytes.
-struct Launcher {
-  int64_t (*forward_scratch)(const Problem&);
-  void (*forward)(const Problem&, float* scratch);
-  int64_t (*backward_scratch)(const Problem&);
-  void (*backward)(const Problem&, float* scratch);
-};
-
 }  // namespace scse::cuda

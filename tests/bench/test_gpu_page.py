@@ -62,41 +62,27 @@ class Gpu:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A GPU on which the general kernels run at half a copy's speed with 3 us between them, the on
-    chip ones at its whole speed, but for 256 channels forward, and Triton's at a quarter. A sample
-    of 128 channels doesn't fit on chip; `auto` takes on chip what has 256 channels, and the largest
-    map."""
+    """A GPU on which the CUDA kernels run at half a copy's speed with 3 us between them, and
+    Triton's at a quarter. Its one launch fails."""
     stand_in = Gpu(monkeypatch)
 
     def calls(case, backend):
-        family = "triton" if backend == "triton" else os.environ.get("SCSE_CUDA_KERNELS", "auto")
-        chosen = 256 in case.shape[:2]
-        on_chip = family == "on_chip" or (family == "auto" and chosen)
-        if on_chip and case.shape[1] == 128:
-            raise RuntimeError("SCSE_CUDA_KERNELS=on_chip: a sample does not fit")
         if os.environ.get("SCSE_TRITON_LAUNCHES") == "1":
             raise RuntimeError("deadlock")
         name = "{}_kernel" if backend == "triton" else CUDA
         share = 0.25 if backend == "triton" else 0.5
 
-        def launch(kernel, passes, speed=share, gap=3.0):
-            microseconds = passes * case.x_bytes / (speed * SPEED) or 2.0
-            stand_in.kernel(name.format(kernel), microseconds, gap, blocks=64)
+        def launch(kernel, passes):
+            microseconds = passes * case.x_bytes / (share * SPEED) or 2.0
+            stand_in.kernel(name.format(kernel), microseconds, gap=3.0, blocks=64)
 
         def forward():
-            if on_chip:
-                launch("on_chip::forward_kernel", 2, 0.025 if case.shape[1] == 256 else 1.0)
-                return
             suffix = "" if backend == "triton" else "_planes"
             launch(f"squeeze{suffix}", 1)
             launch("excite", 0)
             launch("apply", 2)
 
         def backward():
-            if on_chip:
-                launch("on_chip::backward_kernel", 3, 1.0)
-                launch("on_chip::(anonymous namespace)::gradients_kernel", 0)
-                return
             launch("reduce" if backend == "triton" else "reduce_channels_last", 2)
             launch("excite_backward", 0)
             launch("apply_backward", 3 if case.combine == "max" else 2)
@@ -109,7 +95,6 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(kernels, "calls", calls)
     monkeypatch.setattr(kernels, "here", lambda: CPU)
     monkeypatch.setattr(kernels.providers, "missing", lambda device: {"cpu": "it is for the CPU"})
-    monkeypatch.delenv("SCSE_CUDA_KERNELS", raising=False)
     return stand_in
 
 
@@ -128,8 +113,8 @@ def test_the_times_of_kernels(stand_in, tmp_path, capsys):
     assert status == 1  # one launch fails
     out = capsys.readouterr().out
     assert "FAILED: one launch, 8x256x16x16" in out and "deadlock" in out
-    assert "refused: on chip, 8x128x32x32" in out and "left out" not in out
-    alone = [r for r in rows if r["family"] == "general, no overlap" and r["shape"] == plan.LARGE]
+    assert "left out" not in out
+    alone = [r for r in rows if r["family"] == "no overlap" and r["shape"] == plan.LARGE]
     first = [row for row in alone if (row["layout"], row["combine"]) == ("contiguous", "max")]
     assert [(r["direction"], r["kernel"], r["passes"]) for r in first] == [
         ("", "copy", "2"),
@@ -153,7 +138,7 @@ def test_the_times_of_kernels(stand_in, tmp_path, capsys):
     assert float(span["us"]) == pytest.approx(took, rel=1e-4)
     cases = 5 * 2 * 2
     assert {row["family"] for row in rows} == {*kernels.FAMILIES} - {"one launch"}
-    assert stand_in.flushes == (4 * cases + cases - 4) * kernels._ROUNDS * 3
+    assert stand_in.flushes == 3 * cases * kernels._ROUNDS * 3
 
 
 def test_a_profiler_that_sees_nothing_is_told(stand_in, monkeypatch, tmp_path, capsys):
@@ -167,7 +152,7 @@ def test_a_backend_that_is_missing_costs_no_other_its_times(
     stand_in, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(kernels.providers, "missing", lambda _: {"cpu": "no", "cuda": "not built"})
-    families = ["--family", "general", "three launches"]
+    families = ["--family", "overlap", "three launches"]
     shape = ["--shape", plan.LARGE, "--output", str(tmp_path / "it.csv")]
     assert kernels.main([*shape, *families]) == 1
     assert {row["backend"] for row in rows_of(tmp_path / "it.csv")} == {"triton"}
@@ -180,7 +165,7 @@ def test_once_is_between_the_profilers_marks(stand_in, monkeypatch):
     for name in ("start", "stop"):
         mark = lambda name=name: marks.append((name, len(stand_in.trace)))  # noqa: E731
         monkeypatch.setattr(torch.cuda.profiler, name, mark)
-    assert kernels.main(["--once", "--shape", "2x64x32x32", "--family", "general"]) == 0
+    assert kernels.main(["--once", "--shape", "2x64x32x32", "--family", "overlap"]) == 0
     assert [name for name, _ in marks] == ["start", "stop"] * 4
     assert [b[1] - a[1] for a, b in zip(marks[::2], marks[1::2], strict=True)] == [6] * 4
 
@@ -202,26 +187,23 @@ def test_calls_run_a_case(layout, monkeypatch):
 
 def test_every_kernel_has_its_passes():
     names = []
-    for folder in ("general", "on_chip"):
-        for file in (plan.ROOT / "csrc/cuda" / folder).glob("*.cu*"):
-            bounds = r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)"
-            pattern = rf"__global__ void(?: {bounds})?\s+(\w+)\("
-            names += re.findall(pattern, file.read_text())
-    assert {"excite", "excite_gates", "reduce_planes", "forward_kernel"} < {*names}
+    for file in (plan.ROOT / "csrc/cuda").rglob("*.cu*"):
+        bounds = r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)"
+        pattern = rf"__global__ void(?: {bounds})?\s+(\w+)\("
+        names += re.findall(pattern, file.read_text())
+    assert {"excite", "excite_gates", "reduce_planes", "apply"} < {*names}
     assert "__launch_bounds__" not in names
     source = (plan.ROOT / "scse_kernels/_triton/launch.py").read_text()
     names += re.findall(r"(\w+_kernel), \(", source)
     assert {"squeeze_kernel", "apply_backward_kernel"} < {*names}
     assert [name for name in names if kernels.passes(name, "max") is None] == []
-    assert kernels.passes("at::native::reduce_kernel", "add") == 2  # not asked for
-    assert kernels.passes("fill", "add") is None
+    assert kernels.passes("at::native::reduce_kernel", "add") is None
 
 
 def test_short_names():
-    on_chip = "void scse::cuda::on_chip::forward_kernel<float, (scse::Combine)1, true>(float*)"
-    assert kernels.short(on_chip) == "on_chip::forward_kernel"
-    hidden = "scse::cuda::on_chip::(anonymous namespace)::gradients_kernel(float const*, int)"
-    assert kernels.short(hidden) == "on_chip::gradients_kernel"
+    assert kernels.short("void scse::cuda::apply<float, (scse::Combine)1>(float*)") == "apply"
+    hidden = "at::native::(anonymous namespace)::copy_kernel(float const*, int)"
+    assert kernels.short(hidden) == "at::native::copy_kernel"
     assert kernels.short("squeeze_kernel") == "squeeze_kernel"
 
 
@@ -323,18 +305,15 @@ def test_a_full_pass_and_its_page(stand_in, monkeypatch, tmp_path, capsys):
         "| tests, cuda | FAILED | 0 | 1 failed, 7 passed |",
         "Left out: ncu (no_such_module not installed).",
         # the kernels of the large map, and whole calls
-        "| cuda | general, no overlap | apply_backward | 2 / 3 |"
+        "| cuda | no overlap | apply_backward | 2 / 3 |"
         " 179.0 us, 50% | 268.4 us, 50% | 179.0 us, 50% | 268.4 us, 50% |",
-        "| cuda | on chip | on_chip::forward_kernel | 2 | 89.5 us, 100% |",
-        "| cuda | on chip | on_chip::gradients_kernel | 0 | 2.0 us |",
         "| triton | three launches | reduce_kernel | 2 | 357.9 us, 25% |",
-        "| 8x128x32x32 | backward | 22% | 22% |  | 15% | 22% |",
+        "| 8x128x32x32 | backward | 22% | 22% | 15% |",
         # counted passes
         "| squeeze | 1 | 1.40 + 0.01 | 1.50 + 0.01 | 1.60 + 0.01 | 1.70 + 0.01 |",
         "| apply | 2 | 1.50 + 0.75 | 1.50 + 0.75 | 1.50 + 0.75 | 1.50 + 0.75 |",
-        # choose.h: what `auto` took was slower for 256 channels forward, where it is on chip
-        "Of 32 calls 20 took the slower family; the worst of each shape and direction:",
-        "| 8x256x16x16 | contiguous | add | forward | 10.1 | 28.0 | on chip | 2.77 |",
+        # backends.py
+        "| 256x64x64x64 | 1.98 | 1.97 | 1.98 |",
         # heuristics.py
         "| 8x64x64x64, float16, contiguous, add | 64 64 2 1 3 | 64 128 4 1 3 | 1.25 |",
         "| float16 | contiguous | add | forward | 4.00 |  | 2.00 | 0.67 | 3.00 |  | 1.50 | 0.50 |",
@@ -347,7 +326,7 @@ def test_a_full_pass_and_its_page(stand_in, monkeypatch, tmp_path, capsys):
 
 def test_deep_levels(stand_in, tmp_path):
     deep = ["--reduction", "2", "--combine", "add", "--layout", "contiguous"]
-    families = ["--family", "general, no overlap", "on chip"]
+    families = ["--family", "no overlap", "three launches"]
     path = tmp_path / "deep.csv"
     shapes = ["--shape", "8x128x16x16", "8x512x16x16"]
     assert kernels.main([*shapes, *deep, *families, "--output", str(path)]) == 0
@@ -357,9 +336,10 @@ def test_deep_levels(stand_in, tmp_path):
     squeeze, apply = (passes * 8 * 512 * 16 * 16 * 2 / (0.5 * SPEED) for passes in (1, 2))
     span = squeeze + 2 + apply + 6
     assert [line.split(" | ")[:3] for line in lines] == [
-        ["| 8x128x16x16", "contiguous", "general, no overlap"],
-        ["| 8x512x16x16", "contiguous", "general, no overlap"],
-        ["| 8x512x16x16", "contiguous", "on chip"],
+        ["| 8x128x16x16", "contiguous", "no overlap"],
+        ["| 8x512x16x16", "contiguous", "no overlap"],
+        ["| 8x128x16x16", "contiguous", "three launches"],
+        ["| 8x512x16x16", "contiguous", "three launches"],
     ]
     forward = lines[1].split(" | ")[3]
     assert forward == f"squeeze {squeeze:.1f}, excite 2.0, apply {apply:.1f}, **{span:.1f}**"
@@ -368,7 +348,7 @@ def test_deep_levels(stand_in, tmp_path):
 def test_a_page_of_nothing(tmp_path):
     text = page.text(FACTS, [], tmp_path, 60.0)
     assert text.count("Not measured.") == 3 and "Not tuned." in text
-    assert "Not measured in both families." in text and "Not measured with both." in text
+    assert "Not measured with both." in text
     assert "Not counted by ncu" in text and "Nothing failed." in text
 
 
@@ -382,7 +362,7 @@ def test_a_part_that_cannot_be_read_does_not_cost_the_page(tmp_path):
 def test_a_call_that_failed_under_ncu_is_told(tmp_path):
     write_ncu(tmp_path / "ncu.csv")
     assert "mixed up" not in page.text(FACTS, [], tmp_path, 60.0)
-    (tmp_path / "ncu.txt").write_text("$ ncu\nFAILED: general, 256x64x64x64\n")
+    (tmp_path / "ncu.txt").write_text("$ ncu\nFAILED: overlap, 256x64x64x64\n")
     assert "A call failed (ncu.txt): columns may be mixed up." in page.text(FACTS, [], tmp_path, 60)
 
 

@@ -260,7 +260,10 @@ def test_every_tool_calls_each_kernel_once(planned):
         assert command[at - 2] == sys.executable
         families = command[command.index("--family") + 1 :]
         assert {kernels.FAMILIES[family].backend for family in families} == {"cuda", "triton"}
-        assert {"general", "on chip", "three launches", "one launch"} == {*families}
+        assert {"overlap", "three launches", "one launch"} == {*families}
+    deep = planned["deep levels"].command
+    families = deep[deep.index("--family") + 1 : deep.index("--output")]
+    assert families == ("overlap", "no overlap", "three launches")
     command = planned["ncu"].command
     assert command[command.index("--clock-control") + 1] == "none"
 

@@ -174,7 +174,7 @@ def unknown_settings(page):
 
 def settings():
     """The environment variables that the package and its build read."""
-    read = re.compile(r'(?:environ(?:\.get\(|\[)|getenv\(|choice_of\()\s*"(SCSE_\w+)"')
+    read = re.compile(r'(?:environ(?:\.get\(|\[)|getenv\()\s*"(SCSE_\w+)"')
     files = [ROOT / "setup.py", *(ROOT / "scse_kernels").rglob("*.py")]
     files += (f for f in (ROOT / "csrc").rglob("*") if f.is_file())
     return {name for file in files for name in read.findall(file.read_text())}
@@ -244,7 +244,7 @@ def test_the_checks_see_what_the_pages_have():
 def test_every_setting_is_in_the_table():
     table = (ROOT / "docs" / "install.md").read_text().partition("## Environment variables")[2]
     named = set(re.findall(r"^\| `(SCSE_\w+)`", table, re.M))
-    assert len(settings()) == 8 and named == settings()
+    assert len(settings()) == 7 and named == settings()
 
 
 def test_the_front_page_is_short():

@@ -165,10 +165,10 @@ def check_refusals(family, device):
             torch.ops.scse_kernels.cuda_forward(x, None, None, None, None, None, None, 0)
             raise AssertionError("no branch was taken")
         with (
-            selfcheck.environment({"SCSE_CUDA_KERNELS": "fast"}),
+            selfcheck.environment({"SCSE_CUDA_OVERLAP": "fast"}),
             contextlib.suppress(RuntimeError),
         ):
             call("add", *given.leaves, backend=family.backend)
-            assert family.backend != "cuda", "SCSE_CUDA_KERNELS=fast was taken"
+            assert family.backend != "cuda", "SCSE_CUDA_OVERLAP=fast was taken"
         assert (torch.ones(3, device=device) + 1).sum().item() == 6
         assert_same(given.results(family.backend), expected)

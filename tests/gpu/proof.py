@@ -53,9 +53,6 @@ EXPECTED = {
         "excite_backward_hidden",
         "excite_backward_mean",
         "apply_backward",
-        "on_chip::forward_kernel",
-        "on_chip::backward_kernel",
-        "on_chip::gradients_kernel",
     ),
 }
 

@@ -18,11 +18,7 @@ pytestmark = pytest.mark.skipif(
     COMPILER is None or not SOURCES.exists(), reason="no C++ compiler, or no sources"
 )
 
-FLOAT32, FLOAT64, FLOAT16 = 0, 1, 2  # of scse::cuda::Dtype
-ADD, CONCAT = 0, 3  # of scse::Combine
-# Shared memory of a block (bytes) and blocks of a cluster: H100, B200; RTX 5090.
-HOPPER, CONSUMER = (227 << 10, 16), (99 << 10, 8)
-# The general kernels' launch bounds and their grid's limit.
+# The kernels' launch bounds and their grid's limit.
 MOST_THREADS, MOST_BLOCKS = 256, 2**31 - 1
 
 
@@ -42,13 +38,6 @@ class Tile(NamedTuple):
     outer_tiles: int
 
 
-class Plan(NamedTuple):
-    cluster: int
-    slice: int
-    threads: int
-    shared: int
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     file = tmp_path_factory.mktemp("choices") / "choices.so"
@@ -58,7 +47,7 @@ def library(tmp_path_factory):
         [COMPILER, *flags, *folders, HERE / "cuda_headers" / "choices.cpp", "-o", file], check=True
     )
     loaded = ctypes.CDLL(str(file))
-    for function in (loaded.choice, loaded.fits, loaded.layers):
+    for function in (loaded.fits, loaded.layers):
         function.restype = ctypes.c_bool
     loaded.tasks.restype = ctypes.c_int64
     return loaded
@@ -77,28 +66,6 @@ def tile(library):
         return Tile(*out)
 
     return tile_of
-
-
-@pytest.fixture
-def plan(library):
-    def plan_of(
-        shape,
-        limits,
-        dtype=FLOAT16,
-        backward=False,
-        channels_last=False,
-        combine=ADD,
-        hidden=None,
-    ) -> Plan:
-        samples, channels, positions = shape
-        out = (ctypes.c_int64 * len(Plan._fields))()
-        sizes = _long(samples, channels, hidden or max(1, channels // 2), positions)
-        flags = ctypes.c_bool(channels_last), ctypes.c_bool(backward)
-        shared, cluster = limits
-        library.plan(dtype, *sizes, combine, *flags, ctypes.c_int64(shared), cluster, out)
-        return Plan(*out)
-
-    return plan_of
 
 
 def _sizes():
@@ -151,73 +118,6 @@ def test_tiles_of_large_maps_read_whole_lines(tile):
         # A position's channels lie side by side, as many as a warp reads at once.
         t = tile(channels, 64 * 64, itemsize, width, True)
         assert t.inner == min(channels, 32 * width)
-
-
-@pytest.mark.parametrize("limits", (HOPPER, CONSUMER), ids=("hopper", "consumer"))
-@pytest.mark.parametrize("backward", (False, True))
-@pytest.mark.parametrize("dtype, itemsize", [(FLOAT32, 4), (FLOAT16, 2)])
-@pytest.mark.parametrize("combine", (ADD, CONCAT))
-@pytest.mark.parametrize("channels_last", (False, True))
-def test_a_sample_fits_its_cluster(plan, limits, backward, dtype, itemsize, combine, channels_last):
-    shared, most_blocks = limits
-    fitting = 0
-    for channels, positions in _sizes():
-        p = plan((3, channels, positions), limits, dtype, backward, channels_last, combine)
-        where = f"{channels} channels, {positions} positions: {p}"
-        maps = (3 if combine == CONCAT else 2) if backward else 1
-        held = maps * channels * positions * itemsize
-        if p.cluster == 0:
-            # Rows are padded to vectors of 16 bytes, at most one to a thread; up to 500 channels,
-            # the small vectors and partial sums fit the other half of the memory.
-            slice_ = -(-positions // most_blocks)
-            rows, row = (slice_, channels) if channels_last else (channels, slice_)
-            vectors = -(-row * itemsize // 32) * 2
-            full = 16 * maps * rows * vectors > shared // 2
-            assert full or vectors > 512 or channels > 500, where
-            continue
-        fitting += 1
-        assert _power_of_two(p.cluster) and p.cluster <= most_blocks, where
-        assert p.threads in (256, 512) and p.shared <= shared, where
-        assert p.slice * p.cluster >= positions, where
-        assert held <= p.cluster * p.shared, where
-        row = channels if channels_last else p.slice
-        assert row * itemsize <= 16 * p.threads, where
-        if not channels_last:  # rows of whole sectors, so that blocks don't share one
-            assert p.slice * itemsize % 32 == 0, where
-    assert fitting > 200
-
-
-def test_what_never_fits(plan):
-    assert plan((3, 64, 1024), HOPPER).cluster > 0
-    assert plan((3, 64, 1024), HOPPER, dtype=FLOAT64).cluster == 0
-    assert plan((0, 64, 1024), HOPPER).cluster == 0
-    assert plan((3, 64, 1024), (0, 0)).cluster == 0  # no clusters on this device
-    assert plan((3, 64, 2**15), HOPPER).cluster == 0  # 4 MiB
-    assert plan((3, 64, 2**40), HOPPER).cluster == 0
-    assert plan((3, 2**20, 1), HOPPER, hidden=2**19).cluster == 0
-
-
-def test_clusters_grow_with_the_sample(plan):
-    """16 KiB to a block, up to eight blocks; then eight, and sixteen past 64 KiB to a block."""
-    expected = {128: 1, 256: 2, 512: 4, 1024: 8, 2048: 8, 4096: 8, 8192: 16, 16384: 16}
-    assert {s: plan((2, 64, s), HOPPER).cluster for s in expected} == expected
-    # The backward holds dy too.
-    expected = {64: 1, 128: 2, 256: 4, 512: 8, 2048: 8, 4096: 16, 8192: 16, 16384: 0}
-    assert {s: plan((2, 64, s), HOPPER, backward=True).cluster for s in expected} == expected
-
-
-def test_on_chip_where_it_saves_time(library):
-    """As timed on an H100, see choose.h."""
-
-    def on_chip(bytes_, blocks, channels=256, hidden=16):
-        return library.choice(*_long(bytes_, blocks, channels, hidden))
-
-    mib = 1 << 20
-    assert on_chip(mib, 64) and on_chip(mib // 8, 8)
-    assert not on_chip(mib, 0)  # it doesn't fit
-    assert not on_chip(2 * mib, 64) and not on_chip(128 * mib, 2048)
-    assert not on_chip(mib, 16)  # large slices, few blocks
-    assert not on_chip(mib, 64, 512, 256)  # a large excitation
 
 
 def test_excitations_of_many_weights_have_a_launch_for_each_layer(library):

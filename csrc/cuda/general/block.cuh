@@ -1,4 +1,4 @@
-// What the general kernels share: how a block's threads lie on a map, see tile.h, and its sums.
+// What the kernels share: how a block's threads lie on a map, see tile.h, and its sums.
 #pragma once
 
 #include <type_traits>

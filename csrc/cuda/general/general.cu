@@ -1,4 +1,4 @@
-// The general kernels: the order of launches and their scratch memory.
+// The order of launches and their scratch memory.
 #include "general.h"
 
 #include "../dispatch.h"
@@ -18,26 +18,6 @@ Tile tile_for(const Problem& p) {
   }
   return tile_of(p.channels, p.positions, size, parts % wide == 0 ? wide : wide / 2,
                  p.channels_last);
-}
-
-void forward(const Problem& p, float* scratch) {
-  if (p.samples == 0) return;
-  const Forward f = plan_forward(p, scratch);
-  with_dtype<Passes>(p.dtype, [&](auto passes) {
-    passes.squeeze(p, f);
-    if (p.has_channel()) excite(p, f);
-    passes.apply(p, f);
-  });
-}
-
-void backward(const Problem& p, float* scratch) {
-  const Backward b = plan_backward(p, scratch);
-  const bool sums = b.partial != nullptr || b.partial_ws != nullptr;
-  with_dtype<Passes>(p.dtype, [&](auto passes) {
-    if (p.samples > 0 && (sums || b.dq != nullptr)) passes.reduce(p, b);
-    if (p.samples > 0 && sums) excite_backward(p, b);
-    passes.apply_backward(p, b);
-  });
 }
 
 }  // namespace
@@ -79,7 +59,27 @@ Backward plan_backward(const Problem& p, float* scratch) {
   return b;
 }
 
-const Launcher general{[](const Problem& p) { return plan_forward(p, nullptr).floats; }, forward,
-                       [](const Problem& p) { return plan_backward(p, nullptr).floats; }, backward};
+int64_t forward_scratch(const Problem& p) { return plan_forward(p, nullptr).floats; }
+int64_t backward_scratch(const Problem& p) { return plan_backward(p, nullptr).floats; }
+
+void forward(const Problem& p, float* scratch) {
+  if (p.samples == 0) return;
+  const Forward f = plan_forward(p, scratch);
+  with_dtype<Passes>(p.dtype, [&](auto passes) {
+    passes.squeeze(p, f);
+    if (p.has_channel()) excite(p, f);
+    passes.apply(p, f);
+  });
+}
+
+void backward(const Problem& p, float* scratch) {
+  const Backward b = plan_backward(p, scratch);
+  const bool sums = b.partial != nullptr || b.partial_ws != nullptr;
+  with_dtype<Passes>(p.dtype, [&](auto passes) {
+    if (p.samples > 0 && (sums || b.dq != nullptr)) passes.reduce(p, b);
+    if (p.samples > 0 && sums) excite_backward(p, b);
+    passes.apply_backward(p, b);
+  });
+}
 
 }  // namespace scse::cuda

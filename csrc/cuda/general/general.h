@@ -1,6 +1,6 @@
-// The general kernels' host side: three launches forward, three backward (four where the excitation
-// has many weights), for any map and sm_80 or
-// later. Plain arithmetic on sizes, and pointers into the scratch memory.
+// The kernels' host side: three launches forward, three backward (four where the excitation has
+// many weights), for any map and sm_80 or later. Plain arithmetic on sizes, and pointers into the
+// scratch memory.
 #pragma once
 
 #include "../problem.h"
@@ -46,11 +46,16 @@ struct Passes {
   static void apply_backward(const Problem& p, const Backward& b);
 };
 
-extern const Launcher general;
+// What the operators call: all launches of a direction, with so many floats of scratch memory,
+// aligned to 256 bytes.
+int64_t forward_scratch(const Problem& p);
+void forward(const Problem& p, float* scratch);
+int64_t backward_scratch(const Problem& p);
+void backward(const Problem& p, float* scratch);
 
 // What this build's kernels are compiled for on `device`, the current one: 80 for 8.0, 0 where
 // there is no code that it can run. Less than the device's own where it compiles PTX for an older
-// one, which knows neither clusters nor waiting for the kernel before.
+// one, which does not know how to wait for the kernel before.
 int architecture_of(int device);
 
 }  // namespace scse::cuda

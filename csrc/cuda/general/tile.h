@@ -1,4 +1,4 @@
-// How the general kernels walk a map: tile sizes and grids, from shape and dtype alone, never from
+// How the kernels walk a map: tile sizes and grids, from shape and dtype alone, never from
 // the device or the number of samples, so that a sum has the same order everywhere. Plain
 // functions.
 #pragma once

@@ -14,14 +14,16 @@ import gpulab
 import torch
 from budget import make_case
 from cases import in_layout
-from fakecuda import GPU, H100, NO_CLUSTERS, Lab, connect, running_on
+from fakecuda import Lab, connect, running_on
+from gpulab import H100
 from gpulab.counters import UNCHARGED
 
 from scse_kernels import ops
 
 LAYOUTS = ("contiguous", "channels_last")
-#: Rows of the tables: a device without clusters takes the general kernels.
-GENERAL = [(NO_CLUSTERS, (4, 64, 64, 64), v, d) for v in ("add", "max", "concat") for d in LAYOUTS]
+SHAPE = (4, 64, 64, 64)
+#: Rows of the first tables.
+ROWS = [(variant, layout) for variant in ("add", "max", "concat") for layout in LAYOUTS]
 #: Deep levels, and what their channels are reduced by. Rows of the first two are no multiples of 16
 #: bytes.
 DEEP = {
@@ -36,14 +38,6 @@ DEEP = {
 }
 #: Maps whose kernels are counted by the instructions that they issue.
 ISSUED = ((8, 64, 64, 64), (8, 256, 16, 16))
-#: The maps whose sum is shown kernel by kernel.
-DETAILED = ((4, 64, 64, 64), (16, 64, 32, 32))
-ON_CHIP = [
-    (H100, shape, variant, layout)
-    for shape, variant in (((16, 64, 32, 32), "add"), ((16, 64, 32, 32), "max"))
-    for layout in LAYOUTS
-] + [(H100, (8, 128, 16, 16), "add", "contiguous")]
-
 
 #: Maps that a kernel reads, by its name and for max: x and dy.
 MAPS = {
@@ -51,13 +45,11 @@ MAPS = {
     "apply": (1, 1),
     "reduce": (2, 2),
     "apply_backward": (1, 2),
-    "on_chip::forward": (1, 1),
-    "on_chip::backward": (2, 2),
 }
 
 
 def count(
-    gpu: GPU, shape, variant, layout, residual=False, excitation=None, l2_bytes=None, **how
+    shape, variant, layout, residual=False, excitation=None, l2_bytes=None, **how
 ) -> tuple[int, list[Lab]]:
     """The bytes of x, and what was executed forward and backward, with an L2 of a tenth of x or of
     `l2_bytes`. `excitation`: as of make_case, `how`: as of running_on."""
@@ -67,16 +59,12 @@ def count(
     emulated, code = torch.ops.scse_kernels_emulated, ops.COMBINE.get(variant, 0)
     how, added = {"count": True, **how}, {"residual": residual}
     l2_bytes = l2_bytes or case.x.nbytes // 10
-    with running_on(gpu, l2=gpulab.L2Cache(l2_bytes), **how) as forward:
+    with running_on(H100, l2=gpulab.L2Cache(l2_bytes), **how) as forward:
         _, *small = emulated.cuda_forward(case.x, *case.parameters, code, **added)
-    with running_on(gpu, l2=gpulab.L2Cache(l2_bytes), **how) as backward:
+    with running_on(H100, l2=gpulab.L2Cache(l2_bytes), **how) as backward:
         inputs = case.dy, case.x, *case.parameters, *small
         emulated.cuda_backward(*inputs, code, True, True, True, **added)
     return case.x.nbytes, [forward, backward]
-
-
-def detailed(shape, variant) -> bool:
-    return variant == "add" and shape in DETAILED
 
 
 def row(*cells) -> str:
@@ -103,7 +91,7 @@ def wide(widths) -> float:
 def issued(report, variant, x_bytes) -> str:
     """Warp instructions to each KiB of the maps that a kernel over the map reads, without moves and
     loads of parameters, most of which ptxas removes."""
-    kernel = re.sub("(_planes|_channels_last|_kernel)?<.*", "", report.kernel)
+    kernel = re.sub("(_planes|_channels_last)?<.*", "", report.kernel)
     if kernel not in MAPS:
         return "none"
     instructions = report.warp_instructions - sum(report.instructions[k] for k in UNCHARGED)
@@ -131,8 +119,8 @@ def deep_row(shape) -> str:
     """The bound of each launch, that of the longest chain of instructions that wait for one another
     too, by the columns of the table; and their sum."""
     excitation = {"reduction": DEEP[shape], "parameter_dtype": torch.float32}
-    how = {"l2_bytes": H100.device.l2_bytes, "latency": True}
-    _, labs = count(NO_CLUSTERS, shape, "add", "contiguous", excitation=excitation, **how)
+    how = {"l2_bytes": H100.l2_bytes, "latency": True}
+    _, labs = count(shape, "add", "contiguous", excitation=excitation, **how)
     bounds = [[report.roofline()["bound_us"] for report in lab.reports] for lab in labs]
     cells = [cell for squeeze, *excite, apply in bounds for cell in ([squeeze], excite, [apply])]
     shown = (" + ".join(f"{us:.2f}" for us in cell) for cell in cells)
@@ -143,22 +131,22 @@ def issued_row(shape, layout) -> str:
     """`issued` of each kernel over a map, for add / max."""
     numbers = []
     for variant in ("add", "max"):
-        x_bytes, labs = count(NO_CLUSTERS, shape, variant, layout)
+        x_bytes, labs = count(shape, variant, layout)
         numbers.append([issued(r, variant, x_bytes) for lab in labs for r in lab.reports])
     pairs = zip(*numbers, strict=True)
     over_maps = [f"{add} / {largest}" for add, largest in pairs if add != "none"]
     return row(f"{list(shape)}, {layout}", *over_maps)
 
 
-def rows(gpu, shape, variant, layout) -> list[str]:
-    """A row of passes, and those of the kernels where they are shown."""
-    x_bytes, labs = count(gpu, shape, variant, layout)
+def rows(variant, layout) -> list[str]:
+    """A row of passes, and of the sum those of its kernels."""
+    x_bytes, labs = count(SHAPE, variant, layout)
     kernels = [kernel_row(report, layout, x_bytes) for lab in labs for report in lab.reports]
-    return [passes_row(shape, variant, layout, x_bytes, labs), *kernels * detailed(shape, variant)]
+    return [passes_row(SHAPE, variant, layout, x_bytes, labs), *kernels * (variant == "add")]
 
 
 if __name__ == "__main__":
-    for what in (*GENERAL, *ON_CHIP):
+    for what in ROWS:
         print("\n".join(rows(*what)), flush=True)
     for shape in DEEP:
         print(deep_row(shape), flush=True)

@@ -1,4 +1,4 @@
-"""Every activation and every gate in each family of the CUDA kernels, against float64."""
+"""Every activation and every gate of the CUDA kernels, against float64."""
 
 import pytest
 import torch

@@ -6,7 +6,8 @@ import pytest
 import torch
 from budget import call, make_case, same_bits
 from cases import LAYERED, execute, layered
-from fakecuda import A100, NO_CLUSTERS, running_on
+from fakecuda import running_on
+from gpulab import A100, H100
 
 from scse_kernels.ops import BACKWARD, COMBINE, FORWARD
 
@@ -31,14 +32,13 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("what", SHAPES)
-def test_shapes(what, monkeypatch):
-    monkeypatch.setenv("SCSE_CUDA_KERNELS", "general")
+def test_shapes(what):
     variant, dtype, shape, reduction = SHAPES[what]
     case = make_case(shape, variant, dtype, reduction, parameter_dtype=FLOAT)
     if what == "few channels":  # and many hidden ones, as the functional form allows
         w1, b1, w2, b2 = make_case((1, 3300, 1, 1), "cse", dtype, 660).parameters[:4]
         case = replace(case, parameters=(w2, b2, w1, b1, *case.parameters[4:]))
-    execute((A100, NO_CLUSTERS)[list(SHAPES).index(what) % 2], case)
+    execute((A100, H100)[list(SHAPES).index(what) % 2], case)
 
 
 @pytest.mark.parametrize("channels", (132, 131))
@@ -47,7 +47,7 @@ def test_no_batch_changes_a_bit(channels):
     case = make_case((70, channels, 1, 9), "max", HALF, 1, parameter_dtype=FLOAT)
 
     def of(some):
-        with running_on(NO_CLUSTERS) as lab:
+        with running_on(H100) as lab:
             y, *small = FORWARD["cuda"](case.x[some], *case.parameters, COMBINE["max"])
             needs = COMBINE["max"], True, False, False
             given = case.dy[some], case.x[some], *case.parameters, *small
@@ -71,7 +71,7 @@ def test_infinite_values_stay_in_their_sample():
     case = make_case((3, 132, 1, 9), "cse", HALF, 1)
     case.x[1] = torch.inf
     plain = make_case((3, 132, 1, 9), "cse", HALF, 1)
-    with running_on(NO_CLUSTERS):
+    with running_on(H100):
         y = call("cse", case.x, *case.parameters, backend="cuda")
         expected = call("cse", plain.x, *plain.parameters, backend="cuda")
     assert same_bits(y[::2], expected[::2])

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from budget import call, make_case
-from fakecuda import A100, GPU, H100, NO_CLUSTERS, running_on
+from fakecuda import running_on
 from fakecuda.driver import (
-    INVALID_CLUSTER_SIZE,
     INVALID_CONFIGURATION,
     INVALID_DEVICE,
     INVALID_RESOURCE_HANDLE,
@@ -22,11 +21,11 @@ from fakecuda.driver import (
     LAUNCH_FAILURE,
     MAX_DYNAMIC_SHARED,
     NO_KERNEL_IMAGE,
-    NON_PORTABLE_CLUSTER,
     NOT_SUPPORTED,
     Memory,
     stream_of,
 )
+from gpulab import A100, H100
 
 KIB = 1024
 EXCITE = "excite<float, true>"
@@ -38,8 +37,7 @@ def forward(gpu, case):
     return lab
 
 
-OLD = GPU(gpulab.A100.scaled(name="before all that the build has code for", arch=75), 0)
-SILENT = GPU(gpulab.H100.scaled(name="does not answer about clusters"), None)
+OLD = A100.scaled(name="before all that the build has code for", arch=75)
 
 
 class _Attribute(Structure):
@@ -70,20 +68,15 @@ class Host:
     def set(self, attribute, value):
         return self.library.cudaFuncSetAttribute(c_void_p(self.function), attribute, value)
 
-    def config(self, grid=(1, 1, 1), block=(32, 1, 1), shared=0, cluster=None, overlap=False):
-        attributes = []
-        if cluster:
-            attributes.append(_Attribute(4, 0, (c_uint32 * 16)(*cluster)))
-        if overlap:
-            attributes.append(_Attribute(6, 0, (c_uint32 * 16)(1)))
-        self.attributes = (_Attribute * max(1, len(attributes)))(*attributes)
+    def config(self, grid=(1, 1, 1), block=(32, 1, 1), shared=0, overlap=False):
+        self.attribute = _Attribute(6, 0, (c_uint32 * 16)(1))
         return _Config(
             (c_uint32 * 3)(*grid),
             (c_uint32 * 3)(*block),
             shared,
             stream_of(self.device),
-            ctypes.addressof(self.attributes),
-            len(attributes),
+            ctypes.addressof(self.attribute),
+            int(overlap),
         )
 
     def launch(self, stream=None, **config):
@@ -129,7 +122,6 @@ def host():
     attributes.update(before)
 
 
-ON_CHIP = "on_chip::forward_kernel<float, 0, false>"
 REDUCE = "reduce_planes<float, 4, 0>"
 
 
@@ -161,38 +153,6 @@ def test_a_smaller_device_has_less_shared_memory(host):
     h = host(A100, REDUCE)
     assert h.set(MAX_DYNAMIC_SHARED, 163 * KIB) == INVALID_VALUE
     assert h.set(MAX_DYNAMIC_SHARED, 140 * KIB) == 0
-
-
-def test_clusters(host):
-    h = host(H100, ON_CHIP)
-    assert h.launch(grid=(16, 1, 1), cluster=(16, 1, 1)) == INVALID_CLUSTER_SIZE
-    assert h.set(NON_PORTABLE_CLUSTER, 1) == 0
-    assert h.launch(grid=(32, 1, 1), cluster=(32, 1, 1)) == INVALID_CLUSTER_SIZE
-    assert h.launch(grid=(12, 1, 1), cluster=(8, 1, 1)) == INVALID_CONFIGURATION
-    assert h.launch(grid=(8, 1, 1), cluster=(8, 0, 1)) == INVALID_CLUSTER_SIZE
-
-
-@pytest.mark.parametrize("gpu", (A100, NO_CLUSTERS))
-def test_clusters_where_there_are_none(host, gpu):
-    refused = NOT_SUPPORTED if gpu is A100 else INVALID_CLUSTER_SIZE
-    assert host(gpu, ON_CHIP).launch(grid=(2, 1, 1), cluster=(2, 1, 1)) == refused
-
-
-def test_how_large_clusters_may_be(host):
-    h, blocks = host(H100, ON_CHIP), ctypes.c_int(-1)
-    ask = h.library.cudaOccupancyMaxPotentialClusterSize
-    function, config = c_void_p(h.function), h.config(block=(512, 1, 1), shared=48 * KIB)
-    assert ask(byref(blocks), function, byref(config)) == 0 and blocks.value == 8
-    assert h.set(NON_PORTABLE_CLUSTER, 1) == 0
-    assert ask(byref(blocks), function, byref(config)) == 0 and blocks.value == 16
-    config = h.config(block=(512, 1, 1), shared=49 * KIB)
-    assert ask(byref(blocks), function, byref(config)) == INVALID_VALUE
-
-
-def test_a_device_that_does_not_say(host):
-    h, blocks = host(SILENT, ON_CHIP), ctypes.c_int(-1)
-    ask, function = h.library.cudaOccupancyMaxPotentialClusterSize, c_void_p(h.function)
-    assert ask(byref(blocks), function, byref(h.config())) == NOT_SUPPORTED
 
 
 def test_code_for_other_devices(host):
@@ -271,21 +231,21 @@ def test_bounds_are_those_of_the_tensor(x_as):
     case = make_case((1, 16, 6, 8))
     x_as(case, end=lambda m: m.end - 16)
     with pytest.raises(gpulab.OutOfBounds, match=r"(?s)0 bytes past the end of.*\.cuh:\d+"):
-        forward(NO_CLUSTERS, case)
+        forward(H100, case)
 
 
 def test_memory_that_nobody_wrote_must_not_be_read(x_as):
     case = make_case((1, 16, 6, 8))
     x_as(case, fresh=lambda m: True)
-    forward(NO_CLUSTERS, case)
+    forward(H100, case)
     case.x.view(torch.uint8)[..., -4:] = gpulab.poison.POISON
     with pytest.raises(gpulab.UninitialisedRead, match=r"\.cuh:\d+"):
-        forward(NO_CLUSTERS, case)
+        forward(H100, case)
 
 
 def test_what_operators_allocate_is_poisoned():
     case = make_case((1, 16, 6, 8), dtype=torch.float16)
-    with running_on(NO_CLUSTERS, dry=True):
+    with running_on(H100, dry=True):
         y = call(case.variant, case.x, *case.parameters, backend="cuda")
     assert y.view(torch.uint8).eq(gpulab.poison.POISON).all()
 

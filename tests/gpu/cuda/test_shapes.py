@@ -7,21 +7,19 @@ import pytest
 import torch
 from budget import make_case
 from cases import ARRANGED, execute, in_layout
-from fakecuda import A100, GPU, H100, NO_CLUSTERS, SMALL_BLOCKS
+from gpulab import A100, H100
 
-#: A sample in one block, however large.
-ONE_BLOCK = GPU(H100.device.scaled(name="H100, clusters of one"), 1)
 PLANES, LAST = "contiguous", "channels_last"
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
-GENERAL = {
+SHAPES = {
     "strips of several tiles, wide": (PLANES, "add", FLOAT, (2, 128, 4, 140)),
     "strips of several tiles, narrow": (PLANES, "max", HALF, (2, 21, 1, 601)),
     "... channels in one step": (LAST, "mul", HALF, (1, 21, 1, 601)),
     "... channels in several steps": (LAST, "concat", FLOAT, (2, 37, 1, 531)),
     "... wide, channels in one step": (LAST, "max", BFLOAT, (1, 72, 1, 1090)),
     "channels in several steps, wide": (LAST, "max", HALF, (2, 264, 3, 7)),
-    "x does not all stay on chip": (PLANES, "max", HALF, (1, 2056, 1, 16)),
+    "x does not all stay in shared memory": (PLANES, "max", HALF, (1, 2056, 1, 16)),
     "... of narrow rows": (PLANES, "sse", FLOAT, (1, 4100, 1, 3)),
     "... channels last": (LAST, "max", FLOAT, (1, 648, 1, 29)),
     "... channels last, the sum": (LAST, "add", FLOAT, (1, 648, 1, 29)),
@@ -43,13 +41,13 @@ GENERAL = {
 }
 
 
-@pytest.mark.parametrize("what", GENERAL)
-def test_general(what):
-    layout, variant, dtype, shape = GENERAL[what]
-    gpu = (NO_CLUSTERS, A100)[list(GENERAL).index(what) % 2]
+@pytest.mark.parametrize("what", SHAPES)
+def test_shapes(what):
+    layout, variant, dtype, shape = SHAPES[what]
+    gpu = (H100, A100)[list(SHAPES).index(what) % 2]
     way = ARRANGED["samples apart" if "apart" in what else "dense"]
     case = make_case(shape, variant, dtype).arranged(*[partial(way, layout)] * 2)
-    assert "on_chip" not in "".join(execute(gpu, case).launched)
+    execute(gpu, case)
 
 
 @pytest.mark.parametrize("layout", (PLANES, LAST))
@@ -57,16 +55,14 @@ def test_general(what):
 def test_a_misaligned_map_of_aligned_size(layout, which):
     case = make_case((2, 24, 4, 8), "max", HALF).arranged(*[partial(in_layout, layout)] * 2)
     case = case.arranged(**{which: partial(ARRANGED["misaligned"], layout)})
-    lab = execute(NO_CLUSTERS, case)
+    lab = execute(H100, case)
     widths = {kernel.split(", ")[1] for kernel in lab.launched if "excite" not in kernel}
     assert widths == ({"4"} if which == "x" else {"8", "4"})
 
 
-@pytest.mark.parametrize("kernels", ("general", "on_chip"))
 @pytest.mark.parametrize("layout", (PLANES, LAST))
-def test_equal_gates_share_the_gradient(layout, kernels, monkeypatch):
+def test_equal_gates_share_the_gradient(layout):
     """All weights are zero, so both gates are 1/2 and all products tie."""
-    monkeypatch.setenv("SCSE_CUDA_KERNELS", kernels)
     case = make_case((2, 24, 4, 8), "max", HALF)
     tied = replace(case, parameters=tuple(torch.zeros_like(p) for p in case.parameters))
     execute(H100, tied.arranged(*[partial(in_layout, layout)] * 2))
@@ -80,40 +76,4 @@ def test_samples_that_begin_anywhere():
         around = torch.full((t.shape[0] * size,), torch.nan, dtype=t.dtype)
         return around.as_strided(t.shape, (size, *t.stride()[1:])).copy_(t)
 
-    execute(NO_CLUSTERS, make_case((3, 8, 2, 10), "max", HALF).arranged(arrange, arrange))
-
-
-#: The last two numbers: blocks to a cluster, forward and backward.
-ON_CHIP = {
-    "one block, in one part": (ONE_BLOCK, PLANES, "add", HALF, (2, 40, 4, 16), (1, 1)),
-    "one block, in four parts": (ONE_BLOCK, PLANES, "max", HALF, (1, 64, 16, 17), (1, 1)),
-    "... four parts, channels last": (ONE_BLOCK, LAST, "add", HALF, (1, 64, 16, 17), (1, 1)),
-    "... of 512 threads": (ONE_BLOCK, PLANES, "concat", FLOAT, (1, 64, 12, 16), (1, 1)),
-    "sixteen blocks": (SMALL_BLOCKS, PLANES, "add", HALF, (1, 100, 1, 200), (8, 16)),
-    "... sixteen, channels last": (SMALL_BLOCKS, LAST, "max", HALF, (1, 37, 1, 811), (8, 16)),
-    "... sixteen, narrow": (SMALL_BLOCKS, PLANES, "mul", BFLOAT, (2, 37, 1, 401), (4, 16)),
-    "... sixteen, large": (H100, PLANES, "max", HALF, (1, 64, 64, 68), (16, 16)),
-    "a block with nothing to do": (SMALL_BLOCKS, PLANES, "max", HALF, (1, 100, 4, 25), (4, 8)),
-    "... nor the channel branch": (SMALL_BLOCKS, PLANES, "sse", HALF, (2, 100, 4, 25), (4, 8)),
-    "few positions to a block": (SMALL_BLOCKS, LAST, "add", FLOAT, (1, 270, 1, 11), (2, 4)),
-    "more channels than threads": (H100, PLANES, "add", FLOAT, (1, 545, 1, 9), (2, 2)),
-    "... channels last": (H100, LAST, "mul", HALF, (1, 545, 1, 9), (1, 2)),
-    "one element": (H100, PLANES, "concat", FLOAT, (1, 1, 1, 1), (1, 1)),
-    "one channel": (H100, LAST, "max", HALF, (2, 1, 3, 5), (1, 1)),
-    "one position": (H100, PLANES, "mul", BFLOAT, (2, 50, 1, 1), (1, 1)),
-    "many samples": (H100, LAST, "concat", BFLOAT, (9, 8, 2, 4), (1, 1)),
-    "more samples than are on their way": (H100, PLANES, "add", HALF, (70, 40, 1, 8), (1, 1)),
-}
-
-
-@pytest.mark.parametrize("what", ON_CHIP)
-def test_on_chip(what):
-    gpu, layout, variant, dtype, shape, clusters = ON_CHIP[what]
-    case = make_case(shape, variant, dtype).arranged(*[partial(in_layout, layout)] * 2)
-    lab = execute(gpu, case)
-    assert [kernel.split("<")[0] for kernel in lab.launched] == [
-        "on_chip::forward_kernel",
-        "on_chip::backward_kernel",
-        "on_chip::gradients_kernel",
-    ]
-    assert tuple(lab.clusters[:2]) == clusters
+    execute(H100, make_case((3, 8, 2, 10), "max", HALF).arranged(arrange, arrange))

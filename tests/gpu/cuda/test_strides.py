@@ -1,4 +1,4 @@
-"""Maps whose rows or samples are not neighbours, read as they are by every family of kernels."""
+"""Maps whose rows or samples are not neighbours, read as they are."""
 
 import sys
 from collections import Counter
@@ -12,7 +12,8 @@ from targets import Target
 sys.path.insert(0, str(Path(__file__).parent))  # the fake runtime is a folder beside this file
 
 from fakecuda.build import NoCompiler
-from fakecuda.driver import A100, H100, connect, running_on
+from fakecuda.driver import connect, running_on
+from gpulab import A100, H100
 
 ON_CPU = Target("cuda", "cpu")
 
@@ -48,14 +49,11 @@ STRIDES = {
     "one position": lambda t: channels_last(t)[..., :1, :1].expand(t.shape),
     "one element": lambda t: t.flatten()[0].expand(t.shape),
 }
-FAMILIES = {"8.0": (A100, "auto"), "9.0": (H100, "general"), "on chip": (H100, "on_chip")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gpu", (A100, H100), ids=("8.0", "9.0"))
 @pytest.mark.parametrize("strides", STRIDES)
-def test_strides(monkeypatch, strides, family):
-    gpu, kernels = FAMILIES[family]
-    monkeypatch.setenv("SCSE_CUDA_KERNELS", kernels)
+def test_strides(strides, gpu):
     arrange, number = STRIDES[strides], list(STRIDES).index(strides)
     variants = [("add", "max", "concat", "mul", "cse", "sse")[(number + i) % 6] for i in (0, 1)]
     dtypes = torch.float16, torch.float32
@@ -67,11 +65,9 @@ def test_strides(monkeypatch, strides, family):
             check(case.arranged(x, arrange), ON_CPU)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_wide_accesses_where_the_pitch_allows(monkeypatch, family):
+@pytest.mark.parametrize("gpu", (A100, H100), ids=("8.0", "9.0"))
+def test_wide_accesses_where_the_pitch_allows(gpu):
     """Of a slice as of a dense map; where slices begin or end oddly, of an element."""
-    gpu, kernels = FAMILIES[family]
-    monkeypatch.setenv("SCSE_CUDA_KERNELS", kernels)
     case = make_case((2, 64, 8, 8), "add", torch.float16)
 
     def accesses(arrange):

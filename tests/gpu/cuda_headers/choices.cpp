@@ -1,19 +1,13 @@
 // The plain functions that decide how the CUDA kernels run, for tests/gpu/test_cuda_choices.py.
 #include <iterator>
 
-#include "choose.h"
 #include "count.h"
 #include "general/tile.h"
 #include "gradient_tasks.h"
-#include "on_chip/plan.h"
 
 using namespace scse::cuda;
 
 extern "C" {
-
-bool choice(int64_t bytes, int64_t blocks, int64_t channels, int64_t hidden) {
-  return prefer_on_chip_forward(bytes, blocks, channels, hidden);
-}
 
 bool layers(int64_t channels, int64_t hidden) { return has_layers(channels, hidden); }
 
@@ -23,19 +17,6 @@ void tile(int64_t channels, int64_t positions, int itemsize, int width, bool cha
   const int64_t values[] = {t.width,  t.each,        t.lanes,      t.rows,  t.apply_rows,
                             t.inner,  t.outer,       t.steps,      t.tiles, t.positions,
                             t.strips, t.inner_tiles, t.outer_tiles};
-  std::copy(std::begin(values), std::end(values), out);
-}
-
-void plan(int dtype, int64_t samples, int64_t channels, int64_t hidden, int64_t positions,
-          int combine, bool channels_last, bool backward, int64_t shared, int cluster,
-          int64_t* out) {
-  Problem p{};
-  p.dtype = static_cast<Dtype>(dtype);
-  p.samples = samples, p.channels = channels, p.hidden_channels = hidden;
-  p.positions = positions, p.combine = static_cast<scse::Combine>(combine);
-  p.channels_last = channels_last;
-  const on_chip::Plan plan = on_chip::plan(p, backward, {shared, cluster});
-  const int64_t values[] = {plan.cluster, plan.slice, plan.threads, plan.shared};
   std::copy(std::begin(values), std::end(values), out);
 }
 

@@ -11,7 +11,7 @@ How a launch travels:
    pattern that means "never written". Each pointer that ops.cpp asks for is noted with its tensor.
 4. What they ask of the CUDA runtime is answered by runtime.cpp. It has the runtime's rules for
    errors, and hands everything else, launches above all, to Python.
-5. driver.py refuses what a driver would refuse (sizes, shared memory, clusters, attributes that
+5. driver.py refuses what a driver would refuse (sizes, shared memory, attributes that
    were not asked for, code for other devices, another device's stream), takes the kernel's PTX out
    of the fat binary in the library (images.py), reads the arguments by the sizes of the PTX's
    parameters, and makes of each pointer the memory that it was noted with.
@@ -22,14 +22,9 @@ Nothing here knows a kernel, its arguments or its tile sizes.
 """
 
 from .build import NoCompiler
-from .driver import A100, GPU, H100, NO_CLUSTERS, SMALL_BLOCKS, Lab, connect, running_on
+from .driver import Lab, connect, running_on
 
 __all__ = [
-    "A100",
-    "GPU",
-    "H100",
-    "NO_CLUSTERS",
-    "SMALL_BLOCKS",
     "Lab",
     "NoCompiler",
     "connect",

@@ -122,7 +122,7 @@ def library(architectures=ARCHITECTURES, sources: Path = ROOT / "csrc" / "cuda")
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         files = sorted(path for path in sources.rglob("*") if path.suffix in (".cpp", ".cu"))
-        files.sort(key=lambda path: path.name in ("general.cu", "on_chip.cu", "ops.cpp"))
+        files.sort(key=lambda path: path.name in ("general.cu", "ops.cpp"))
         files += [HERE / "runtime.cpp", HERE / "tensors.cpp"]
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(lambda file: _object(file, folder, architectures), files))

@@ -9,7 +9,6 @@ namespace fakecuda {
 struct Launch {
   const void* function;  // as registered
   uint32_t grid[3], block[3];
-  uint32_t cluster[3];        // zeros: not asked for
   int32_t overlap;            // programmatic stream serialization
   int32_t unknown_attribute;  // the id of one that runtime.cpp doesn't know, -1: none
   uint64_t shared;            // bytes of dynamic shared memory
@@ -35,8 +34,6 @@ struct Driver {
   int (*launch)(const Launch*);
   int (*set_function_attribute)(const void* function, int attribute, int value);
   int (*function_attributes)(const void* function, FunctionAttributes*);
-  int (*device_attribute)(int attribute, int device, int* value);
-  int (*largest_cluster)(const Launch*, int* blocks);
   int (*memory)(const Memory*);
   int (*new_call)();  // an operator begins: the memory that earlier ones knew may be gone
 };

@@ -3,7 +3,6 @@ execute the rest."""
 
 import contextlib
 import ctypes
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -35,41 +34,10 @@ from .images import Image, images
 # cudaError_t
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9
 INVALID_DEVICE, NO_KERNEL_IMAGE, INVALID_RESOURCE_HANDLE = 101, 209, 400
-LAUNCH_FAILURE, NOT_SUPPORTED, INVALID_CLUSTER_SIZE = 719, 801, 912
+LAUNCH_FAILURE, NOT_SUPPORTED = 719, 801
 
 DEFAULT_SHARED = 48 * 1024
-PORTABLE_CLUSTER = 8
-#: cudaFuncAttribute
-MAX_DYNAMIC_SHARED, NON_PORTABLE_CLUSTER = 8, 14
-#: cudaDeviceAttr -> of a GPU
-DEVICE_ATTRIBUTES = {
-    1: lambda gpu: 1024,  # threads to a block
-    8: lambda gpu: DEFAULT_SHARED,  # shared memory to a block
-    16: lambda gpu: gpu.device.sms,
-    38: lambda gpu: gpu.device.l2_bytes,
-    39: lambda gpu: gpu.device.max_threads_per_sm,
-    75: lambda gpu: gpu.device.arch // 10,
-    76: lambda gpu: gpu.device.arch % 10,
-    81: lambda gpu: gpu.device.shared_per_sm,
-    97: lambda gpu: gpu.device.shared_per_cta,  # ... to a block that asks for it
-    106: lambda gpu: gpu.device.max_ctas_per_sm,
-    120: lambda gpu: int(gpu.device.arch >= 90 and gpu.cluster != 0),  # clusters
-}
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A device, as the runtime describes it to host code and as the emulator executes for it."""
-
-    device: gpulab.Device
-    cluster: int | None = 16  # the most blocks to a cluster; None: the question fails
-
-
-A100 = GPU(gpulab.A100, 0)
-H100 = GPU(gpulab.H100)
-#: Blocks that are so small that a cluster holds small maps only if it is large.
-SMALL_BLOCKS = GPU(gpulab.H100.scaled(name="H100, small blocks", shared_per_cta=26 * 1024))
-NO_CLUSTERS = GPU(gpulab.H100.scaled(name="H100 without clusters"), 0)
+MAX_DYNAMIC_SHARED = 8  # of cudaFuncAttribute
 
 # --- the layouts of driver.h ---
 
@@ -79,7 +47,6 @@ class _Launch(Structure):
         ("function", c_void_p),
         ("grid", c_uint32 * 3),
         ("block", c_uint32 * 3),
-        ("cluster", c_uint32 * 3),
         ("overlap", c_int32),
         ("unknown_attribute", c_int32),
         ("shared", c_uint64),
@@ -115,8 +82,6 @@ class _Driver(Structure):
         ("launch", CFUNCTYPE(c_int32, POINTER(_Launch))),
         ("set_function_attribute", CFUNCTYPE(c_int32, c_void_p, c_int32, c_int32)),
         ("function_attributes", CFUNCTYPE(c_int32, c_void_p, POINTER(_FunctionAttributes))),
-        ("device_attribute", CFUNCTYPE(c_int32, c_int32, c_int32, POINTER(c_int32))),
-        ("largest_cluster", CFUNCTYPE(c_int32, POINTER(_Launch), POINTER(c_int32))),
         ("memory", CFUNCTYPE(c_int32, POINTER(_Memory))),
         ("new_call", CFUNCTYPE(c_int32)),
     )
@@ -201,7 +166,7 @@ class Refused(Exception):
 class Lab:
     """What `running_on` yields. Passes and summaries: as of gpulab.intercept."""
 
-    gpu: GPU
+    gpu: gpulab.Device
     seed: int | None
     resident: int | None
     l2: gpulab.L2Cache
@@ -210,7 +175,6 @@ class Lab:
     latency: bool  # each launch's critical path too
     reports: list[gpulab.Report] = field(default_factory=list)
     launched: list[str] = field(default_factory=list)  # readable names
-    clusters: list[int] = field(default_factory=list)  # of each: blocks to a cluster
     overlapped: list[str] = field(default_factory=list)  # those that had leave to start early
     refused: list[str] = field(default_factory=list)
     fault: BaseException | None = None
@@ -239,7 +203,7 @@ class Driver:
             functions[i].function: Function(name, _short(text), functions[i].fatbin)
             for i, (name, text) in enumerate(zip(names, readable, strict=True))
         }
-        self.gpus: dict[int, GPU] = {}  # by the numbers that host code knows them by
+        self.gpus: dict[int, gpulab.Device] = {}  # by the numbers that host code knows them by
         self.attributes: dict[tuple, int] = {}  # (device, function, attribute) -> value
         self.memory = MemoryMap()
         self.lab: Lab | None = None
@@ -247,8 +211,6 @@ class Driver:
             "launch": self._launch,
             "set_function_attribute": self._set_function_attribute,
             "function_attributes": self._function_attributes,
-            "device_attribute": self._device_attribute,
-            "largest_cluster": self._largest_cluster,
             "memory": lambda m: self.memory.add(
                 Memory(*(int(getattr(m[0], name)) for name, _ in _Memory._fields_))
             ),
@@ -296,16 +258,9 @@ class Driver:
     def _attribute(self, function, attribute, default):
         return self.attributes.get((self._here()[0], function, attribute), default)
 
-    def _device_attribute(self, attribute, device, value):
-        if device not in self.gpus:
-            raise Refused(INVALID_DEVICE, f"there is no device {device}")
-        if attribute not in DEVICE_ATTRIBUTES:
-            raise NotImplementedError(f"device attribute {attribute} (cudaDeviceAttr)")
-        value[0] = DEVICE_ATTRIBUTES[attribute](self.gpus[device])
-
     def _function_attributes(self, address, out):
         function, (_, gpu) = self._function(address), self._here()
-        image = function.image(gpu.device.arch)
+        image = function.image(gpu.arch)
         out[0].architecture = image.architecture
         module = image.module(function.name)
         out[0].static_shared = static = module.static_shared(function.name)
@@ -316,33 +271,22 @@ class Driver:
 
     def _set_function_attribute(self, address, attribute, value):
         function, (number, gpu) = self._function(address), self._here()
-        image = function.image(gpu.device.arch)
-        if attribute == MAX_DYNAMIC_SHARED:
-            static = image.module(function.name).static_shared(function.name)
-            if not 0 <= static + value <= gpu.device.shared_per_cta:
-                raise Refused(
-                    INVALID_VALUE,
-                    f"{function.readable}: {static} + {value} bytes of shared memory are more than"
-                    f" the {gpu.device.shared_per_cta} that a block may have",
-                )
-        elif attribute != NON_PORTABLE_CLUSTER:
+        if attribute != MAX_DYNAMIC_SHARED:
             raise NotImplementedError(f"function attribute {attribute} (cudaFuncAttribute)")
+        static = function.image(gpu.arch).module(function.name).static_shared(function.name)
+        if not 0 <= static + value <= gpu.shared_per_cta:
+            raise Refused(
+                INVALID_VALUE,
+                f"{function.readable}: {static} + {value} bytes of shared memory are more than"
+                f" the {gpu.shared_per_cta} that a block may have",
+            )
         self.attributes[number, address, attribute] = value
-
-    def _largest_cluster(self, launch, blocks):
-        launch, (_, gpu) = launch[0], self._here()
-        self._function(launch.function).image(gpu.device.arch)
-        if gpu.cluster is None or gpu.device.arch < 90:
-            raise Refused(NOT_SUPPORTED, "this device does not say how large clusters may be")
-        self._check_shared(launch, gpu)
-        portable = not self._attribute(launch.function, NON_PORTABLE_CLUSTER, 0)
-        blocks[0] = min(gpu.cluster, PORTABLE_CLUSTER) if portable else gpu.cluster
 
     # --- launches ---
 
     def _check_shared(self, launch, gpu):
         function = self._function(launch.function)
-        module = function.image(gpu.device.arch).module(function.name)
+        module = function.image(gpu.arch).module(function.name)
         static = module.static_shared(function.name)
         most = self._attribute(launch.function, MAX_DYNAMIC_SHARED, DEFAULT_SHARED - static)
         if launch.shared > most:
@@ -352,9 +296,8 @@ class Driver:
                 f" shared memory, where {most} of dynamic were asked for",
             )
 
-    def _check_shape(self, launch, gpu, kernel, readable):
+    def _check_shape(self, launch, kernel, readable):
         grid, block = tuple(launch.grid), tuple(launch.block)
-        cluster = tuple(launch.cluster)
         if not all(1 <= g <= most for g, most in zip(grid, (2**31 - 1, 65535, 65535), strict=True)):
             raise Refused(INVALID_CONFIGURATION, f"{readable}: grid {grid}")
         most = _most_threads(kernel)
@@ -365,26 +308,11 @@ class Driver:
             raise Refused(
                 INVALID_CONFIGURATION, f"{readable}: block {block}, compiled for {most} threads"
             )
-        if not any(cluster):
-            return None
-        blocks = int(np.prod(cluster))
-        if gpu.device.arch < 90:
-            raise Refused(NOT_SUPPORTED, f"{readable}: {gpu.device.name} has no clusters")
-        portable = not self._attribute(launch.function, NON_PORTABLE_CLUSTER, 0)
-        if not 1 <= blocks <= min(gpu.cluster or 0, PORTABLE_CLUSTER if portable else 16):
-            asked = "not asked for" if portable else "asked for"
-            raise Refused(
-                INVALID_CLUSTER_SIZE,
-                f"{readable}: clusters of {blocks} blocks, non-portable sizes were {asked}",
-            )
-        if any(g % c for g, c in zip(grid, cluster, strict=True)):
-            raise Refused(INVALID_CONFIGURATION, f"{readable}: grid {grid}, clusters {cluster}")
-        return cluster
 
     def _launch(self, launch):
         launch, (number, gpu) = launch[0], self._here()
         function, lab = self._function(launch.function), self.lab
-        name, readable, device = function.name, function.readable, gpu.device
+        name, readable = function.name, function.readable
         if launch.stream not in (None, stream_of(number)):
             raise Refused(
                 INVALID_RESOURCE_HANDLE,
@@ -394,18 +322,17 @@ class Driver:
             raise NotImplementedError(
                 f"launch attribute {launch.unknown_attribute} (cudaLaunchAttributeID)"
             )
-        image = function.image(device.arch)
+        image = function.image(gpu.arch)
         lab.launched.append(readable)
-        lab.clusters.append(int(np.prod(launch.cluster)) or 1)
         if lab.dry:
             return
         module = image.module(name)
         kernel = module.kernels[name]
-        cluster = self._check_shape(launch, gpu, kernel, readable)
+        self._check_shape(launch, kernel, readable)
         self._check_shared(launch, gpu)
         if launch.overlap:
-            if device.arch < 90:
-                raise Refused(NOT_SUPPORTED, f"{readable}: {device.name} lets no launch overlap")
+            if gpu.arch < 90:
+                raise Refused(NOT_SUPPORTED, f"{readable}: {gpu.name} lets no launch overlap")
             if not any(i.op == "griddepcontrol" and "wait" in i.mods for i in kernel.instrs):
                 raise gpulab.OverlapError(
                     f"{readable} may start before the launch before it has ended, and its code has"
@@ -421,8 +348,7 @@ class Driver:
                 for i, parameter in enumerate(kernel.params)
             ],
             shared_bytes=launch.shared,
-            cluster=cluster,
-            device=device,
+            device=gpu,
             resident_ctas=lab.resident,
             seed=lab.seed,
             l2=lab.l2,
@@ -501,7 +427,7 @@ def _define_operators():
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
-def _number(gpu: GPU, dry: bool) -> int:
+def _number(gpu: gpulab.Device, dry: bool) -> int:
     known = connect().gpus
     mine = [number for number, other in known.items() if other == gpu]
     new = len(mine) < (1 if dry else MOST_OF_A_KIND)
@@ -514,7 +440,13 @@ def _number(gpu: GPU, dry: bool) -> int:
 
 @contextlib.contextmanager
 def running_on(
-    gpu: GPU, seed: int | None = 0, resident=None, l2=None, count=False, dry=False, latency=False
+    gpu: gpulab.Device,
+    seed: int | None = 0,
+    resident=None,
+    l2=None,
+    count=False,
+    dry=False,
+    latency=False,
 ) -> Iterator[Lab]:
     """Backend "cuda" takes CPU tensors, for tensors on a GPU like `gpu`, and its kernels are
     executed by the emulator.
@@ -523,15 +455,11 @@ def running_on(
     ptxas for registers too. `dry`: nothing is executed, only noted. `latency`: as of
     gpulab.Module.launch.
 
-    Where the device has clusters, kernels on chip are asked for, unless the environment has a
-    wish of its own.
-
     Raises what the emulator found, in place of the RuntimeError that the operators made of it.
     """
     it = connect()
-    wish = {"SCSE_CUDA_KERNELS": "on_chip"} if gpu.cluster != 0 and gpu.device.arch >= 90 else {}
     assert it.lab is None, "one lab at a time"
-    lab = Lab(gpu, seed, resident, l2 or gpulab.L2Cache(gpu.device.l2_bytes), count, dry, latency)
+    lab = Lab(gpu, seed, resident, l2 or gpulab.L2Cache(gpu.l2_bytes), count, dry, latency)
     emulated = torch.ops.scse_kernels_emulated
     it.library.fakecuda_reset()
     it.library.fakecuda_put_tensors_on(_number(gpu, dry))
@@ -541,7 +469,6 @@ def running_on(
             mock.patch.dict(ops.FORWARD, cuda=emulated.cuda_forward.default),
             mock.patch.dict(ops.BACKWARD, cuda=emulated.cuda_backward.default),
             mock.patch.object(backends, "why_not", lambda *_: None),
-            mock.patch.dict(os.environ, wish | os.environ),
         ):
             yield lab
     except RuntimeError as error:

@@ -47,9 +47,8 @@ cudaError_t answer(Ask ask, Arguments... arguments) {
 
 Launch described(const void* function, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                  void** arguments) {
-  return {
-      function, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, {}, 0, -1, shared, stream,
-      arguments};
+  return {function, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, 0, -1, shared, stream,
+          arguments};
 }
 
 Launch described(const void* function, const cudaLaunchConfig_t& config, void** arguments) {
@@ -59,11 +58,6 @@ Launch described(const void* function, const cudaLaunchConfig_t& config, void** 
     switch (a->id) {
       case cudaLaunchAttributeIgnore:
         break;
-      case cudaLaunchAttributeClusterDimension: {
-        const auto& cluster = a->val.clusterDim;
-        launch.cluster[0] = cluster.x, launch.cluster[1] = cluster.y, launch.cluster[2] = cluster.z;
-        break;
-      }
       case cudaLaunchAttributeProgrammaticStreamSerialization:
         launch.overlap = a->val.programmaticStreamSerializationAllowed;
         break;
@@ -155,14 +149,6 @@ EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   attributes->maxThreadsPerBlock = found.most_threads;
   return error;
 }
-EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  return answer(driver.device_attribute, attribute, device, value);
-}
-EXPORT cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, const void* function,
-                                                        const cudaLaunchConfig_t* config) {
-  const Launch launch = described(function, *config, nullptr);
-  return answer(driver.largest_cluster, &launch, blocks);
-}
 EXPORT cudaError_t cudaGetDeviceCount(int* count) { return *count = devices, result(cudaSuccess); }
 EXPORT cudaError_t cudaGetDevice(int* device) {
   return *device = current_device, result(cudaSuccess);
@@ -195,8 +181,6 @@ EXPORT const char* cudaGetErrorString(cudaError_t error) {
       return "unspecified launch failure";
     case cudaErrorNotSupported:
       return "operation not supported";
-    case cudaErrorInvalidClusterSize:
-      return "cluster misconfiguration";
     default:
       return "unrecognized error code";
   }

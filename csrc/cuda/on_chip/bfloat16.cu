@@ -1,3 +1,0 @@
-#include "kernels.cuh"
-
-template struct scse::cuda::on_chip::Kernels<__nv_bfloat16>;
