@@ -50,6 +50,12 @@ class L2Cache:
         for i in range(0, sectors.size, self.batch):
             self._access(sectors[i : i + self.batch], write, policy)
 
+    def prefetch(self, sectors):
+        """Reads them from DRAM; nothing goes to an SM, so it is no read of the cache."""
+        before = self.read_sectors, self.read_hits, self.policies.copy()
+        self.access(sectors, False)
+        self.read_sectors, self.read_hits, self.policies = before
+
     def present(self, sectors):
         """Mask of the sectors that are in the cache."""
         valid = self._valid.reshape(-1)

@@ -283,8 +283,8 @@ def _bulk_prefetch(ins):
             )
         ):
             global_span(g, a, n, lane, ins)
-            g.m.l2.access(
-                g.m.gmem.home(np.arange((a - int(BASE)) >> 5, (a - int(BASE) + n + 31) >> 5)), False
+            g.m.l2.prefetch(
+                g.m.gmem.home(np.arange((a - int(BASE)) >> 5, (a - int(BASE) + n + 31) >> 5))
             )
 
     return run

@@ -680,7 +680,31 @@ def build_fence(ins):
     return run
 
 
-@op("prefetch", "prefetchu", "nanosleep", "discard", "applypriority", "pmevent", "setmaxnreg")
+@op("prefetch")
+def build_prefetch(ins):
+    """Of global memory to the L2: the line of 128 bytes around each address. Nothing waits for
+    it."""
+    if "global" not in ins.mods or "L2" not in {m.split("::")[0] for m in ins.mods}:
+        return build_nothing(ins)
+    source = address(ins.operands[0], ins)
+
+    def run(g):
+        m = g.m
+        act = active(g, spread(source(g), g.n))
+        m.gmem.check(act, 1, ins, g.describe_lane)
+        lines = (act - BASE).astype(np.int64) >> 7
+        sectors = (lines[:, None] * 4 + np.arange(4)).reshape(-1)
+        inside = sectors < m.gmem.size >> 5
+        sectors = m.gmem.home(sectors[inside])
+        if m.latency is not None:
+            start = np.repeat(m.latency.start[m.latency.lane_rows(g)], 4)
+            m.latency.from_l2(sectors, start[inside])
+        m.l2.prefetch(sectors)
+
+    return run
+
+
+@op("prefetchu", "nanosleep", "discard", "applypriority", "pmevent", "setmaxnreg")
 def build_nothing(ins):
     return lambda g: None
 

@@ -47,6 +47,9 @@ struct Four<P, true> {
   SCSE_DEVICE float of(int k) const { return to_float(pack.of[k]); }
 };
 
+// Brings the line of 128 bytes around p to L2.
+SCSE_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Brings `rows` rows of `bytes` bytes to L2, unless the block's first accesses, `mine` bytes of
 // each thread, are all there is.
 SCSE_DEVICE void prefetch(const void* p, int64_t pitch, int rows, int bytes, int mine) {
@@ -55,8 +58,7 @@ SCSE_DEVICE void prefetch(const void* p, int64_t pitch, int rows, int bytes, int
   for (int row = threadIdx.x; row < rows; row += blockDim.x) {
 #pragma unroll 1
     for (int byte = 0; byte < bytes; byte += 128) {
-      const char* at = static_cast<const char*>(p) + row * pitch + byte;
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+      prefetch(static_cast<const char*>(p) + row * pitch + byte);
     }
   }
 }
@@ -67,7 +69,7 @@ SCSE_DEVICE void prefetch_row(const T* p, int count) {
   constexpr int kLine = 128 / sizeof(T);
 #pragma unroll 1
   for (int i = threadIdx.x % 32 * kLine; p != nullptr && i < count; i += 32 * kLine) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
+    prefetch(p + i);
   }
 }
 
