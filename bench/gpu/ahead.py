@@ -35,8 +35,8 @@ def tasks() -> Iterator[_Task]:
     for dtype, layout, combine in itertools.product(dtypes, LAYOUTS, ("add", "max")):
         for shape in (*levels, options.shape(LARGE)):
             yield "provider", ("triton", shape, 16, dtype, layout, combine)
-    for shape, layout in itertools.product(DEEP, LAYOUTS):
-        yield "provider", ("triton", options.shape(shape), 2, torch.float16, layout, "add")
+    for shape, layout, overlap in itertools.product(DEEP, LAYOUTS, "10"):
+        yield "deep", (options.shape(shape), layout, overlap)
     for name, layout, combine in itertools.product(
         ("compile", "rewritten"), LAYOUTS, ("add", "max")
     ):
@@ -48,6 +48,12 @@ def check(case: selfcheck.Case, launches: str) -> None:
     """A case of the self-check, through Triton in one launch or in three."""
     with selfcheck.environment({"SCSE_TRITON_LAUNCHES": launches}):
         selfcheck.computed(case, "triton", torch.device("cuda"))
+
+
+def deep(shape: tuple[int, ...], layout: str, overlap: str) -> None:
+    """A deep level through Triton, with and without launches that overlap."""
+    with selfcheck.environment({"SCSE_TRITON_OVERLAP": overlap}):
+        provider("triton", shape, 2, torch.float16, layout, "add")
 
 
 def provider(

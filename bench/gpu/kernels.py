@@ -61,12 +61,13 @@ class Family(NamedTuple):
 
 
 OVERLAP, ALONE = "overlap", "no overlap"
-THREE, ONE = "three launches", "one launch"
+THREE, THREE_ALONE, ONE = "three launches", "three launches, no overlap", "one launch"
 #: What must not cost the others their time if it hangs comes last.
 FAMILIES = {
     OVERLAP: Family("cuda", {"SCSE_CUDA_OVERLAP": "1"}),
     ALONE: Family("cuda", {"SCSE_CUDA_OVERLAP": "0"}),
-    THREE: Family("triton", {"SCSE_TRITON_LAUNCHES": "3"}),
+    THREE: Family("triton", {"SCSE_TRITON_LAUNCHES": "3", "SCSE_TRITON_OVERLAP": "1"}),
+    THREE_ALONE: Family("triton", {"SCSE_TRITON_LAUNCHES": "3", "SCSE_TRITON_OVERLAP": "0"}),
     ONE: Family("triton", {"SCSE_TRITON_LAUNCHES": "1"}),
 }
 _FORWARD, _BACKWARD = "forward", "backward"

@@ -100,11 +100,13 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
     )
     check = Step("self-check", _python("scse_kernels"), 120, beside=True)
     timed = _python(
-        *("bench.gpu.kernels", "--shape", *LEVELS, LARGE, "--output", folder / "kernels.csv"),
+        *("bench.gpu.kernels", "--shape", *LEVELS, LARGE),
+        *("--family", kernels.OVERLAP, kernels.ALONE, kernels.THREE, kernels.ONE),
+        *("--output", folder / "kernels.csv"),
     )
     deep = _python(
         *("bench.gpu.kernels", "--shape", *DEEP, "--reduction", 2, "--combine", "add"),
-        *("--family", kernels.OVERLAP, kernels.ALONE, kernels.THREE),
+        *("--family", kernels.OVERLAP, kernels.ALONE, kernels.THREE, kernels.THREE_ALONE),
         *("--output", folder / "deep.csv"),
     )
     tune = _python(
@@ -117,7 +119,7 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
         check,
         *_tests(facts, jobs),
         Step("kernels", timed, 80),
-        Step("deep levels", deep, 40),
+        Step("deep levels", deep, 60),
         Step("model", _model(), 120, ("rich",)),
         *(_ops(folder, "float16", layout) for layout in LAYOUTS),
         *(_ops(folder, "float16", layout, "bn_relu_scse") for layout in LAYOUTS),

@@ -17,6 +17,7 @@ from .primitives import (
     shown,
     shown_positions,
     store,
+    wait_for_previous,
 )
 
 
@@ -56,13 +57,14 @@ def apply_kernel(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each tile. Reads x and the gates once, writes y. Goes from the last tile to the
     first: the end of x is what the squeeze left in L2."""
     apply_tile(
         tl.num_programs(0) - 1 - tl.program_id(0), x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
         C, S, blocks_s, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
-        COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, NORMAL,
+        COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, NORMAL, OVERLAP,
     )  # fmt: skip
 
 
@@ -71,9 +73,10 @@ def apply_tile(
     tile, x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr, C, S, blocks_s, stride_xn, pitch_x,
     stride_yn, pitch_y, half_y, COMBINE: tl.constexpr, RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, POLICY: tl.constexpr,
+    BLOCK_S: tl.constexpr, POLICY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One of all samples' tiles. RESIDUAL: y has x added. POLICY: the caches' for x and y."""
+    """One of all samples' tiles. RESIDUAL: y has x added. POLICY: the caches' for x and y. OVERLAP:
+    the gates are the previous launch's; x is on its way before that ends."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
     S = shown_positions(S, CHANNELS_LAST, ALIGN)
     n, begin, s = place(tile, C, blocks_s, WIDE, BLOCK_C, BLOCK_S)
@@ -81,6 +84,7 @@ def apply_tile(
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
     x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
+    wait_for_previous(OVERLAP)
     channel_gate, spatial_gate = load_gates(
         channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
     )
@@ -142,12 +146,14 @@ def apply_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each tile of dx. Reads dy and the small tensors once, and x where the formula
     needs it; writes dx. Programs of their own form the parameters' gradients meanwhile."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `apply_kernel`
     if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
         if tile >= tiles:
+            wait_for_previous(OVERLAP)
             parameter_gradients(
                 tile - tiles, d_excited_ptr, d_hidden_ptr, pooled_ptr, hidden_ptr,
                 sample_ws_ptr, sample_bs_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, dws_ptr, dbs_ptr,
@@ -159,6 +165,7 @@ def apply_backward_kernel(
             tile, dy_ptr, x_ptr, channel_gate_ptr, spatial_gate_ptr, dq_ptr, d_mean_ptr, ws_ptr,
             dx_ptr, C, S, blocks_s, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x, stride_dxn,
             pitch_dx, COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, NORMAL,
+            OVERLAP,
         )  # fmt: skip
 
 
@@ -168,10 +175,10 @@ def apply_backward_tile(
     C, S, blocks_s, stride_dyn, pitch_dy, half_dy, stride_xn, pitch_x, stride_dxn, pitch_dx,
     COMBINE: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    POLICY: tl.constexpr,
+    POLICY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One of all samples' tiles of dx. RESIDUAL: dx has dy added. POLICY: the caches' for the
-    maps."""
+    maps. OVERLAP: as in `apply_tile`."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
     S = shown_positions(S, CHANNELS_LAST, ALIGN)
     n, begin, s = place(tile, C, blocks_s, WIDE, BLOCK_C, BLOCK_S)
@@ -187,6 +194,7 @@ def apply_backward_tile(
     if by_gates(COMBINE):
         at = offsets(index(c, WIDE), index(s, WIDE), pitch_x, CHANNELS_LAST, ALIGN)
         x = load(x_ptr + n * shown(stride_xn, ALIGN) + at, mask, ACC, POLICY)
+    wait_for_previous(OVERLAP)
     channel_gate, spatial_gate = load_gates(
         channel_gate_ptr, spatial_gate_ptr, n, c, s, C, S, COMBINE, ACC
     )

@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from .activation import activate, gate_gradient, gate_of
-from .primitives import IN_TURN, SIZES, accumulator, load, matvec, sum_rows, vecmat
+from .primitives import (
+    IN_TURN,
+    SIZES,
+    accumulator,
+    let_next_start,
+    load,
+    matvec,
+    sum_rows,
+    vecmat,
+    wait_for_previous,
+)
 
 
 @triton.constexpr_function
@@ -41,9 +51,12 @@ def excite_kernel(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     GATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each sample. Reads its partial sums and the parameters once; writes pooled,
     hidden and the gate, and reads the first two again (all threads need all of them)."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     excite_sample(
         tl.program_id(0), tl.num_programs(0), partial_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
         pooled_ptr, hidden_ptr, channel_gate_ptr, C, Cr, S, strips,
@@ -121,8 +134,11 @@ def excite_backward_kernel(
     TILE: tl.constexpr,
     SEGMENT: tl.constexpr,
     GATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each sample and branch. Reads its partial sums once, and the weights."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     excite_backward_sample(
         tl.program_id(0), tl.num_programs(0),
         tl.program_id(1) == 0, tl.program_id(1) == tl.num_programs(1) - 1,

@@ -9,7 +9,7 @@ adds up what the segments gave.
 A step of a program is STEP terms of each of its sums. What it needs is loaded a step ahead. Lanes
 have weights that are neighbours in memory, four to a thread, and a thread multiplies them with all
 samples, and each input with all its outputs, in registers. Threads exchange inputs at each step,
-sums after the last one.
+sums after the last one. The first weights are on their way before the previous launch ends.
 
 Each sum has TERMS parts. Of 4 * TERMS terms in a row the first part adds the first four, one after
 the other, the second part the next four. This is the order of excite.py, and it does not depend on
@@ -27,9 +27,11 @@ from .primitives import (
     SIZES,
     accumulator,
     add_in_turn,
+    let_next_start,
     load,
     sum_in_pairs,
     sum_rows_at,
+    wait_for_previous,
 )
 
 # Channels of the spatial branch's sums to a program: 128 bytes of a row.
@@ -258,10 +260,12 @@ def excite_hidden_kernel(
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for SAMPLES samples, BLOCK hidden channels and SEGMENT channels. Reads the samples'
     partial sums, and its own part of w1, once."""
     ACC: tl.constexpr = accumulator(pooled_ptr.dtype.element_ty)
+    let_next_start(OVERLAP)
     first, samples = share(N, SAMPLES)
     partial_ptr += first * strips * C
     pooled_ptr += first * C
@@ -269,6 +273,7 @@ def excite_hidden_kernel(
 
     total = tl.zeros([SAMPLES, BLOCK, TERMS_C], ACC)
     w1 = rows_of(w1_ptr, begin, Cr, C, ACC, BLOCK, STEP, TERMS_C)
+    wait_for_previous(OVERLAP)
     pooled = pooled_of(
         partial_ptr, pooled_ptr, samples, begin, C, S, strips, ACC, SAMPLES, STEP, TERMS_STRIPS
     )
@@ -304,10 +309,12 @@ def excite_gates_kernel(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     GATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for SAMPLES samples and BLOCK channels. Reads the samples' sums, and its own rows
     of w2, once."""
     ACC: tl.constexpr = accumulator(hidden_ptr.dtype.element_ty)
+    let_next_start(OVERLAP)
     first, samples = share(N, SAMPLES)
     sums_ptr += first * SEGMENTS * Cr
     hidden_ptr += first * Cr
@@ -315,6 +322,7 @@ def excite_gates_kernel(
 
     total = tl.zeros([SAMPLES, BLOCK, TERMS_J], ACC)
     w2 = rows_of(w2_ptr, 0, C, Cr, ACC, BLOCK, STEP, TERMS_J)
+    wait_for_previous(OVERLAP)
     h = hidden_of(
         sums_ptr, b1_ptr, hidden_ptr, slope_ptr, samples, 0, Cr, ACC,
         SAMPLES, STEP, SEGMENTS, ACTIVATION, SLOPE,
@@ -354,10 +362,12 @@ def excite_backward_hidden_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     GATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for SAMPLES samples, BLOCK hidden channels and SEGMENT channels. Reads the samples'
     partial sums, and its own part of w2, once."""
     ACC: tl.constexpr = accumulator(d_excited_ptr.dtype.element_ty)
+    let_next_start(OVERLAP)
     first, samples = share(N, SAMPLES)
     partial_ptr += first * strips * C
     channel_gate_ptr += first * C
@@ -366,6 +376,7 @@ def excite_backward_hidden_kernel(
 
     total = tl.zeros([4 * SAMPLES, TERMS_C, BLOCK // 4], ACC)
     w2 = columns_of(w2_ptr, begin, C, Cr, ACC, BLOCK, STEP, TERMS_C)
+    wait_for_previous(OVERLAP)
     d = d_excited_of(
         partial_ptr, channel_gate_ptr, d_excited_ptr, samples, begin, C, strips, ACC,
         SAMPLES, STEP, TERMS_STRIPS, GATE,
@@ -407,14 +418,17 @@ def excite_backward_mean_kernel(
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for SAMPLES samples and BLOCK channels, `blocks` of them (1 without d_mean), and
     one more for COLUMNS channels of the spatial branch's sums, if they are there. Reads the
     samples' sums and its own columns of w1, or those sums, once."""
     ACC: tl.constexpr = accumulator(d_hidden_ptr.dtype.element_ty)
+    let_next_start(OVERLAP)
     first, samples = share(N, SAMPLES)
     if partial_ws_ptr is not None:  # noqa: SIM102 (one is known when compiling)
         if tl.program_id(1) >= blocks:
+            wait_for_previous(OVERLAP)
             n, c = flat(SAMPLES, COLUMNS)
             c += (tl.program_id(1) - blocks) * COLUMNS
             inside = (n < samples) & (c < C)
@@ -433,6 +447,9 @@ def excite_backward_mean_kernel(
     slope_ptr = hidden_ptr + (tl.cast(N, tl.int64) + first) * Cr
     d_hidden_ptr += first * Cr
 
+    if d_mean_ptr is not None:
+        w1 = columns_of(w1_ptr, 0, Cr, C, ACC, BLOCK, STEP, TERMS_J)
+    wait_for_previous(OVERLAP)
     d = d_hidden_of(sums_ptr, slope_ptr, d_hidden_ptr, samples, 0, Cr, ACC, SAMPLES, STEP, SEGMENTS)
     if d_mean_ptr is None:
         for j in range(STEP, Cr, STEP):
@@ -441,7 +458,6 @@ def excite_backward_mean_kernel(
             )
     else:
         total = tl.zeros([4 * SAMPLES, TERMS_J, BLOCK // 4], ACC)
-        w1 = columns_of(w1_ptr, 0, Cr, C, ACC, BLOCK, STEP, TERMS_J)
         for j in range(STEP, Cr, STEP):
             next_w1 = columns_of(w1_ptr, j, Cr, C, ACC, BLOCK, STEP, TERMS_J)
             next_d = d_hidden_of(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from torch import Tensor
 
 # Bytes of the map that a thread holds of one tile. With 128 and two maps (x and dy) a thread has 16
 # loads of 16 bytes on their way and needs nearly all 255 registers for their floats. So eight warps
@@ -289,14 +290,24 @@ class Queue:
 def launches(chosen: int) -> int:
     """Kernel launches each way: 3, a kernel for each step, or 1, all steps in one.
 
-    One launch makes programs wait for each other, which was never timed nor run on a GPU: so it is
-    used only where a file of timings chose it, or where SCSE_TRITON_LAUNCHES, which goes before any
-    choice, asks for it.
+    One launch makes programs wait for each other, and what it takes differs from map to map: so it
+    is used only where a file of timings chose it, or where SCSE_TRITON_LAUNCHES, which goes before
+    any choice, asks for it.
     """
     asked = os.environ.get("SCSE_TRITON_LAUNCHES", str(chosen))
     if asked not in ("1", "3"):
         raise ValueError(f"SCSE_TRITON_LAUNCHES must be 1 or 3, got {asked!r}")
     return int(asked)
+
+
+def overlap(x: Tensor) -> bool:
+    """Whether a launch may start while the one before it ends: on NVIDIA's GPUs of compute
+    capability 9.0 and later, unless SCSE_TRITON_OVERLAP is 0."""
+    asked = os.environ.get("SCSE_TRITON_OVERLAP", "1")
+    if asked not in ("0", "1"):
+        raise ValueError(f"SCSE_TRITON_OVERLAP must be 0 or 1, got {asked!r}")
+    able = x.is_cuda and not torch.version.hip
+    return asked == "1" and able and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def excitation_tile(warps: int, itemsize: int) -> int:

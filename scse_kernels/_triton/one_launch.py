@@ -158,6 +158,7 @@ def forward_kernel(
                     tile, x_ptr, channel_gate_ptr, spatial_gate_ptr, y_ptr,
                     C, S, blocks_s, stride_xn, pitch_x, stride_yn, pitch_y, half_y,
                     COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S, EVICT_FIRST,
+                    False,
                 )  # fmt: skip
         ticket = draw(counters_ptr)
 
@@ -279,6 +280,6 @@ def backward_kernel(
                         ws_ptr, dx_ptr, C, S, blocks_s, stride_dyn, pitch_dy, half_dy,
                         stride_xn, pitch_x, stride_dxn, pitch_dx,
                         COMBINE, RESIDUAL, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C, BLOCK_S,
-                        EVICT_FIRST,
+                        EVICT_FIRST, False,
                     )  # fmt: skip
         ticket = draw(counters_ptr)

@@ -263,7 +263,8 @@ def run_plan(
     for address in addresses:
         bits |= address
     key = (
-        make, choices, device, os.environ.get("SCSE_TRITON_LAUNCHES"), id(tuning.table(x.device)),
+        make, choices, device, os.environ.get("SCSE_TRITON_LAUNCHES"),
+        os.environ.get("SCSE_TRITON_OVERLAP"), id(tuning.table(x.device)),
         bits & 15 and tuple(address & 15 == 0 for address in addresses),
         *[(m.shape, m.stride(), m.dtype) for m in maps],
         *[p if p is None else p.dtype for p in parameters],

@@ -39,6 +39,24 @@ def halvings(size):
 
 
 @triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """Once all programs have called this, or ended, those of the next launch may start where there
+    is room, if it waits as below. (NVIDIA's programmatic dependent launch; OVERLAP: it is there.)
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Returns when the launch before has ended. Before that a program reads nothing that the launch
+    writes, and writes nothing. All programs call this, so that a launch never ends before an
+    earlier one."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def shown(size, ALIGN: tl.constexpr):
     """`size`, written so that the compiler sees that ALIGN divides it. So accesses are wide."""
     return size // ALIGN * ALIGN

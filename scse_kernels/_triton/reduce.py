@@ -18,6 +18,7 @@ from .primitives import (
     accumulator,
     index,
     inside,
+    let_next_start,
     load,
     offsets,
     shown,
@@ -76,10 +77,12 @@ def reduce_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     GATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each sample and strip (TILES tiles). Reads x and dy once from memory; writes
     what is asked for: the sums for the channel gate (SUM_CHANNEL), those for ws and bs (WEIGH), the
     spatial gate and dq (STORE_GATES)."""
+    let_next_start(OVERLAP)
     reduce_strip(
         tl.program_id(0), dy_ptr, x_ptr, ws_ptr, bs_ptr, channel_gate_ptr,
         partial_ptr, partial_ws_ptr, partial_bs_ptr, spatial_gate_ptr, dq_ptr,

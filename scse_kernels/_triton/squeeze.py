@@ -5,7 +5,17 @@ import triton.language as tl
 
 from .activation import gate_of
 from .combine import CHANNEL, SPATIAL
-from .primitives import SIZES, accumulator, index, inside, load, offsets, shown, shown_positions
+from .primitives import (
+    SIZES,
+    accumulator,
+    index,
+    inside,
+    let_next_start,
+    load,
+    offsets,
+    shown,
+    shown_positions,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -29,9 +39,11 @@ def squeeze_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     GATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each sample and strip (TILES tiles). Reads x once; writes channel sums and
     spatial gates."""
+    let_next_start(OVERLAP)
     squeeze_strip(
         tl.program_id(0), x_ptr, ws_ptr, bs_ptr, partial_ptr, spatial_gate_ptr,
         C, S, strips, stride_xn, pitch_x,

@@ -15,7 +15,7 @@ gpu = pytest.importorskip("bench.gpu", reason="only a checkout has bench")
 
 from test_gpu_steps import FACTS  # noqa: E402
 
-from bench import report, timing  # noqa: E402
+from bench import options, report, timing  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.gpu import ahead, figures, kernels, page, plan, steps  # noqa: E402
 from bench.gpu.steps import Step  # noqa: E402
@@ -138,7 +138,7 @@ def test_the_times_of_kernels(stand_in, tmp_path, capsys):
     assert float(span["us"]) == pytest.approx(took, rel=1e-4)
     cases = 5 * 2 * 2
     assert {row["family"] for row in rows} == {*kernels.FAMILIES} - {"one launch"}
-    assert stand_in.flushes == 3 * cases * kernels._ROUNDS * 3
+    assert stand_in.flushes == 4 * cases * kernels._ROUNDS * 3
 
 
 def test_a_profiler_that_sees_nothing_is_told(stand_in, monkeypatch, tmp_path, capsys):
@@ -382,7 +382,8 @@ def test_what_is_compiled_ahead(monkeypatch):
     todo = list(ahead.tasks())
     assert len({*todo}) == len(todo)
     functions = [function for function, _ in todo]
-    assert functions == sorted(functions)  # the self-check's, which runs first
+    first = functions.count("check")  # the self-check runs first
+    assert functions[:first] == ["check"] * first
     names = [arguments[0] for function, arguments in todo if function == "provider"]
     assert {*names} == {"triton", "compile", "rewritten"} and names[0] == "triton"
     seen = []
@@ -390,6 +391,19 @@ def test_what_is_compiled_ahead(monkeypatch):
     assert ahead.run(todo[-1]) is None
     case, name = seen[0]
     assert name == "rewritten" and case.shape == (8, 32, 128, 128) and case.combine == "max"
+
+    def overlaps(case, name):
+        settings.append((case.shape, name, os.environ["SCSE_TRITON_OVERLAP"]))
+
+    settings = []
+    monkeypatch.setattr(kernels, "calls", overlaps)
+    assert not any(ahead.run(task) for task in todo if task[0] == "deep")
+    assert len(settings) == 4 * len(plan.DEEP)
+    assert {*settings} == {
+        (shape, "triton", overlap)
+        for shape in map(options.shape, plan.DEEP)
+        for overlap in ("0", "1")
+    }
 
     def broken(case, name):
         raise ValueError("no")

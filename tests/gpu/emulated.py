@@ -26,7 +26,8 @@ ONE_LAUNCH = ("forward_kernel", "backward_kernel")
 
 @contextmanager
 def emulator(target=90, launches=3, processors=None, **options):
-    """What gpulab.intercept yields, for an H100 (an A100 below 90) or options["device"].
+    """What gpulab.intercept yields, for an H100 (an A100 below 90) or options["device"]. A launch
+    that may start while the one before ends must wait before it touches what that does.
 
     launches: kernels each way, 3 or 1. processors: tiles are chosen for so many; few of them give
     small maps the tiles of large ones.
@@ -36,7 +37,8 @@ def emulator(target=90, launches=3, processors=None, **options):
         patch.setenv("SCSE_TRITON_LAUNCHES", str(launches))
         if processors:
             patch.setattr(heuristics, "multiprocessors", lambda device: processors)
-        with gpulab.intercept(target, cuda_available=True, **{"seed": None, **options}) as lab:
+        options = {"seed": None, "overlap": True, **options}
+        with gpulab.intercept(target, cuda_available=True, **options) as lab:
             yield lab
 
 

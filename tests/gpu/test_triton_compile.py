@@ -76,6 +76,8 @@ class Launch:
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, self.arguments[parameter.name]
+            if name == "OVERLAP":  # as on such a GPU; none was asked
+                value = target.backend == "cuda" and target.arch >= 90
             plain = parameter.do_not_specialize
             one = type(value) is int and value == 1 and not plain
             if parameter.is_constexpr or value is None or one:
