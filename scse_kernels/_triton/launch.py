@@ -61,7 +61,6 @@ class Problem:
     channels_last: bool
     tile: heuristics.Tile
     launches: int
-    overlap: bool  # of launches
 
     @property
     def strips(self) -> int:
@@ -103,11 +102,6 @@ class Problem:
             "num_warps": self.tile.warps,
             "num_stages": 1,
         }
-
-    def overlapping(self) -> dict:
-        """The arguments of a launch that starts while the one before, one of the same call, ends:
-        its program waits for that."""
-        return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
 
     def tiles_of_excitation(self, x: Tensor) -> heuristics.Excitation:
         return heuristics.excitation(
@@ -246,7 +240,6 @@ def _describe(
         channels_last,
         choice.tile(channels),
         heuristics.launches(choice.launches),
-        heuristics.overlap(x),
     )
 
 
@@ -333,8 +326,7 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
         squeeze_kernel, (n * p.strips,),
         x_ptr=x, ws_ptr=ws, bs_ptr=bs, partial_ptr=partial, spatial_gate_ptr=spatial_gate,
         C=c, S=s, strips=p.strips, **in_x.strides("x"),
-        HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate, OVERLAP=p.overlap,
-        **p.constants(in_x),
+        HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate, **p.constants(in_x),
     )  # fmt: skip
     if p.has_channel:
         plan_excitation(
@@ -346,7 +338,7 @@ def _plan_forward(plan: Plan, choices: tuple, x: Tensor, *others: Tensor | None)
         x_ptr=x, channel_gate_ptr=channel_gate, spatial_gate_ptr=spatial_gate, y_ptr=y,
         C=c, S=s, blocks_s=p.blocks_s,
         half_y=p.half(out_y), **in_x.strides("x"), **out_y.strides("y"),
-        RESIDUAL=residual, **p.constants(in_x, out_y), **p.overlapping(),
+        RESIDUAL=residual, **p.constants(in_x, out_y),
     )  # fmt: skip
 
 
@@ -364,13 +356,13 @@ def plan_excitation(
             partial_ptr=partial, w1_ptr=w1, b1_ptr=b1, w2_ptr=w2, b2_ptr=b2,
             pooled_ptr=pooled, hidden_ptr=hidden, channel_gate_ptr=channel_gate,
             C=c, Cr=j, S=s, strips=p.strips,
-            GATE=GATE, **activation, **p.excitation(x), **p.overlapping(),
+            GATE=GATE, **activation, **p.excitation(x),
         )  # fmt: skip
         return
     rows = p.rows(x, e)
     segments = triton.cdiv(c, e.segment)
     sums = plan.scratch(n, segments, j)
-    more = {"num_stages": 1, **p.overlapping(), **_all_registers()}
+    more = {"num_stages": 1, **_all_registers()}
     plan.launch(
         excite_hidden_kernel, (*rows.hidden.grid(n, j), segments),
         partial, w1, pooled, sums,
@@ -403,15 +395,13 @@ def plan_excitation_backward(
             d_excited_ptr=d_excited, d_hidden_ptr=d_hidden, d_mean_ptr=d_mean,
             sample_ws_ptr=sample_ws, sample_bs_ptr=sample_bs,
             C=c, Cr=j, S=s, strips=p.strips,
-            GATE=GATE, **p.excitation(x), **p.overlapping(),
+            GATE=GATE, **p.excitation(x),
         )  # fmt: skip
         return
     rows = p.rows(x, e)
     segments = triton.cdiv(c, e.segment)
     sums = plan.scratch(n, segments, j)
-    more = {
-        "TERMS_STRIPS": e.terms_strips, "num_stages": 1, **p.overlapping(), **_all_registers(),
-    }  # fmt: skip
+    more = {"TERMS_STRIPS": e.terms_strips, "num_stages": 1, **_all_registers()}
     plan.launch(
         excite_backward_hidden_kernel, (*rows.d_hidden.grid(n, j), segments),
         partial, w2, channel_gate, d_excited, sums,
@@ -534,7 +524,7 @@ def _plan_backward(
             C=c, S=s, strips=strips, **read_strides,
             SUM_CHANNEL=sum_channel, SUM_SPATIAL=sum_spatial, WEIGH=need_spatial,
             STORE_GATES=store_gates, HOLD=p.tile.hold, TILES=p.tile.tiles, GATE=gate,
-            OVERLAP=p.overlap, **p.constants(in_x, in_dy),
+            **p.constants(in_x, in_dy),
         )  # fmt: skip
         if sum_channel or need_spatial:
             plan_excitation_backward(
@@ -555,5 +545,5 @@ def _plan_backward(
             sample_bs_ptr=sample_bs, **gradients,
             N=n, C=c, Cr=p.hidden, S=s, blocks_s=p.blocks_s, tiles=tiles, **strides,
             RESIDUAL=residual, NEED_DX=need_dx, NEED_PARAMETERS=tasks > 0, BLOCK=block,
-            **p.constants(*maps), **p.overlapping(), **registers,
+            **p.constants(*maps), **registers,
         )  # fmt: skip

@@ -19,12 +19,14 @@ from .primitives import (
     accumulator,
     index,
     inside,
+    let_next_start,
     load,
     offsets,
     place,
     shown,
     shown_positions,
     sum_in_pairs,
+    wait_for_previous,
 )
 from .reduce import gate_inside, load_tile
 
@@ -83,6 +85,7 @@ def norm_reduce_kernel(
     TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each sample and strip (TILES tiles). Reads u and dy once from memory; writes
     what is asked for: the sums for the channel gate (SUM_CHANNEL), those for ws and bs (WEIGH),
@@ -92,6 +95,7 @@ def norm_reduce_kernel(
     gradients are known. Without, TILES is 1 and both are read again, from a cache, as a strip is
     narrow.
     """
+    let_next_start(OVERLAP)
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
     S = shown_positions(S, CHANNELS_LAST, ALIGN)
     GATE_FIRST: tl.constexpr = by_gates(COMBINE)
@@ -262,8 +266,11 @@ def norm_sums_kernel(
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each BLOCK channels. Reads all strips' sums once, in a fixed order."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     ACC: tl.constexpr = accumulator(var_ptr.dtype.element_ty)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dv = tl.zeros([BLOCK_ROWS, BLOCK], ACC)
@@ -343,12 +350,14 @@ def norm_apply_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each tile of du. Reads u, dy and the small tensors once; writes du. Programs of
     their own form the parameters' gradients meanwhile."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in `norm_apply_kernel`
     if NEED_PARAMETERS:  # noqa: SIM102 (one is known when compiling, the other when running)
         if tile >= tiles:
+            wait_for_previous(OVERLAP)
             parameter_gradients(
                 tile - tiles, d_excited_ptr, d_hidden_ptr, pooled_ptr, hidden_ptr,
                 sample_ws_ptr, sample_bs_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, dws_ptr, dbs_ptr,
@@ -366,6 +375,7 @@ def norm_apply_backward_kernel(
         dy, dy2 = load_gradient(
             dy_ptr, half_dy, begin, s, C, S, pitch_dy, COMBINE, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C
         )
+        wait_for_previous(OVERLAP)
         mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
         mean, scale, shift = load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC)
         ud = u.to(ACC) - mean

@@ -13,11 +13,13 @@ from .primitives import (
     accumulator,
     index,
     inside,
+    let_next_start,
     load,
     offsets,
     place,
     shown,
     shown_positions,
+    wait_for_previous,
 )
 
 
@@ -48,9 +50,12 @@ def norm_squeeze_kernel(
     TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each sample and strip (TILES tiles). Reads u once; writes channel sums and
     spatial gates. HOLD: BLOCK_C covers all channels; TILES is 1 without."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
     S = shown_positions(S, CHANNELS_LAST, ALIGN)
     HAS_CHANNEL: tl.constexpr = COMBINE != SPATIAL
@@ -122,6 +127,7 @@ def norm_apply_kernel(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each tile. Reads u and the small tensors once, writes y. Goes from the last
     tile to the first: the end of u is what the squeeze left in L2."""
@@ -133,6 +139,7 @@ def norm_apply_kernel(
     mask = inside(c, s, C, S, CHANNELS_LAST, ALIGN)
     at = offsets(index(c, WIDE), index(s, WIDE), pitch_u, CHANNELS_LAST, ALIGN)
     u = load(u_ptr + n * shown(stride_un, ALIGN) + at, mask, ACC)
+    wait_for_previous(OVERLAP)
     mean, scale, shift = load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, C, EPS, ACC)
     v = normalised(u - mean, scale, shift, mask)
     z = active(v, v)

@@ -7,7 +7,18 @@ thousand standard deviations does no harm.
 import triton
 import triton.language as tl
 
-from .primitives import SIZES, accumulator, index, inside, load, offsets, shown, sum_in_pairs
+from .primitives import (
+    SIZES,
+    accumulator,
+    index,
+    inside,
+    let_next_start,
+    load,
+    offsets,
+    shown,
+    sum_in_pairs,
+    wait_for_previous,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -25,9 +36,11 @@ def norm_statistics_kernel(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each tile [BLOCK_C, BLOCK_S]: a strip of some of the channels. Reads u once,
     writes two numbers to a channel."""
+    let_next_start(OVERLAP)
     ACC: tl.constexpr = accumulator(u_ptr.dtype.element_ty)
     blocks = tl.cdiv(C, BLOCK_C)
     item = tl.program_id(0) // blocks
@@ -74,9 +87,12 @@ def norm_merge_kernel(
     STRIP: tl.constexpr,  # positions of a strip
     BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program for each BLOCK channels. Reads the strips' means twice and their squares once, in a
     fixed order; writes the channels' mean and variance, and moves the running ones."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     ACC: tl.constexpr = accumulator(mean_ptr.dtype.element_ty)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     values = tl.full((), rows // strips, ACC) * S  # of one row and strip: a number, no tensor

@@ -23,7 +23,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from ..reference import accumulation_dtype
-from . import NEWEST, OLDEST, tuning, version
+from . import NEWEST, OLDEST, heuristics, tuning, version
 
 #: Kernels run in Triton's interpreter. It has no driver, and its calls take milliseconds.
 _INTERPRETED = knobs.runtime.interpret
@@ -80,6 +80,7 @@ class Plan:
         self.launches: list[Launch] = []
         #: The table of timings. Kept, since its identity is part of the kind.
         self.table = tuning.table(tensors[0].device)
+        self._overlap = heuristics.overlap(tensors[0])
         self._sums, self._sizes, self._zeros = sums, [], []
         self._prepared: Prepared | None = None
 
@@ -106,8 +107,14 @@ class Plan:
         return Pointer("zeros", len(self._zeros) - 1)
 
     def launch(self, kernel: triton.JITFunction, grid: tuple[int, ...], *arguments, **more) -> None:
-        """What `kernel[grid](*arguments, **more)` would do, later."""
+        """What `kernel[grid](*arguments, **more)` would do, later. A kernel with the argument
+        OVERLAP is told whether launches overlap. All but a call's first may start while the one
+        before ends; what comes before the first isn't ours."""
         signature = inspect.signature(kernel.fn)
+        if "OVERLAP" in signature.parameters:
+            more["OVERLAP"] = self._overlap
+            if self._overlap and self.launches:
+                more["launch_pdl"] = True
         named = {name: more.pop(name) for name in list(more) if name in signature.parameters}
         bound = signature.bind(*arguments, **named)
         bound.apply_defaults()

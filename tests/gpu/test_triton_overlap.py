@@ -4,6 +4,7 @@ tests: see `emulator`."""
 
 from functools import partial
 
+import norm_budget
 import pytest
 import torch
 from budget import call, make_case, output_and_gradients, same_bits
@@ -16,73 +17,96 @@ from scse_kernels._triton import plan
 
 #: N, C, H, W and the reduction: an excitation of one launch each way, and of two.
 SMALL, MANY_WEIGHTS = ((2, 32, 8, 8), 16), ((2, 256, 4, 4), 2)
+NORM_FORWARD = (
+    *("norm_statistics_kernel", "norm_merge_kernel"),
+    *("norm_squeeze_kernel", "excite_kernel", "norm_apply_kernel"),
+)
+NORM_BACKWARD = (
+    *("norm_reduce_kernel", "excite_backward_kernel"),
+    *("norm_sums_kernel", "norm_apply_backward_kernel"),
+)
 
 
-def run(kind=SMALL, **options):
-    """y and all gradients; and whether each launch overlaps, in order."""
+def case_of(kind=SMALL):
     shape, reduction = kind
-    case = make_case(shape, "add", torch.float16, reduction=reduction)
+    return make_case(shape, "add", torch.float16, reduction=reduction)
+
+
+def run(case, call, **options):
+    """y and all gradients; and each launch's kernel, and whether it overlaps, in order."""
     plan.forget()
     with emulator(**options) as lab:
         results = output_and_gradients(partial(call, backend="triton"), case)
         launches = [launch for made in plan._kept[1].values() for launch in made.launches]
         assert [launch.kernel.__name__ for launch in launches] == [r.kernel for r in lab.reports]
-    return results, [
-        (launch.kernel.__name__, launch.options.get("launch_pdl", False)) for launch in launches
-    ]
+    return results, [(launch.kernel.__name__, overlaps(launch)) for launch in launches]
 
 
-def test_all_launches_of_a_call_overlap_but_the_first():
-    """What a call reads may be what the launch before it writes, which isn't ours."""
-    _, overlaps = run()
-    assert overlaps == [
-        *((name, i > 0) for i, name in enumerate(FORWARD)),
-        *((name, i > 0) for i, name in enumerate(BACKWARD)),
-    ]
-    _, overlaps = run(MANY_WEIGHTS)
-    assert overlaps == [
-        *((name, i > 0) for i, name in enumerate(_by_rows(FORWARD))),
-        *((name, i > 0) for i, name in enumerate(_by_rows(BACKWARD))),
-    ]
+def overlaps(launch):
+    return launch.options.get("launch_pdl", False)
 
 
-def _by_rows(names):
+def by_rows(names):
     return [one for name in names for one in BY_ROWS.get(name, (name,))]
 
 
+norm_case = norm_budget.make_case(SMALL[0], dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "case, call, forward, backward",
+    [
+        pytest.param(case_of(), call, FORWARD, BACKWARD, id="scse"),
+        pytest.param(
+            case_of(MANY_WEIGHTS), call, by_rows(FORWARD), by_rows(BACKWARD), id="many weights"
+        ),
+        pytest.param(norm_case, norm_case.call, NORM_FORWARD, NORM_BACKWARD, id="bn_relu_scse"),
+    ],
+)
+def test_all_launches_of_a_call_overlap_but_the_first(case, call, forward, backward):
+    """What comes before the first isn't ours."""
+    _, found = run(case, call)
+    assert found == [(name, i > 0) for names in (forward, backward) for i, name in enumerate(names)]
+
+
+def test_what_is_left_of_an_empty_batch_overlaps_with_nothing():
+    shape, reduction = SMALL
+    _, found = run(make_case((0, *shape[1:]), "add", torch.float16, reduction=reduction), call)
+    assert found == [("apply_backward_kernel", False)]
+
+
 @pytest.mark.parametrize("kind", (SMALL, MANY_WEIGHTS), ids=("small", "many weights"))
-@pytest.mark.parametrize("target, setting", ((90, "0"), (80, "1")))
-def test_without_overlap_bits_are_the_same(kind, target, setting, monkeypatch):
-    """Below 9.0 there is none. (There other code is compiled, so bits are compared on 9.0.)"""
-    expected, _ = run(kind)
-    monkeypatch.setenv("SCSE_TRITON_OVERLAP", setting)
-    got, overlaps = run(kind, target=target)
-    assert not any(overlap for _, overlap in overlaps)
-    if target == 90:
-        for name, result in expected.items():
-            assert same_bits(got[name], result), name
+def test_without_overlap_bits_are_the_same(kind, monkeypatch):
+    case = case_of(kind)
+    expected, _ = run(case, call)
+    monkeypatch.setenv("SCSE_TRITON_OVERLAP", "0")
+    got, found = run(case, call)
+    assert not any(overlap for _, overlap in found)
+    for name, result in expected.items():
+        assert same_bits(got[name], result), name
+
+
+def test_below_compute_capability_9_there_is_none():
+    _, found = run(case_of(), call, target=80)
+    assert not any(overlap for _, overlap in found)
 
 
 def test_one_launch_has_none_to_overlap_with():
-    _, overlaps = run(launches=1)
-    assert overlaps == [("forward_kernel", False), ("backward_kernel", False)]
+    _, found = run(case_of(), call, launches=1)
+    assert found == [("forward_kernel", False), ("backward_kernel", False)]
 
 
 def test_the_setting_counts_at_each_call(monkeypatch):
-    case = make_case(SMALL[0], "add", torch.float16)
+    case = case_of()
+    forward = partial(call, "add", case.x, *case.parameters, backend="triton")
     plan.forget()
     with emulator() as lab:
-        call("add", case.x, *case.parameters, backend="triton")
+        forward()
         monkeypatch.setenv("SCSE_TRITON_OVERLAP", "0")
-        call("add", case.x, *case.parameters, backend="triton")
+        forward()
         monkeypatch.setenv("SCSE_TRITON_OVERLAP", "yes")
         with pytest.raises(ValueError, match="SCSE_TRITON_OVERLAP must be 0 or 1, got 'yes'"):
-            call("add", case.x, *case.parameters, backend="triton")
-        with_overlap, without = plan._kept[1].values()
+            forward()
+        found = [[overlaps(launch) for launch in made.launches] for made in plan._kept[1].values()]
     assert len(lab.reports) == 2 * len(FORWARD)
-    assert [bool(launch.options.get("launch_pdl")) for launch in with_overlap.launches] == [
-        False,
-        True,
-        True,
-    ]
-    assert not any(launch.options.get("launch_pdl") for launch in without.launches)
+    assert found == [[False, True, True], [False, False, False]]
