@@ -17,12 +17,15 @@ LAYOUTS = ("contiguous", "channels_last")
 MACHINES = {"general sm_80": A100, "general sm_90": NO_CLUSTERS, "on chip": SMALL_BLOCKS}
 
 #: How wide rows can be accessed -> sizes (channels, *space), by the number of spatial axes.
-#: Contiguous maps have rows of positions, channels_last ones of channels.
+#: Contiguous maps have rows of positions, channels_last ones of channels. Of flat maps the samples
+#: are multiples of 16 bytes and the rows are not; those of 4 bytes are such in float32, too.
 SIZES = {
     "16 bytes": {1: (72, 160), 2: (72, 8, 20), 3: (40, 4, 6, 8)},
     "4 bytes": {1: (38, 102), 2: (38, 6, 17), 3: (22, 3, 5, 6)},
+    "flat": {1: (72, 101), 2: (88, 9, 11), 3: (72, 3, 5, 7)},
     "one element": {1: (37, 101), 2: (37, 9, 11), 3: (19, 3, 5, 7)},
 }
+FLAT_CHANNELS_LAST = {2: (37, 8, 29), 3: (19, 4, 6, 8)}
 MIXED = (torch.float16, torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -79,8 +82,10 @@ class Call:
 
     @property
     def case(self) -> Case:
+        flat_last = (self.access, self.layout) == ("flat", "channels_last")
+        sizes = FLAT_CHANNELS_LAST if flat_last else SIZES[self.access]
         case = make_case(
-            (self.samples, *SIZES[self.access][self.axes]),
+            (self.samples, *sizes[self.axes]),
             self.variant,
             self.dtype,
             self.reduction,
@@ -113,8 +118,11 @@ def _calls():
         # On chip alone it is an access of its own; the general kernels take fours of elements.
         if access == "4 bytes" and draw.random() < (0.5 if machine == "on chip" else 0.8):
             continue
+        # The general kernels alone take it for anything but an odd size.
+        if access == "flat" and machine == "on chip" and draw.random() < 0.7:
+            continue
         # A misaligned map has the general kernels take fours of single elements.
-        wide = access == "16 bytes" and machine != "on chip"
+        wide = access in ("16 bytes", "flat") and machine != "on chip"
         ways = ("dense", "samples apart") if wide else ("dense", *ARRANGED)
         yield Call(
             machine,

@@ -22,8 +22,8 @@ from scse_kernels import ops
 LAYOUTS = ("contiguous", "channels_last")
 #: Rows of the tables: a device without clusters takes the general kernels.
 GENERAL = [(NO_CLUSTERS, (4, 64, 64, 64), v, d) for v in ("add", "max", "concat") for d in LAYOUTS]
-#: Deep levels, and what their channels are reduced by. Rows of the first two are no multiples of 16
-#: bytes.
+#: Deep levels, and what their channels are reduced by. Rows of 14 x 14 and 7 x 7 are no multiples
+#: of 16 bytes.
 DEEP = {
     (8, 512, 14, 14): 2,
     (2, 1024, 7, 7): 2,
@@ -103,7 +103,7 @@ def wide(widths) -> float:
 def issued(report, variant, x_bytes) -> str:
     """Warp instructions to each KiB of the maps that a kernel over the map reads, without moves and
     loads of parameters, most of which ptxas removes."""
-    kernel = re.sub("(_planes|_channels_last|_kernel)?<.*", "", report.kernel)
+    kernel = re.sub("(_planes|_channels_last|_kernel|_flat)?<.*", "", report.kernel)
     if kernel not in MAPS:
         return "none"
     instructions = report.warp_instructions - sum(report.instructions[k] for k in UNCHARGED)
