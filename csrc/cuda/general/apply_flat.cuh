@@ -88,10 +88,10 @@ struct AlongFlat<W, true> {
   float v[W]{};
   template <typename T>
   SCSE_DEVICE void load(const T* p, const FlatPart<W>& part) {
-    p = settled(p - part.row);  // from there on no place is negative
-    const unsigned next = part.inner, first = next + part.row;
+    const T* const first = settled(p + part.inner);
+    const T* const next = first - part.row;
 #pragma unroll
-    for (int i = 0; i < W; ++i) v[i] = to_float((p + (part.in_first_row(i) ? first : next))[i]);
+    for (int i = 0; i < W; ++i) v[i] = to_float((part.in_first_row(i) ? first : next)[i]);
   }
   SCSE_DEVICE float at(int, int i, const FlatPart<W>&) const { return v[i]; }
 };
@@ -101,13 +101,12 @@ struct AlongFlat<W, false> {
   float first[kApplyOuter]{}, next[kApplyOuter]{};
   template <typename T>
   SCSE_DEVICE void load(const T* p, const FlatPart<W>& part) {
-    p = settled(p);
-    const unsigned begin = part.outer, other = begin + (part.across < W ? 1 : 0);
+    const T* const one = settled(p + part.outer);
+    const T* const other = settled(one + (part.across < W ? 1 : 0));
 #pragma unroll
     for (int u = 0; u < kApplyOuter; ++u) {
-      if (part.has(u)) {
-        first[u] = to_float(p[begin + u * part.step]), next[u] = to_float(p[other + u * part.step]);
-      }
+      const unsigned place = u * part.step;
+      if (part.has(u)) first[u] = to_float(one[place]), next[u] = to_float(other[place]);
     }
   }
   SCSE_DEVICE float at(int u, int i, const FlatPart<W>& part) const {
@@ -193,15 +192,19 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 2 : 3)
   }
 
   wait_for_previous();
-  if (has_channel(K)) {
+  const auto load_channel = [&] {
+    if (!has_channel(K)) return;
     c.load(a.channel_gate + n * a.channels, part);
     mean.load(a.d_mean + n * a.channels, part);
-  }
+  };
+  // What lies along the outer axis comes first: else registers would be spilled.
+  if (!CHANNELS_LAST) load_channel();
   if (has_spatial(K)) {
     s.load(a.spatial_gate + n * a.positions, part);
     d.load(a.dq + n * a.positions, part);
   }
-  dx = settled(dx + n * a.walk.size + part.begin);
+  if (CHANNELS_LAST) load_channel();
+  dx += n * a.walk.size + part.begin;
 #pragma unroll
   for (int u = 0; u < kApplyOuter; ++u) {
     if (!part.has(u)) break;

@@ -4,10 +4,12 @@ anywhere takes those, in sums of the same order."""
 
 from functools import partial
 from itertools import product
+from math import prod
 
 import pytest
 from budget import VARIANTS, make_case, same_bits
 from cases import ARRANGED, DTYPES, LAYOUTS, execute, in_layout, misaligned, results
+from counts import count
 from fakecuda import A100, NO_CLUSTERS
 
 PLANES, LAST = LAYOUTS
@@ -76,6 +78,31 @@ def test_any_order_of_execution_gives_the_same_bits(variant, layout):
         again, _ = results(NO_CLUSTERS, case, **schedule)
         for name, t in in_order.items():
             assert same_bits(t, again[name]), f"{name} with {schedule}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_element_is_moved_once(layout):
+    """The map by 16 bytes to a thread, and no element by two threads."""
+    shape = (2, 200, 7, 7) if layout == PLANES else (2, 37, 8, 29)
+    x_bytes, labs = count(NO_CLUSTERS, shape, "max", layout)
+    for lab, maps in zip(labs, (1, 2), strict=True):
+        report = lab.reports[-1]
+        assert report.load_widths[16] == maps * x_bytes // 16
+        # In the backward the others store the parameters' gradients.
+        assert report.store_widths[16] == x_bytes // 16
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_the_pass_before_has_left_in_l2_is_read_first(layout):
+    """From the last tile to the first: in the other order no read would find anything there. (In
+    the backward the parameters' gradients come first.)"""
+    shape = (8, 512, 7, 7) if layout == PLANES else (8, 255, 8, 8)
+    # As large as the map, so that sums of strips and weights leave room for its end alone.
+    l2_bytes = 2 * prod(shape)
+    how = {"l2_bytes": l2_bytes, "resident": 1, "seed": None}
+    x_bytes, (forward, _) = count(NO_CLUSTERS, shape, "add", layout, **how)
+    assert l2_bytes == x_bytes
+    assert forward.reports[-1].dram_read_bytes < 0.9 * x_bytes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
