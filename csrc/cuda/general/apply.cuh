@@ -2,7 +2,8 @@
 // block for each tile, from the last to the first: the end of x is what the pass before has left in
 // L2. These kernels overlap: what they read of the map is on its way while the excitation still
 // works. Do not add __restrict__ to x or dy. ptxas would move their loads behind the wait, and the
-// overlap would be lost.
+// overlap would be lost. Most maps whose rows are no multiples of 16 bytes have kernels of their
+// own, see apply_flat.cuh.
 #pragma once
 
 #include "block.cuh"

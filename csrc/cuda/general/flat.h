@@ -19,7 +19,7 @@
 namespace scse::cuda {
 
 struct Flat {
-  int64_t row, size;                 // elements of a row and of a sample; 0: the map isn't flat
+  int64_t row, size;                 // elements of a row and of a sample; 0: the map is not flat
   int64_t run;                       // elements from a thread's access to its next: whole periods
   int64_t inner_tiles, outer_tiles;  // blocks to a run; to a sample, kApplyOuter runs each
   int64_t tiles() const { return inner_tiles * outer_tiles; }
@@ -29,6 +29,7 @@ struct Flat {
 inline Flat flat_of(int64_t rows, int64_t row, int width) {
   const int64_t size = rows * row, period = std::lcm(row, int64_t{width});
   const int64_t threads = period / width;  // of a period
+  const int64_t fewest = ceil_div(size / width, kApplyOuter * kMaxThreads);
   Flat best{};
   // Of up to eight blocks to a run those that cover a sample with the fewest. (49 threads fill a
   // block five times, but 169 only three blocks.)
@@ -39,7 +40,8 @@ inline Flat flat_of(int64_t rows, int64_t row, int width) {
     f.run = std::min(blocks * kMaxThreads / threads, size / period) * period;
     f.inner_tiles = ceil_div(f.run / width, kMaxThreads);
     f.outer_tiles = ceil_div(size, kApplyOuter * f.run);
-    if (best.row == 0 || f.tiles() < best.tiles()) best = f;
+    if (best.size == 0 || f.tiles() < best.tiles()) best = f;
+    if (best.tiles() == fewest) break;
   }
   return best;
 }
