@@ -35,7 +35,7 @@ from ..cases import LAYOUTS, Case
 
 #: Passes over the map that a kernel makes through DRAM when L2 is cold and everything that it reads
 #: twice stays there: docs/gpu.md has the counts. For max the last backward kernel reads x as well.
-#: By the kernel's name, without what follows `_kernel`, `_planes` or `_channels_last`.
+#: By the kernel's name, without what follows `_kernel`, `_planes`, `_channels_last` or `_flat`.
 PASSES = {
     "squeeze": {"add": 1, "max": 1},
     "excite": {"add": 0, "max": 0},
@@ -100,7 +100,7 @@ def short(name: str) -> str:
 
 def passes(kernel: str, combine: str) -> int | None:
     """How often the kernel of that short name reads or writes the map; None if not known."""
-    base = re.sub(r"_(kernel|planes|channels_last)$", "", kernel)
+    base = re.sub(r"_(kernel|planes|channels_last|flat)$", "", kernel)
     return PASSES.get(base, {}).get(combine)
 
 

@@ -45,6 +45,7 @@ EXPECTED = {
         "squeeze_channels_last",
         "excite",
         "apply",
+        "apply_flat",
         "reduce_planes",
         "reduce_channels_last",
         "excite_backward",
@@ -53,6 +54,7 @@ EXPECTED = {
         "excite_backward_hidden",
         "excite_backward_mean",
         "apply_backward",
+        "apply_backward_flat",
     ),
 }
 

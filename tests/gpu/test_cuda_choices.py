@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(
     COMPILER is None or not SOURCES.exists(), reason="no C++ compiler, or no sources"
 )
 
+FLOAT32, FLOAT16 = 0, 2  # of scse::cuda::Dtype
+ADD, CONCAT = 0, 3  # of scse::Combine
 # The kernels' launch bounds and their grid's limit.
 MOST_THREADS, MOST_BLOCKS = 256, 2**31 - 1
 
@@ -38,6 +40,14 @@ class Tile(NamedTuple):
     outer_tiles: int
 
 
+class Flat(NamedTuple):
+    row: int
+    size: int
+    run: int
+    inner_tiles: int
+    outer_tiles: int
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     file = tmp_path_factory.mktemp("choices") / "choices.so"
@@ -47,7 +57,7 @@ def library(tmp_path_factory):
         [COMPILER, *flags, *folders, HERE / "cuda_headers" / "choices.cpp", "-o", file], check=True
     )
     loaded = ctypes.CDLL(str(file))
-    for function in (loaded.fits, loaded.layers):
+    for function in (loaded.fits, loaded.layers, loaded.flat_map):
         function.restype = ctypes.c_bool
     loaded.tasks.restype = ctypes.c_int64
     return loaded
@@ -66,6 +76,16 @@ def tile(library):
         return Tile(*out)
 
     return tile_of
+
+
+@pytest.fixture
+def flat(library):
+    def flat_of(rows, row, width) -> Flat:
+        out = (ctypes.c_int64 * len(Flat._fields))()
+        library.flat(*_long(rows, row), width, out)
+        return Flat(*out)
+
+    return flat_of
 
 
 def _sizes():
@@ -118,6 +138,68 @@ def test_tiles_of_large_maps_read_whole_lines(tile):
         # A position's channels lie side by side, as many as a warp reads at once.
         t = tile(channels, 64 * 64, itemsize, width, True)
         assert t.inner == min(channels, 32 * width)
+
+
+@pytest.mark.parametrize("width", (4, 8))
+def test_runs_cover_a_flat_sample(flat, width):
+    """A run is whole rows and whole accesses, and the blocks of a sample reach its end."""
+    for rows, row in _sizes():
+        if rows * row % width:
+            continue
+        f = flat(rows, row, width)
+        where = f"{rows} rows of {row}: {f}"
+        assert (f.row, f.size) == (row, rows * row), where
+        assert 0 < f.run <= f.size and f.run % row == 0 and f.run % width == 0, where
+        block = MOST_THREADS * width
+        assert (f.inner_tiles - 1) * block < f.run <= f.inner_tiles * block, where
+        assert (f.outer_tiles - 1) * 4 * f.run < f.size <= f.outer_tiles * 4 * f.run, where
+
+
+def test_flat_maps_of_networks_fill_their_blocks(flat):
+    for channels, side, least in (
+        (1024, 7, 0.85), (512, 14, 0.85), (512, 13, 0.85), (512, 15, 0.85), (256, 21, 0.95),
+        (256, 27, 0.9), (2048, 3, 0.75), (256, 33, 0.85), (64, 65, 0.95)
+    ):  # fmt: skip
+        f = flat(channels, side * side, 8)
+        threads = f.inner_tiles * f.outer_tiles * MOST_THREADS * 4 * 8
+        assert f.size / threads >= least, (channels, side, f, f.size / threads)
+
+
+def test_which_maps_are_flat(library):
+    def flat_map(dtype, channels, positions, last=False, combine=ADD, begin=0, pitch=0, sample=0):
+        sizes, strides = _long(channels, positions), _long(begin, pitch, sample)
+        ways = [
+            library.flat_map(dtype, *sizes, combine, ctypes.c_bool(last), *strides, of_dy)
+            for of_dy in (ctypes.c_bool(False), ctypes.c_bool(True))
+        ]
+        assert ways[0] == ways[1], "x and dy are judged alike"
+        return ways[0]
+
+    assert flat_map(FLOAT16, 1024, 49) and flat_map(FLOAT16, 512, 196)
+    assert flat_map(FLOAT32, 4, 49) and flat_map(FLOAT32, 2, 50)
+    assert flat_map(FLOAT16, 37, 64, last=True) and flat_map(FLOAT16, 12, 14, last=True)
+    assert not flat_map(FLOAT16, 1024, 64)  # its rows are whole accesses
+    assert not flat_map(FLOAT32, 512, 196) and not flat_map(FLOAT16, 64, 49, last=True)
+    assert not flat_map(FLOAT16, 1020, 49)  # its samples are not
+    assert flat_map(FLOAT16, 8, 9) and not flat_map(FLOAT16, 8, 7)  # three rows to an access
+    assert flat_map(FLOAT16, 8, 49, begin=8) and not flat_map(FLOAT16, 8, 49, begin=4)
+    assert flat_map(FLOAT16, 8, 49, sample=8) and not flat_map(FLOAT16, 8, 49, sample=4)
+    assert not flat_map(FLOAT16, 8, 49, pitch=8)
+    assert flat_map(FLOAT16, 8, 49, combine=CONCAT)
+    assert not flat_map(FLOAT16, 49, 8, last=True, combine=CONCAT)
+    assert flat_map(FLOAT16, 8, 2**26 - 1) and not flat_map(FLOAT16, 8, 2**26 + 1)
+
+
+def test_division_by_a_product(library):
+    rng = random.Random(1)
+    sizes = [*range(1, 300), 2**31 - 1, *(2**k + d for k in range(9, 31) for d in (-1, 0, 1))]
+    for size in sizes:
+        numbers = {0, 1, size - 1, size, 2**31 - 1, 2**31 - 1 - 2**31 % size}
+        numbers |= {
+            max(0, min(rng.randrange(2**31) // size * size + d, 2**31 - 1)) for d in (-1, 0)
+        }
+        for number in numbers:
+            assert library.divide(*_long(size), number) == number // size, (number, size)
 
 
 def test_excitations_of_many_weights_have_a_launch_for_each_layer(library):

@@ -2,7 +2,8 @@
 // block for each tile, from the last to the first: the end of x is what the pass before has left in
 // L2. These kernels overlap: what they read of the map is on its way while the excitation still
 // works. Do not add __restrict__ to x or dy. ptxas would move their loads behind the wait, and the
-// overlap would be lost.
+// overlap would be lost. Most maps whose rows are no multiples of 16 bytes have kernels of their
+// own, see apply_flat.cuh.
 #pragma once
 
 #include "block.cuh"
@@ -31,7 +32,8 @@ struct Walk {
   SCSE_DEVICE int64_t sample(unsigned tile) const { return tile / outer_tiles / inner_tiles; }
 };
 
-template <typename T>
+// `Walk`: this one, or that of flat maps.
+template <typename T, typename Walk = cuda::Walk>
 struct ApplyArguments {
   const T* x;                 // [N, C, S] or [N, S, C]
   const float* channel_gate;  // [N, C]
@@ -43,6 +45,14 @@ struct ApplyArguments {
   Walk walk;
   bool residual;  // y has x added
 };
+
+// An element of y, but for concat.
+template <Combine K>
+SCSE_DEVICE float value_of(float x, float c, float s, bool residual) {
+  float y = Formula<float, K>::value(x, c, s);
+  if (residual) y += x;
+  return y;
+}
 
 // Reads x and the gates once, writes y.
 template <typename T, int W, Combine K, bool CHANNELS_LAST>
@@ -82,8 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     } else {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        out[i] = Formula<float, K>::value(f[i], c.at(u, i), s.at(u, i));
-        if (a.residual) out[i] += f[i];
+        out[i] = value_of<K>(f[i], c.at(u, i), s.at(u, i), a.residual);
       }
     }
     store_access<W>(whole, y + u * y_pitch, narrow<T, W>(out), across);
@@ -94,7 +103,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 template <Combine K>
 constexpr bool reads_two = Formula<float, K>::by_gates || K == Combine::concat;
 
-template <typename T>
+template <typename T, typename Walk = cuda::Walk>
 struct ApplyBackwardArguments {
   const T* dy;                  // as y
   const T* x;                   // [N, C, S] or [N, S, C]
@@ -112,6 +121,17 @@ struct ApplyBackwardArguments {
   Count tasks;   // blocks for the parameters' gradients
 };
 
+// An element of dx, from x, dy (concat: and that of the second half), the gates, d_mean, ws and dq.
+template <Combine K>
+SCSE_DEVICE float gradient_of(float x, float dy, float dy2, float c, float s, float mean,
+                              float weight, float dq, int residual) {
+  float dx = Formula<float, K>::direct(x, dy, dy2, c, s);
+  if (K != Combine::concat) dx += __int_as_float(__float_as_int(dy) & residual);
+  if (has_channel(K)) dx += mean;
+  if (has_spatial(K)) dx += weight * dq;
+  return dx;
+}
+
 // Reads dy and the small tensors once, and x if the formula needs it; writes dx. The first blocks
 // form the parameters' gradients. If they came last, the launch would end later. dx is not in the
 // structure, and the structures are not __grid_constant__: some of these kernels would spill
@@ -120,8 +140,7 @@ template <typename T, int W, Combine K, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     apply_backward(T* __restrict__ dx,  // as x
                    ApplyBackwardArguments<T> a, ParameterGradients gradients) {
-  using F = Formula<float, K>;
-  constexpr bool reads_x = F::by_gates;
+  constexpr bool reads_x = Formula<float, K>::by_gates;
   if (static_cast<int>(blockIdx.x) < a.tasks) {
     wait_for_previous();
     return gradients.compute(blockIdx.x);
@@ -168,10 +187,8 @@ __global__ void __launch_bounds__(kMaxThreads, reads_two<K> ? 3 : 4)
     Floats<W> out;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      out[i] = F::direct(f[i], g[i], g2[i], c.at(u, i), s.at(u, i));
-      if (K != Combine::concat) out[i] += __int_as_float(__float_as_int(g[i]) & a.residual);
-      if (has_channel(K)) out[i] += mean.at(u, i);
-      if (has_spatial(K)) out[i] += weight.at(u, i) * d.at(u, i);
+      out[i] = gradient_of<K>(f[i], g[i], g2[i], c.at(u, i), s.at(u, i), mean.at(u, i),
+                              weight.at(u, i), d.at(u, i), a.residual);
     }
     store_access<W>(whole, dx + u * row, narrow<T, W>(out), across);
   }

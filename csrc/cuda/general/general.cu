@@ -24,7 +24,7 @@ Tile tile_for(const Problem& p) {
 
 Forward plan_forward(const Problem& p, float* scratch) {
   Forward f{};
-  f.tile = tile_for(p);
+  f.tile = tile_for(p), f.flat = flat_for(p);
   Pieces pieces(scratch);
   f.partial = pieces.take(p.has_channel(), p.samples * f.tile.strips * p.channels);
   f.spatial_gate = pieces.take(p.has_spatial(), p.samples * p.positions);
@@ -36,7 +36,7 @@ Forward plan_forward(const Problem& p, float* scratch) {
 
 Backward plan_backward(const Problem& p, float* scratch) {
   Backward b{};
-  b.tile = tile_for(p);
+  b.tile = tile_for(p), b.flat = flat_for(p);
   const bool need_dx = p.dx != nullptr;
   const bool channel = p.has_channel() && (need_dx || p.need_channel());
   const bool gates = p.has_spatial() && need_dx;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../problem.h"
+#include "flat.h"
 #include "tile.h"
 
 namespace scse::cuda {
@@ -12,6 +13,7 @@ namespace scse::cuda {
 // nobody asks for what they would hold.
 struct Forward {
   Tile tile;
+  Flat flat;            // where the gates are applied
   int64_t floats;       // of scratch memory
   float* partial;       // [N, strips, C]: sums of x
   float* spatial_gate;  // [N, S]
@@ -19,6 +21,7 @@ struct Forward {
 };
 struct Backward : PerSample {
   Tile tile;
+  Flat flat;  // where the gates are applied
   int64_t floats;
   float* partial;       // [N, strips, C]: sums for the channel gate's gradient
   float* partial_ws;    // [N, strips, C]: sums of dq * x

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "apply.cuh"
+#include "apply_flat.cuh"
 #include "general.h"
 #include "../dispatch.h"
 #include "../launch.h"
@@ -18,6 +19,44 @@ template <typename T, typename Body>
 void with_width(int width, const Body& body) {
   width == wide<T> ? body(std::integral_constant<int, wide<T>>())
                    : body(std::integral_constant<int, wide<T> / 2>());
+}
+
+// Calls body(std::integral_constant<Combine, k>, std::bool_constant<channels last>) for a flat map.
+template <typename Body>
+void with_flat(const Problem& p, const Body& body) {
+  with_combine(p.combine, [&](auto combine) {
+    with_bool(p.channels_last, [&](auto last) {
+      constexpr bool apart = decltype(combine)::value == Combine::concat && decltype(last)::value;
+      if constexpr (!apart) body(combine, last);  // see is_flat
+    });
+  });
+}
+
+// What of the arguments does not depend on the walk.
+template <typename T, typename Walk>
+ApplyArguments<T, Walk> apply_arguments(const Problem& p, const Forward& f, const Walk& walk) {
+  ApplyArguments<T, Walk> a{};
+  a.x = static_cast<const T*>(p.x), a.y = static_cast<T*>(p.y);
+  a.channel_gate = p.channel_gate, a.spatial_gate = f.spatial_gate;
+  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+  a.channels = p.channels, a.positions = p.positions;
+  a.walk = walk;
+  a.residual = p.residual;
+  return a;
+}
+template <typename T, typename Walk>
+ApplyBackwardArguments<T, Walk> apply_arguments(const Problem& p, const Backward& b,
+                                                const Walk& walk) {
+  ApplyBackwardArguments<T, Walk> a{};
+  a.dy = static_cast<const T*>(p.dy), a.x = static_cast<const T*>(p.x);
+  a.channel_gate = p.channel_gate, a.spatial_gate = b.spatial_gate, a.dq = b.dq;
+  a.d_mean = b.d_mean, a.ws = p.ws;
+  a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
+  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
+  a.channels = p.channels, a.positions = p.positions;
+  a.walk = walk;
+  a.dtypes = p.dtypes, a.residual = p.residual ? -1 : 0, a.tasks = b.tasks;
+  return a;
 }
 
 template <typename T>
@@ -49,20 +88,21 @@ void Passes<T>::apply(const Problem& p, const Forward& f) {
   const Tile& t = f.tile;
   Grid grid{p.samples * t.inner_tiles * t.outer_tiles, t.apply_threads()};
   grid.overlap = true;
-  ApplyArguments<T> a{};
-  a.x = static_cast<const T*>(p.x), a.y = static_cast<T*>(p.y);
-  a.channel_gate = p.channel_gate, a.spatial_gate = f.spatial_gate;
-  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
-  a.channels = p.channels, a.positions = p.positions;
-  a.walk = {t.of_row().bits, t.inner_tiles, t.outer_tiles};
-  a.residual = p.residual;
+  if (f.flat.size > 0) {
+    grid.blocks = p.samples * f.flat.tiles(), grid.threads = kMaxThreads;
+    return with_flat(p, [&](auto combine, auto last) {
+      launch("apply_flat", apply_flat<T, decltype(combine)::value, decltype(last)::value>, grid, p,
+             apply_arguments<T>(p, f, FlatWalk(f.flat)));
+    });
+  }
+  const Walk walk{t.of_row().bits, t.inner_tiles, t.outer_tiles};
   with_width<T>(t.width, [&](auto width) {
     with_combine(p.combine, [&](auto combine) {
       with_bool(p.channels_last, [&](auto last) {
         launch(
             "apply",
             cuda::apply<T, decltype(width)::value, decltype(combine)::value, decltype(last)::value>,
-            grid, p, a);
+            grid, p, apply_arguments<T>(p, f, walk));
       });
     });
   });
@@ -106,26 +146,29 @@ void Passes<T>::reduce(const Problem& p, const Backward& b) {
 template <typename T>
 void Passes<T>::apply_backward(const Problem& p, const Backward& b) {
   const Tile& t = b.tile;
-  const int64_t tiles = p.dx == nullptr ? 0 : p.samples * t.inner_tiles * t.outer_tiles;
+  const bool flat = b.flat.size > 0;
+  const int64_t of_sample = flat ? b.flat.tiles() : t.inner_tiles * t.outer_tiles;
+  const int64_t tiles = p.dx == nullptr ? 0 : p.samples * of_sample;
   if (tiles + b.tasks == 0) return;
-  Grid grid{tiles + b.tasks, t.apply_threads()};
+  Grid grid{tiles + b.tasks, flat ? kMaxThreads : t.apply_threads()};
   grid.overlap = true;
-  ApplyBackwardArguments<T> a{};
-  a.dy = static_cast<const T*>(p.dy), a.x = static_cast<const T*>(p.x);
-  a.channel_gate = p.channel_gate, a.spatial_gate = b.spatial_gate, a.dq = b.dq;
-  a.d_mean = b.d_mean, a.ws = p.ws;
-  a.dy_sample = p.dy_sample, a.dy_pitch = p.dy_pitch;
-  a.x_sample = p.x_sample, a.x_pitch = p.x_pitch;
-  a.channels = p.channels, a.positions = p.positions;
-  if (tiles > 0) a.walk = {t.of_row().bits, t.inner_tiles, t.outer_tiles};
-  a.dtypes = p.dtypes, a.residual = p.residual ? -1 : 0, a.tasks = b.tasks;
+  const ParameterGradients gradients(p, b);
+  if (flat) {
+    return with_flat(p, [&](auto combine, auto last) {
+      launch("apply_backward_flat",
+             apply_backward_flat<T, decltype(combine)::value, decltype(last)::value>, grid, p,
+             static_cast<T*>(p.dx), apply_arguments<T>(p, b, FlatWalk(b.flat)), gradients);
+    });
+  }
+  Walk walk{};
+  if (tiles > 0) walk = {t.of_row().bits, t.inner_tiles, t.outer_tiles};
   with_width<T>(t.width, [&](auto width) {
     with_combine(p.combine, [&](auto combine) {
       with_bool(p.channels_last, [&](auto last) {
         launch("apply_backward",
                cuda::apply_backward<T, decltype(width)::value, decltype(combine)::value,
                                     decltype(last)::value>,
-               grid, p, static_cast<T*>(p.dx), a, ParameterGradients(p, b));
+               grid, p, static_cast<T*>(p.dx), apply_arguments<T>(p, b, walk), gradients);
       });
     });
   });

@@ -16,13 +16,16 @@ LAYOUTS = ("contiguous", "channels_last")
 #: A device for each architecture that there is code for.
 MACHINES = {"sm_80": A100, "sm_90": H100}
 
-#: What rows are multiples of -> sizes (channels, *space), by the number of spatial axes. Contiguous
-#: maps have rows of positions, channels_last ones of channels.
+#: How wide rows can be accessed -> sizes (channels, *space), by the number of spatial axes.
+#: Contiguous maps have rows of positions, channels_last ones of channels. Of flat maps the samples
+#: are multiples of 16 bytes and the rows are not; those of 4 bytes are such in float32, too.
 SIZES = {
     "16 bytes": {1: (72, 160), 2: (72, 8, 20), 3: (40, 4, 6, 8)},
     "4 bytes": {1: (38, 102), 2: (38, 6, 17), 3: (22, 3, 5, 6)},
+    "flat": {1: (72, 101), 2: (88, 9, 11), 3: (72, 3, 5, 7)},
     "one element": {1: (37, 101), 2: (37, 9, 11), 3: (19, 3, 5, 7)},
 }
+FLAT_CHANNELS_LAST = {2: (37, 8, 29), 3: (19, 4, 6, 8)}
 MIXED = (torch.float16, torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -79,8 +82,10 @@ class Call:
 
     @property
     def case(self) -> Case:
+        flat_last = (self.access, self.layout) == ("flat", "channels_last")
+        sizes = FLAT_CHANNELS_LAST if flat_last else SIZES[self.access]
         case = make_case(
-            (self.samples, *SIZES[self.access][self.axes]),
+            (self.samples, *sizes[self.axes]),
             self.variant,
             self.dtype,
             self.reduction,
@@ -113,8 +118,9 @@ def _calls():
         # Accesses of 8 bytes for float32; of one element, as below, for the others.
         if access == "4 bytes" and draw.random() < (0.5 if dtype == torch.float32 else 0.8):
             continue
-        # A misaligned map would not reach the kernels of 16 bytes; test_shapes.py has such maps.
-        ways = ("dense", "samples apart") if access == "16 bytes" else ("dense", *ARRANGED)
+        # A misaligned map would not reach these kernels; test_shapes.py has such maps.
+        wide = access in ("16 bytes", "flat")
+        ways = ("dense", "samples apart") if wide else ("dense", *ARRANGED)
         yield Call(
             machine,
             variant,

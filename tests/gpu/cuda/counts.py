@@ -24,8 +24,8 @@ LAYOUTS = ("contiguous", "channels_last")
 SHAPE = (4, 64, 64, 64)
 #: Rows of the first tables.
 ROWS = [(variant, layout) for variant in ("add", "max", "concat") for layout in LAYOUTS]
-#: Deep levels, and what their channels are reduced by. Rows of the first two are no multiples of 16
-#: bytes.
+#: Deep levels, and what their channels are reduced by. Rows of 14 x 14 and 7 x 7 are no multiples
+#: of 16 bytes.
 DEEP = {
     (8, 512, 14, 14): 2,
     (2, 1024, 7, 7): 2,
@@ -91,7 +91,7 @@ def wide(widths) -> float:
 def issued(report, variant, x_bytes) -> str:
     """Warp instructions to each KiB of the maps that a kernel over the map reads, without moves and
     loads of parameters, most of which ptxas removes."""
-    kernel = re.sub("(_planes|_channels_last)?<.*", "", report.kernel)
+    kernel = re.sub("(_planes|_channels_last|_flat)?<.*", "", report.kernel)
     if kernel not in MAPS:
         return "none"
     instructions = report.warp_instructions - sum(report.instructions[k] for k in UNCHARGED)

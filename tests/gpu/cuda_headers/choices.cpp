@@ -2,6 +2,7 @@
 #include <iterator>
 
 #include "count.h"
+#include "general/flat.h"
 #include "general/tile.h"
 #include "gradient_tasks.h"
 
@@ -19,6 +20,28 @@ void tile(int64_t channels, int64_t positions, int itemsize, int width, bool cha
                             t.strips, t.inner_tiles, t.outer_tiles};
   std::copy(std::begin(values), std::end(values), out);
 }
+
+void flat(int64_t rows, int64_t row, int width, int64_t* out) {
+  const Flat f = flat_of(rows, row, width);
+  const int64_t values[] = {f.row, f.size, f.run, f.inner_tiles, f.outer_tiles};
+  std::copy(std::begin(values), std::end(values), out);
+}
+
+// x and dy alike: `begin` is where they begin; `pitch` and `sample` are their distances.
+bool flat_map(int dtype, int64_t channels, int64_t positions, int combine, bool channels_last,
+              int64_t begin, int64_t pitch, int64_t sample, bool of_dy) {
+  Problem p{};
+  p.dtype = static_cast<Dtype>(dtype), p.combine = static_cast<scse::Combine>(combine);
+  p.channels = channels, p.positions = positions, p.channels_last = channels_last;
+  p.x_pitch = p.dy_pitch = p.row(), p.x_sample = p.dy_sample = channels * positions;
+  p.x = p.dy = p.y = p.dx = reinterpret_cast<void*>(256);
+  (of_dy ? p.dy : p.x) = reinterpret_cast<const void*>(256 + begin * itemsize(p.dtype));
+  (of_dy ? p.dy_pitch : p.x_pitch) += pitch;
+  (of_dy ? p.dy_sample : p.x_sample) += sample;
+  return flat_for(p).size > 0;
+}
+
+int divide(int64_t size, int number) { return Divisor(size).divide(number); }
 
 int64_t tasks(int64_t channels, int64_t hidden, bool channel, bool spatial) {
   return gradient_tasks(channels, hidden, channel, spatial);
