@@ -3,3 +3,4 @@
 
 #define __host__
 #define __device__
+typedef struct CUstream_st* cudaStream_t;
