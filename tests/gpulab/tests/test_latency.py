@@ -19,6 +19,14 @@ extern "C" __global__ void chase_l2(const int* next, int* out, int n) {
   for (int i = 0; i < n; ++i) at = __ldcg(next + at);
   out[0] = at;
 }
+extern "C" __global__ void asked_before(const int* next, int* out, int n, int ahead) {
+  for (int i = threadIdx.x; i < ahead; i += 32)  // every element's line
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(next + 32 * i));
+  int at = 0;
+  #pragma unroll 1
+  for (int i = 0; i < n; ++i) at = next[at];
+  if (threadIdx.x == 0) out[0] = at;
+}
 extern "C" __global__ void gather(const float* x, float* y) {              // 16 loads at once
   float s = 0;
   #pragma unroll
@@ -241,6 +249,30 @@ def test_pointer_chase(module, device):
         line["latency_us"] == r.roofline(device.scaled(clock_mhz=1000))["latency_us"]
     )  # of its own device
     assert line["binds"] == "latency" and line["bound_us"] == line["latency_us"]
+
+
+def test_a_prefetch_brings_a_line_to_the_l2(module):
+    """What was asked for before takes as long as the L2, but no access to DRAM more."""
+    n, out = 40, gpulab.empty(1, np.int32)
+
+    def run(ahead):
+        args = [chain(n), out, n, ahead]
+        r = module.launch("asked_before", 1, 32, args, device=H100, latency=True)
+        assert out[0] == 32 * n
+        return r
+
+    without, with_all = run(0), run(n)
+    assert without.latency_cycles >= n * H100.dram_cycles
+    later = (n - 1) * H100.l2_cycles
+    assert later <= with_all.latency_cycles <= later + 3 * H100.dram_cycles
+    assert without.dram_read_bytes == 32 * n  # a sector of each line
+    assert with_all.dram_read_bytes == 128 * n
+    assert with_all.l2_read_sectors == without.l2_read_sectors == n
+
+
+def test_a_prefetch_beyond_the_memory_is_found(module):
+    with pytest.raises(gpulab.OutOfBounds, match="asked_before"):
+        module.launch("asked_before", 1, 32, [chain(3), gpulab.empty(1, np.int32), 3, 32])
 
 
 def test_chase_in_the_caches(module):
