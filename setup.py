@@ -47,6 +47,7 @@ PYTHON_TAG, PYTHON_TARGET = "cp310", "0x030A0000"
 CUDA_MINIMUM, CUDA_BLACKWELL, CUDA_THOR = (12, 0), (12, 8), (13, 0)
 # What csrc/cuda includes of a toolkit, in separate packages where it comes from PyPI or conda.
 CUDA_HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h")
+CUDA_HOST_HEADER = "cuda_runtime_api.h"  # which C++ files include
 
 
 def check_setuptools() -> None:
@@ -123,29 +124,36 @@ def missing_for_cuda() -> str | None:
         return (
             f"torch is built with CUDA {torch.version.cuda}, the toolkit is {found[0]}.{found[1]}"
         )
-    if failure := compiling_fails(nvcc):
-        return f"the CUDA compiler '{nvcc}' can't compile for {cpp_extension.CUDA_HOME}: {failure}"
-    return None
+    return compiling_fails(nvcc)
 
 
 def compiling_fails(nvcc: Path) -> str | None:
-    """None if a few lines compile, else the error: a missing header or an unfit host compiler
-    shows in seconds, and not after minutes."""
+    """None if a few lines compile, else which compiler fails and its error: a missing header or an
+    unfit host compiler shows in seconds, and not after minutes."""
     from torch.utils import cpp_extension
 
+    folders = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
+    cxx = shlex.split(cpp_extension.get_cxx_compiler())
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "empty.cu")
+        source, host = Path(folder, "empty.cu"), Path(folder, "empty.cpp")
         includes = "".join(f"#include <{header}>\n" for header in CUDA_HEADERS)
         source.write_text(f"{includes}__global__ void empty() {{}}\n")
-        command = [nvcc, "-std=c++17", "-c", source, "-o", source.with_suffix(".o")]
-        command += [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
+        host.write_text(f"#include <{CUDA_HOST_HEADER}>\n")
+        cuda = [nvcc, "-std=c++17", "-c", source, "-o", source.with_suffix(".o"), *folders]
         if host_compiler := os.environ.get("CC"):  # as torch has it
-            command += ["-ccbin", host_compiler]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if not done.returncode:
-        return None
-    said = done.stdout + done.stderr
-    return last_errors(said.splitlines()) or f"exit status {done.returncode}"
+            cuda += ["-ccbin", host_compiler]
+        # nvcc finds its own headers. The C++ compiler finds them in CUDA_HOME alone.
+        for compiler, command in (
+            (f"CUDA compiler '{nvcc}'", cuda),
+            (f"C++ compiler '{cxx[0]}'", [*cxx, "-std=c++17", "-fsyntax-only", host, *folders]),
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                said = (done.stdout + done.stderr).splitlines()
+                failure = last_errors(said) or f"exit status {done.returncode}"
+                home = f"{cpp_extension.CUDA_HOME} (CUDA_HOME names the toolkit's folder)"
+                return f"the {compiler} can't compile for {home}: {failure}"
+    return None
 
 
 def last_errors(lines: list[str]) -> str:

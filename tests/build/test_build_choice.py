@@ -24,7 +24,7 @@ def build(monkeypatch):
     monkeypatch.delenv("SCSE_BUILD", raising=False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
-    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: "sh")
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: "true")
     monkeypatch.setattr(module.build_environment, "installed", lambda: None)
     yield module
     os.environ.pop("TORCH_CUDA_ARCH_LIST", None)  # which setup.py sets for torch
@@ -175,6 +175,27 @@ def test_a_toolkit_that_cannot_compile(build, monkeypatch, toolkit, capsys, nvcc
         build.arguments_of_setup()
 
 
+def test_a_toolkit_whose_headers_the_cxx_compiler_does_not_find(
+    build, monkeypatch, toolkit, tmp_path
+):
+    """Where nvcc is a script in another folder than the toolkit's, torch takes that folder."""
+    toolkit("13.0")
+    assert build.missing_for_cuda() is None
+    cxx = tmp_path / "cxx"
+    found = 'for last; do true; done; grep -q cuda_runtime_api.h "$4" && [ -e "${last#-I}" ]'
+    error = "empty.cpp:1:10: fatal error: cuda_runtime_api.h: No such file or directory"
+    cxx.write_text(f"#!/bin/sh\n{found} || {{ echo {error} >&2; exit 1; }}\n")
+    cxx.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: f"{cxx} -O1")
+    include = tmp_path / "include"
+    monkeypatch.setattr(cpp_extension, "include_paths", lambda device: [str(include)])
+    why = build.missing_for_cuda()
+    home = f"{tmp_path} (CUDA_HOME names the toolkit's folder)"
+    assert why == f"the C++ compiler '{cxx}' can't compile for {home}: {error}"
+    include.mkdir()
+    assert build.missing_for_cuda() is None
+
+
 def test_a_toolkit_that_does_not_run(build, monkeypatch, toolkit, tmp_path):
     toolkit("13.0")
     (tmp_path / "bin" / "nvcc").write_text("\x7fELF of another machine")
@@ -188,6 +209,7 @@ NVCC = Path("/usr/local/cuda/bin/nvcc")
 def test_a_toolkit_that_compiles(build, monkeypatch):
     """The headers are named as they are called."""
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(NVCC.parents[1]))
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: "c++")
     assert build.compiling_fails(NVCC) is None
     monkeypatch.setattr(build, "CUDA_HEADERS", ("cuda_runtime.h", "no_such_header.h"))
     assert "no_such_header.h" in build.compiling_fails(NVCC)
@@ -198,7 +220,7 @@ def test_the_headers_are_those_that_the_kernels_include(build):
     for path in (ROOT / "csrc" / "cuda").rglob("*.*"):
         found = re.findall(r"#include <(cu\w*\.h)>", path.read_text())
         included.update(found)
-    assert included - {"cuda_runtime_api.h"} == set(build.CUDA_HEADERS)
+    assert included == {*build.CUDA_HEADERS, build.CUDA_HOST_HEADER}
 
 
 def test_an_old_torch(build, monkeypatch):
