@@ -103,12 +103,13 @@ SCSE_DEVICE void sum_columns(const Work<SHARE>& work, const float* matrix, int64
   }
 }
 
-// The same for the strips' partial sums of this warp's sample.
+// The same for the strips' partial sums of this warp's sample. Where a block has eight samples, a
+// warp has one alone, and so more pieces than most maps have strips.
 template <bool WHOLE, int SHARE, typename Ask, typename Body>
 SCSE_DEVICE void sum_strips(const Work<SHARE>& work, const float* partial, int strips, int channels,
                             int begin, int end, int count, const Ask& ask, const Body& body) {
-  sum_columns<WHOLE, 1>(work, partial + work.sample * strips * channels, channels,
-                        work.exists ? strips : 0, begin, end, count, ask, body);
+  sum_columns<WHOLE, SHARE == 8 ? 2 : 1>(work, partial + work.sample * strips * channels, channels,
+                                         work.exists ? strips : 0, begin, end, count, ask, body);
 }
 
 // The same for what the slices have left for [begin, end) hidden channels.
