@@ -37,4 +37,5 @@ def test_all_pairs_of_properties_occur():
             ("channels_last", "samples apart"),
             ("concat", True),
             ("16 bytes", "misaligned"),
+            ("flat", "misaligned"),
         }
