@@ -31,12 +31,15 @@ def tasks() -> Iterator[_Task]:
             for launches in ("3", "1"):
                 yield "check", (case, launches)
     levels = [options.shape(shape) for shape in LEVELS]
-    dtypes = (torch.float16, torch.bfloat16)
-    for dtype, layout, combine in itertools.product(dtypes, LAYOUTS, ("add", "max")):
-        for shape in (*levels, options.shape(LARGE)):
-            yield "provider", ("triton", shape, 16, dtype, layout, combine)
+    large = options.shape(LARGE)
+    for layout, combine in itertools.product(LAYOUTS, ("add", "max")):
+        for shape, overlap in itertools.product((*levels, large), "10"):
+            yield "timed", (shape, 16, layout, combine, overlap)
     for shape, layout, overlap in itertools.product(DEEP, LAYOUTS, "10"):
-        yield "deep", (options.shape(shape), layout, overlap)
+        yield "timed", (options.shape(shape), 2, layout, "add", overlap)
+    for layout, combine in itertools.product(LAYOUTS, ("add", "max")):
+        for shape in (*levels, large):
+            yield "provider", ("triton", shape, 16, torch.bfloat16, layout, combine)
     for name, layout, combine in itertools.product(
         ("compile", "rewritten"), LAYOUTS, ("add", "max")
     ):
@@ -50,10 +53,10 @@ def check(case: selfcheck.Case, launches: str) -> None:
         selfcheck.computed(case, "triton", torch.device("cuda"))
 
 
-def deep(shape: tuple[int, ...], layout: str, overlap: str) -> None:
-    """A deep level through Triton, with and without launches that overlap."""
+def timed(shape: tuple[int, ...], reduction: int, layout: str, combine: str, overlap: str) -> None:
+    """What `bench.gpu.kernels` times through Triton, with launches that overlap or without."""
     with selfcheck.environment({"SCSE_TRITON_OVERLAP": overlap}):
-        provider("triton", shape, 2, torch.float16, layout, "add")
+        provider("triton", shape, reduction, torch.float16, layout, combine)
 
 
 def provider(

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from . import plan
-from .kernels import OVERLAP, SPAN, THREE, passes, short
+from .kernels import OVERLAPPING, SPAN, passes, short
 from .tables import MAPS, Row, by_map, label, mean, rows_of, table
 
 
@@ -62,7 +62,7 @@ def backends(kernels: list[Row]) -> str:
     """Triton's span over that of CUDA: the faster one is what `auto` should take first."""
     spans: dict[tuple, dict[str, float]] = {}
     for row in kernels:
-        if row["kernel"] == SPAN and row["family"] in (OVERLAP, THREE):
+        if row["kernel"] == SPAN and row["family"] in OVERLAPPING:
             key = tuple(row[name] for name in ("shape", "layout", "combine", "direction"))
             spans.setdefault(key, {})[row["backend"]] = float(row["us"])
     ratios: dict[str, list[float]] = {}

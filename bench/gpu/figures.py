@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..timing import COLD
 from . import plan
-from .kernels import COPY, OVERLAP, SPAN
+from .kernels import COPY, OVERLAPPING, SPAN
 from .tables import Row, by_map, label, mean, rows_of, table
 
 
@@ -15,7 +15,7 @@ def kernels(rows: list[Row]) -> str:
     the calls by size."""
     large: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        alone = row["family"] != OVERLAP
+        alone = row["family"] not in OVERLAPPING
         if row["shape"] == plan.LARGE and row["kernel"] not in (COPY, SPAN) and alone:
             cell = f"{float(row['us']):.1f} us"
             if row["of_copy"]:

@@ -62,6 +62,8 @@ class Family(NamedTuple):
 
 OVERLAP, ALONE = "overlap", "no overlap"
 THREE, THREE_ALONE, ONE = "three launches", "three launches, no overlap", "one launch"
+#: Whose kernels start while the one before ends: the time of one has its waiting in it.
+OVERLAPPING = (OVERLAP, THREE)
 #: What must not cost the others their time if it hangs comes last.
 FAMILIES = {
     OVERLAP: Family("cuda", {"SCSE_CUDA_OVERLAP": "1"}),

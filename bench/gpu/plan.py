@@ -100,9 +100,7 @@ def steps(facts: Mapping, folder: Path) -> list[Step]:
     )
     check = Step("self-check", _python("scse_kernels"), 120, beside=True)
     timed = _python(
-        *("bench.gpu.kernels", "--shape", *LEVELS, LARGE),
-        *("--family", kernels.OVERLAP, kernels.ALONE, kernels.THREE, kernels.ONE),
-        *("--output", folder / "kernels.csv"),
+        *("bench.gpu.kernels", "--shape", *LEVELS, LARGE, "--output", folder / "kernels.csv"),
     )
     deep = _python(
         *("bench.gpu.kernels", "--shape", *DEEP, "--reduction", 2, "--combine", "add"),

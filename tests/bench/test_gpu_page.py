@@ -307,7 +307,7 @@ def test_a_full_pass_and_its_page(stand_in, monkeypatch, tmp_path, capsys):
         # the kernels of the large map, and whole calls
         "| cuda | no overlap | apply_backward | 2 / 3 |"
         " 179.0 us, 50% | 268.4 us, 50% | 179.0 us, 50% | 268.4 us, 50% |",
-        "| triton | three launches | reduce_kernel | 2 | 357.9 us, 25% |",
+        "| triton | three launches, no overlap | reduce_kernel | 2 | 357.9 us, 25% |",
         "| 8x128x32x32 | backward | 22% | 22% | 15% |",
         # counted passes
         "| squeeze | 1 | 1.40 + 0.01 | 1.50 + 0.01 | 1.60 + 0.01 | 1.70 + 0.01 |",
@@ -319,6 +319,8 @@ def test_a_full_pass_and_its_page(stand_in, monkeypatch, tmp_path, capsys):
         "| float16 | contiguous | add | forward | 4.00 |  | 2.00 | 0.67 | 3.00 |  | 1.50 | 0.50 |",
     }
     assert [cell for cell in cells if cell not in text] == []
+    # Kernels that overlap are not timed one by one.
+    assert not re.search(r"\| (cuda \| overlap|triton \| three launches) \| \w+ \| [12]", text)
     assert re.search(r"\| tune \| TIMED OUT \| [1-9] \|", text)
     failed = text[text.index("## What failed") : text.index("## Kernels")]
     assert "FAILED tests/a.py::test_b - AssertionError" in failed and "tests-cuda.txt" in failed
@@ -397,12 +399,11 @@ def test_what_is_compiled_ahead(monkeypatch):
 
     settings = []
     monkeypatch.setattr(kernels, "calls", overlaps)
-    assert not any(ahead.run(task) for task in todo if task[0] == "deep")
-    assert len(settings) == 4 * len(plan.DEEP)
+    assert not any(ahead.run(task) for task in todo if task[0] == "timed")
+    shapes = (*plan.LEVELS, plan.LARGE, *plan.DEEP)
+    assert len(settings) == 8 * (len(plan.LEVELS) + 1) + 4 * len(plan.DEEP)
     assert {*settings} == {
-        (shape, "triton", overlap)
-        for shape in map(options.shape, plan.DEEP)
-        for overlap in ("0", "1")
+        (shape, "triton", overlap) for shape in map(options.shape, shapes) for overlap in ("0", "1")
     }
 
     def broken(case, name):
