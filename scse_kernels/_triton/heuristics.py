@@ -294,20 +294,23 @@ def launches(chosen: int) -> int:
     is used only where a file of timings chose it, or where SCSE_TRITON_LAUNCHES, which goes before
     any choice, asks for it.
     """
-    asked = os.environ.get("SCSE_TRITON_LAUNCHES", str(chosen))
-    if asked not in ("1", "3"):
-        raise ValueError(f"SCSE_TRITON_LAUNCHES must be 1 or 3, got {asked!r}")
-    return int(asked)
+    return int(_asked("SCSE_TRITON_LAUNCHES", str(chosen), ("1", "3")))
 
 
 def overlap(x: Tensor) -> bool:
     """Whether a launch may start while the one before it ends: on NVIDIA's GPUs of compute
     capability 9.0 and later, unless SCSE_TRITON_OVERLAP is 0."""
-    asked = os.environ.get("SCSE_TRITON_OVERLAP", "1")
-    if asked not in ("0", "1"):
-        raise ValueError(f"SCSE_TRITON_OVERLAP must be 0 or 1, got {asked!r}")
+    wanted = _asked("SCSE_TRITON_OVERLAP", "1", ("0", "1")) == "1"
     able = x.is_cuda and not torch.version.hip
-    return asked == "1" and able and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return wanted and able and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def _asked(variable: str, default: str, values: tuple[str, str]) -> str:
+    """What the environment variable says, one of two values."""
+    asked = os.environ.get(variable, default)
+    if asked not in values:
+        raise ValueError(f"{variable} must be {' or '.join(values)}, got {asked!r}")
+    return asked
 
 
 def excitation_tile(warps: int, itemsize: int) -> int:
